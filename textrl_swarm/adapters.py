@@ -1,0 +1,154 @@
+"""LoRA adapters by name: which layers, what they are called, how they start, how they are saved and loaded. The door to peft.
+
+Names are those of PEFT's state dict, e.g. `base_model.model.transformer.h.3.self_attention.dense.lora_A.weight`.
+Knows nothing about servers, processes or how the numbers are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from textrl_swarm.config import LoraSettings
+from textrl_swarm.errors import AdapterError, ConfigError, closest
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+VALUE_HEAD_WEIGHTS = "value_head.safetensors"
+
+
+def choose_targets(linears: Mapping[str, tuple[int, int]], targets: tuple[str, ...] | None) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block to adapt.
+
+    Args:
+        linears: path inside a block, e.g. "self_attention.dense" -> (in_features, out_features).
+        targets: last parts of paths ("dense") or whole paths; None = all.
+
+    Raises:
+        ConfigError: a target that no layer matches, with the closest that exists.
+    """
+    if targets is None:
+        return dict(linears)
+    leaves = {path.rsplit(".", 1)[-1] for path in linears}
+    for target in targets:
+        if target not in leaves and target not in linears:
+            raise ConfigError(f"LoRA target {target!r} is no linear layer of this model's blocks; {closest(target, leaves)}")
+    return {path: sizes for path, sizes in linears.items() if path in targets or path.rsplit(".", 1)[-1] in targets}
+
+
+def first_adapted_block(num_blocks: int, layers: int | None) -> int:
+    """Index of the first of the last `layers` blocks. Raises ConfigError when there are not that many."""
+    if layers is not None and layers > num_blocks:
+        raise ConfigError(f"LoRA layers={layers}, but the model has {num_blocks} blocks; use 1 to {num_blocks}, or None for all")
+    return 0 if layers is None else num_blocks - layers
+
+
+def lora_config(
+    settings: LoraSettings, targets: Mapping[str, tuple[int, int]], num_blocks: int, blocks_name: str, base_model: str
+) -> LoraConfig:
+    """What PEFT needs to rebuild the adapter on the base model; `blocks_name` is the list of blocks' own name, e.g. "h"."""
+    first = first_adapted_block(num_blocks, settings.layers)
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in targets} if settings.targets is None else set(settings.targets))
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=leaves,
+        layers_to_transform=list(range(first, num_blocks)) if first > 0 else None,
+        layers_pattern=blocks_name if first > 0 else None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=False,
+    )
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Start of one adapter tensor: A uniform as in nn.Linear, B zero, so that the adapted model begins as the base model.
+
+    Depends on the name and the seed only, not on order or machine: a swarm policy and a local one begin alike.
+
+        A[i, j] ~ U(-1 / sqrt(in), 1 / sqrt(in))
+
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; the bound is PEFT's (kaiming_uniform with a = sqrt(5)).
+    """
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1)
+    bound = 1 / math.sqrt(shape[1])
+    return (2 * torch.rand(shape, generator=generator) - 1) * bound
+
+
+def save_tensors(directory: str | Path, tensors: Mapping[str, Tensor], config: LoraConfig, value_head: Mapping[str, Tensor]) -> None:
+    """Writes an adapter that `PeftModel.from_pretrained` loads, and the value head beside it."""
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise AdapterError(f"{path} is a file; give a directory to save the adapter in")
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    save_file(_plain(tensors), path / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(_plain(value_head), path / VALUE_HEAD_WEIGHTS)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def load_tensors(directory: str | Path, expected: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Reads an adapter that fits `expected` (name -> tensor of the right shape) exactly.
+
+    Raises:
+        AdapterError: no adapter there, another kind, or made for another model or other LoRA settings.
+    """
+    path = Path(directory)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (path / name).is_file():
+            raise AdapterError(f"{path} holds no adapter: there is no {name}")
+    found_config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(found_config, LoraConfig):
+        raise AdapterError(f"{path} holds a {found_config.peft_type} adapter; only LoRA adapters can be loaded")
+    tensors = read_tensors(path / ADAPTER_WEIGHTS)
+    difference = _difference(tensors, expected)
+    if difference:
+        raise AdapterError(
+            f"the adapter in {path} does not fit: {difference}. It was made for base model {found_config.base_model_name_or_path!r} "
+            f"with r={found_config.r}, targets {sorted(found_config.target_modules or ())}; this policy has r={config.r}, "
+            f"targets {sorted(config.target_modules)}"
+        )
+    if found_config.lora_alpha / found_config.r != config.lora_alpha / config.r:
+        raise AdapterError(
+            f"the adapter in {path} is scaled by alpha / r = {found_config.lora_alpha / found_config.r}, "
+            f"this policy by {config.lora_alpha / config.r}; make the policy with alpha={found_config.lora_alpha}"
+        )
+    return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file. Raises AdapterError when it is damaged or holds NaN or infinite numbers."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterError(f"{path} has NaN or infinite numbers in {broken[0]} ({len(broken)} tensors in all)")
+    return tensors
+
+
+def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        return f"{len(missing)} tensors are missing, e.g. {missing[0]}"
+    if extra:
+        return f"{len(extra)} tensors are unknown here, e.g. {extra[0]}"
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            return f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+    return None

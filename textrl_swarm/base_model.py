@@ -1,0 +1,56 @@
+"""The door to base models on disk or on the hub: is it there, what is it, and under which name does a swarm serve it.
+
+Knows nothing about weights in memory or about servers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from textrl_swarm.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_config(model: str | Path) -> PretrainedConfig:
+    """The configuration of a model directory or hub id.
+
+    Raises:
+        ModelError: no such directory or hub id, no config.json, or no weights in the directory.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json; point to a directory written by save_pretrained")
+        if not any((path / name).is_file() for name in WEIGHT_FILES):
+            raise ModelError(f"{path} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}")
+    elif path.exists():
+        raise ModelError(f"{path} is a file; point to the directory that holds config.json and the weights")
+    elif path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
+        raise ModelError(f"there is no directory {path}")
+    try:
+        return AutoConfig.from_pretrained(hub_name(model))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(model)!r} is neither a model directory here nor a model that can be had from the hub: {error}") from error
+
+
+def hub_name(model: str | Path) -> str:
+    """`bigscience/bloom-petals` and its like were converted copies for old Petals; the original repositories serve now."""
+    name = str(model)
+    return name.removesuffix("-petals") if name.startswith("bigscience/") else name
+
+
+def default_dht_prefix(model: str | Path) -> str:
+    """The name under which a swarm announces this model's blocks: petals' own for hub ids, the directory's for directories.
+
+    A dot or a space would end the name on the wire, so both become dashes.
+    """
+    path = Path(model)
+    name = path.resolve().name if path.is_dir() else hub_name(model) + "-petals"
+    return name.replace(".", "-").replace(" ", "-")

@@ -1,0 +1,130 @@
+"""A client's connection to one model's blocks in one swarm: finds the servers, checks that they hold this model, ends everything on close.
+
+Knows nothing about tokens or training; `swarm_policy.py` puts embeddings and heads around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from hivemind.dht import DHT
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from torch import Tensor
+
+from textrl_swarm.errors import AddressError
+from textrl_swarm.swarm.chain import BlockChain, ChainLimits, run_in_background
+from textrl_swarm.swarm.protocol import AdapterSnapshot
+from textrl_swarm.swarm.routing import Router, Span
+from textrl_swarm.swarm.rpc import ServerCalls, Timeouts, Traffic
+from textrl_swarm.swarm.session import GenerationSession
+
+logger = logging.getLogger(__name__)
+
+_ADDRESS = re.compile(r"(/[a-z0-9]+/[^/\s]+)+/p2p/[1-9A-HJ-NP-Za-km-z]{30,}")
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What must agree between a client and the servers whose blocks it uses."""
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    num_blocks: int
+
+
+def check_addresses(initial_peers: Sequence[str]) -> list[str]:
+    """Raises AddressError for an empty list or an address that is not a libp2p multiaddress with a peer id."""
+    addresses = [initial_peers] if isinstance(initial_peers, str) else [str(address) for address in initial_peers]
+    if not addresses:
+        raise AddressError("initial_peers is empty; give the address that `textrl-swarm serve` prints, or None to use this machine")
+    for address in addresses:
+        if not _ADDRESS.fullmatch(address):
+            raise AddressError(
+                f"{address!r} is not a peer's address; it should look like /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo..., as `textrl-swarm serve` prints it"
+            )
+    return addresses
+
+
+@contextlib.contextmanager
+def explained_connection(initial_peers: Sequence[str]) -> Iterator[None]:
+    """Around code that joins the swarm's DHT: raises AddressError when none of the peers answers."""
+    try:
+        yield
+    except (P2PDaemonError, RuntimeError, OSError, TimeoutError) as error:
+        raise AddressError(
+            f"none of the initial peers answered: {', '.join(initial_peers)} ({_first_line(error)}); "
+            "is the server running, and is this the address that it printed?"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class SwarmClient:
+    """Forward, backward and generation over a model's remote blocks.
+
+    Args:
+        dht, p2p: a running client node and its libp2p daemon.
+        owns_dht: end them on close; False when they belong to a petals model of the user's.
+        fingerprint: of the client's model; servers of another model are refused.
+
+    Raises:
+        BlocksUnavailable, ServerMismatch: within `timeouts.discovery_s`, when not all blocks can be had.
+    """
+
+    def __init__(self, dht: DHT, p2p: P2P, dht_prefix: str, fingerprint: ModelFingerprint, timeouts: Timeouts, *, owns_dht: bool = True):
+        self.traffic = Traffic()
+        self.fingerprint = fingerprint
+        self._close = weakref.finalize(self, _shut_down, dht, p2p) if owns_dht else lambda: None
+        self._calls = ServerCalls(p2p, timeouts, self.traffic)
+        self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
+        self.chain = BlockChain(self.router, self._calls)
+        self.linears: dict[str, tuple[int, int]] = {}  # target path -> (in_features, out_features), as the servers have them
+        try:
+            self.spans: list[Span] = run_in_background(self.router.route(0, fingerprint.num_blocks, timeout_s=timeouts.discovery_s))
+        except BaseException:
+            self.close()
+            raise
+
+    async def _inspect(self, span: Span, uid: str) -> str | None:
+        """Asked once per server: why it cannot serve this client, or None. Keeps the smallest limits seen."""
+        info = await self._calls.info(span.peer, uid)
+        ours = vars(self.fingerprint)
+        theirs = {name: info.get(name) for name in ours}
+        if theirs != ours:
+            differing = ", ".join(f"{name} {theirs[name]} (client: {ours[name]})" for name in ours if theirs[name] != ours[name])
+            return f"server …{str(span.peer)[-6:]} announces {self.router.dht_prefix!r} but holds another model: {differing}"
+        self.chain.limits = ChainLimits(**{name: min(value, info[name]) for name, value in vars(self.chain.limits).items()})
+        self.linears = {path: tuple(sizes) for path, sizes in info["linears"].items()}
+        return None
+
+    def blocks(
+        self, hidden: Tensor, start: int, stop: int, adapter: AdapterSnapshot | None = None, flats: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
+        """See BlockChain.__call__."""
+        return self.chain(hidden, start, stop, adapter, flats)
+
+    def session(self, adapter: AdapterSnapshot | None, *, max_length: int) -> GenerationSession:
+        """A generation with the caches on the servers, for rows of at most `max_length` tokens."""
+        return GenerationSession(self.chain, adapter, max_length=max_length)
+
+    def close(self) -> None:
+        """Ends the DHT node and its daemon. Safe to call twice; also runs when the program ends."""
+        self._close()
+
+
+def _shut_down(dht: DHT, p2p: P2P) -> None:
+    with contextlib.suppress(Exception):  # whatever state the daemons are in, they shall go
+        RemoteExpertWorker.run_coroutine(p2p.shutdown(), return_future=True).result(timeout=5)
+    with contextlib.suppress(Exception):
+        dht.shutdown()
+        dht.join(5)

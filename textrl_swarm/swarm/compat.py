@@ -1,0 +1,373 @@
+"""Makes PyPI's petals 2.2.0.post1 import and run on today's hivemind, transformers and peft. Nothing else patches anything.
+
+`install_import_hook()` (called when textrl_swarm is imported) only puts a finder on `sys.meta_path`: nothing happens until
+somebody imports petals. Then the names petals expects are put back first, and petals' own classes are mended right after it loaded.
+Each mend checks that what it replaces is still there and says what changed when it is not.
+
+Knows nothing about LoRA, policies or training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import sys
+from types import ModuleType
+
+from textrl_swarm.errors import IncompatibleLibrary, PetalsMissing
+
+TESTED = {
+    "petals": "2.2.0.post1",
+    "hivemind": "1.1.12",
+    "transformers": "5.23.0",
+    "peft": "0.21.2",
+    "bitsandbytes": "0.50.2",
+    "torch": "2.13.0",
+}
+INSTALL_COMMAND = "pip install 'textrl-swarm[swarm]' && pip install --no-deps petals==2.2.0.post1   (in a clone: make setup)"
+
+# hivemind 1.1.12 stopped re-exporting these (its PR 663); petals still imports them from the package root
+_HIVEMIND_NAMES = {
+    **dict.fromkeys(("BatchTensorDescriptor", "TensorDescriptor"), "hivemind.utils.tensor_descr"),
+    **dict.fromkeys(("get_dht_time", "MAX_DHT_TIME_DISCREPANCY_SECONDS", "TimedStorage"), "hivemind.utils.timed_storage"),
+    **dict.fromkeys(("serialize_torch_tensor", "deserialize_torch_tensor", "deserialize_tensor_stream"), "hivemind.compression"),
+    **dict.fromkeys(("nested_flatten", "nested_pack", "nested_compare"), "hivemind.utils.nested"),
+    **dict.fromkeys(("P2P", "P2PContext", "PeerID"), "hivemind.p2p"),
+    "MSGPackSerializer": "hivemind.utils.serializer",
+    "get_logger": "hivemind.utils.logging",
+    "anext": "hivemind.utils.asyncio",
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _changed(package: str, what: str) -> IncompatibleLibrary:
+    return IncompatibleLibrary(
+        f"{package} {_version(package)} {what}; textrl_swarm's swarm parts were tested with {package} {TESTED[package]}: "
+        f"pip install '{package}=={TESTED[package]}'"
+    )
+
+
+def _need(package: str, module: ModuleType | type, name: str) -> object:
+    """The attribute that a mend relies on, or an error that names it."""
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise _changed(package, f"has no {module.__name__}.{name} any more") from None
+
+
+# ---------------------------------------------------------------------------------------------------- the import hook
+
+
+class _MendingLoader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader):
+        self._loader = loader
+
+    def __getattr__(self, name: str):  # resource readers and the like stay those of the real loader
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        _before_petals()
+        from hivemind.utils.logging import HandlerMode, use_hivemind_log_handler
+
+        with _environment(PETALS_IGNORE_DEPENDENCY_VERSION="1", PETALS_LOGGING="False"):
+            self._loader.exec_module(module)
+        if "PETALS_LOGGING" not in os.environ:
+            use_hivemind_log_handler(HandlerMode.IN_HIVEMIND)  # petals hangs a handler on the root logger; that is the application's
+        _after_petals()
+
+
+class _PetalsFinder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname: str, path=None, target=None):
+        if fullname != "petals":
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                spec.loader = _MendingLoader(spec.loader)
+                return spec
+        return None
+
+
+def install_import_hook() -> None:
+    """Lets `import petals` work from now on; does nothing visible until then. Safe to call twice."""
+    if not any(isinstance(finder, _PetalsFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PetalsFinder())
+
+
+@contextlib.contextmanager
+def _environment(**variables: str):
+    """Environment variables for the time of one import; the user's own values win and everything is put back."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def require_petals() -> ModuleType:
+    """Imports petals, mended.
+
+    Raises:
+        PetalsMissing: petals or a library it needs is not installed; the message has the command to type.
+        IncompatibleLibrary: an installed library changed something that is relied on.
+    """
+    install_import_hook()
+    try:
+        return importlib.import_module("petals")
+    except ModuleNotFoundError as error:
+        raise PetalsMissing(f"the swarm parts need {error.name}, which is not installed; type: {INSTALL_COMMAND}") from error
+
+
+# ---------------------------------------------------------------------------------------------- before petals is loaded
+
+
+def _before_petals() -> None:
+    if _version("petals") != TESTED["petals"]:
+        raise _changed("petals", "is not the release that the mends were written for")
+    import hivemind
+    import peft.utils
+    import transformers.utils
+
+    for name, module in _HIVEMIND_NAMES.items():
+        _need("hivemind", importlib.import_module(module), name)
+
+    def find_moved_name(name: str):  # PEP 562: asked only for names that hivemind itself does not have
+        if name in _HIVEMIND_NAMES:
+            return getattr(importlib.import_module(_HIVEMIND_NAMES[name]), name)
+        raise AttributeError(f"module 'hivemind' has no attribute {name!r}")
+
+    hivemind.__getattr__ = find_moved_name
+    if not hasattr(transformers.utils, "get_file_from_repo"):
+        transformers.utils.get_file_from_repo = _get_file_from_repo
+    if not hasattr(peft.utils, "COMMON_LAYERS_PATTERN"):
+        peft.utils.COMMON_LAYERS_PATTERN = ["layers", "h", "block", "blocks", "layer"]
+
+
+def _get_file_from_repo(path_or_repo: str, filename: str, use_auth_token=None, **kwargs) -> str | None:
+    """What transformers 4 had: a file of a directory or of the hub's cache, None when it does not exist."""
+    from transformers.utils.hub import cached_file
+
+    return cached_file(
+        path_or_repo, filename, token=kwargs.pop("token", None) or use_auth_token, **kwargs,
+        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- after petals is loaded
+
+
+def _after_petals() -> None:
+    import petals.client.lm_head as lm_head
+    import petals.client.remote_generation as remote_generation
+    import petals.client.remote_sequential as remote_sequential
+    import petals.models.bloom.block as bloom_block
+    import petals.models.bloom.config as bloom_config
+    import petals.models.bloom.model as bloom_model
+    import petals.utils.auto_config as auto_config
+    import petals.utils.version as version
+
+    bloom_block.WrappedBloomBlock.forward = _bloom_block_forward
+    _check_bloom_block(bloom_block.WrappedBloomBlock)
+    lm_head.LMHead.__init__ = _lm_head_init
+    remote_sequential.RemoteSequential.__init__ = _outside_meta_device(remote_sequential.RemoteSequential.__init__)
+    _read_both_key_styles(bloom_model)
+    _mend_generation(remote_generation)
+    auto_config._AutoDistributedBase.from_pretrained = _accept_token(auto_config._AutoDistributedBase.from_pretrained)
+    bloom_config.DistributedBloomConfig.from_pretrained = _accept_token(bloom_config.DistributedBloomConfig.from_pretrained)
+    version.validate_version = lambda: None  # an HTTP request without a time limit
+
+
+def mend_server_modules() -> None:
+    """What only servers import: reads checkpoints whose blocks are called `transformer.h.3.` as well as `h.3.`."""
+    require_petals()
+    import petals.server.from_pretrained as from_pretrained
+
+    original = _need("petals", from_pretrained, "_load_state_dict_from_repo")
+    if getattr(original, "mended", False):
+        return
+
+    def load(model_name: str, block_prefix: str, **kwargs):
+        with contextlib.suppress(RuntimeError):  # a sharded checkpoint without such keys
+            state = original(model_name, block_prefix, **kwargs)
+            if state:
+                return state
+        return original(model_name, f"transformer.{block_prefix}", **kwargs)
+
+    load.mended = True
+    from_pretrained._load_state_dict_from_repo = load
+
+
+def use_server_classes(*, server: type, backend: type, handler: type, convert_block, container: type) -> None:
+    """Petals' command line and Server build their parts from module globals; ours are subclasses of the stock ones."""
+    import petals.cli.run_server as run_server
+    import petals.server.server as server_module
+
+    replacements = {
+        server_module: {
+            "TransformerBackend": backend,
+            "TransformerConnectionHandler": handler,
+            "convert_block": convert_block,
+            "ModuleContainer": container,
+        },
+        run_server: {"Server": server, "validate_version": lambda: None},
+    }
+    for module, names in replacements.items():
+        for name, replacement in names.items():
+            _need("petals", module, name)
+            setattr(module, name, replacement)
+
+
+class _OneLayerCache:
+    """One block's attention cache as transformers 5 wants it, over the pair of tensors that petals keeps.
+
+    petals: key (batch * heads, head_dim, length), value (batch * heads, length, head_dim); transformers: (batch, heads, length, head_dim).
+    """
+
+    def __init__(self, layer_past):
+        self.layer_past = layer_past
+
+    def update(self, key, value, layer_idx=None, *args, **kwargs):
+        import torch
+
+        batch, heads, _, head_dim = key.shape
+        if self.layer_past is not None:
+            past_key, past_value = self.layer_past
+            key = torch.cat([past_key.view(batch, heads, head_dim, -1).transpose(2, 3), key], dim=2)
+            value = torch.cat([past_value.view(batch, heads, -1, head_dim), value], dim=2)
+        length = key.shape[2]
+        self.layer_past = (
+            key.transpose(2, 3).reshape(batch * heads, head_dim, length),
+            value.reshape(batch * heads, length, head_dim),
+        )
+        return key, value
+
+
+def _bloom_block_forward(self, hidden_states, *args, attention_mask=None, alibi=None, layer_past=None, use_cache=False, **kwargs):
+    """petals' BLOOM block on transformers 5: an additive 4-d mask, a cache object, and a plain tensor or pair coming back."""
+    import torch
+    from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
+
+    assert attention_mask is None, "non-causal attention masks are not supported by petals"
+    batch, length = hidden_states.shape[:2]
+    past_length = 0 if layer_past is None else layer_past[0].shape[-1]
+    total = past_length + length
+    if alibi is None:
+        ones = torch.ones((batch, total), device=hidden_states.device)
+        alibi = build_alibi_tensor(ones, num_heads=self.num_heads, dtype=hidden_states.dtype)
+    query_at = torch.arange(past_length, total, device=hidden_states.device)
+    hidden_from_query = torch.arange(total, device=hidden_states.device)[None, :] > query_at[:, None]  # (length, total)
+    mask = torch.zeros((1, 1, length, total), dtype=hidden_states.dtype, device=hidden_states.device)
+    mask.masked_fill_(hidden_from_query, torch.finfo(hidden_states.dtype).min)
+    cache = _OneLayerCache(layer_past) if use_cache or layer_past is not None else None
+    outputs = BloomBlock.forward(self, hidden_states, alibi=alibi, attention_mask=mask, layer_past=cache, use_cache=use_cache)
+    return (outputs[0], cache.layer_past) if cache is not None else (outputs[0],)
+
+
+def _check_bloom_block(block_class: type) -> None:
+    """Eight tokens at once and in two cached pieces must give the same: what the mended block relies on in transformers."""
+    import torch
+    from transformers.models.bloom.modeling_bloom import BloomBlock, BloomConfig
+
+    missing = {"alibi", "attention_mask", "layer_past", "use_cache"} - set(inspect.signature(BloomBlock.forward).parameters)
+    if missing:
+        raise _changed("transformers", f"BloomBlock.forward takes no {sorted(missing)} any more")
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"), torch.no_grad():
+        block = block_class(BloomConfig(hidden_size=8, n_head=2, num_hidden_layers=1), 0).eval()
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+        hidden = torch.randn((2, 8, 8), generator=generator)
+        try:
+            (whole,) = block(hidden)
+            first, past = block(hidden[:, :5], use_cache=True)
+            second, _ = block(hidden[:, 5:], layer_past=past, use_cache=True)
+            same = torch.allclose(whole, torch.cat([first, second], dim=1), atol=1e-5)
+        except Exception as error:
+            raise _changed("transformers", f"BloomBlock does not run as before ({error!r})") from error
+    if not same:
+        raise _changed("transformers", "BloomBlock gives another result with its attention cache than without")
+
+
+def _lm_head_init(self, config) -> None:
+    """petals' LMHead with a weight that transformers 5 can tie, and without cpufeature (which has no wheels)."""
+    import torch
+    from torch import nn
+
+    nn.Module.__init__(self)
+    device = torch.device("meta") if config.tie_word_embeddings else None  # a tied weight is only a place-holder until tied
+    self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size, device=device), requires_grad=False)
+    self.bias = None
+    self.in_features, self.out_features = config.hidden_size, config.vocab_size
+    self.use_chunked_forward = config.use_chunked_forward
+    if self.use_chunked_forward == "auto":  # petals' rule: bf16 is slow on CPUs without AVX512
+        self.use_chunked_forward = "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    self.chunked_forward_step = config.chunked_forward_step
+    self._bf16_warning_shown = False
+
+
+def _outside_meta_device(init):
+    """transformers 5 builds models under the meta device, where hivemind's shared memory cannot live."""
+
+    def __init__(self, *args, **kwargs):
+        import torch
+
+        with torch.device("cpu"):
+            init(self, *args, **kwargs)
+
+    return __init__
+
+
+def _read_both_key_styles(bloom_model: ModuleType) -> None:
+    for cls in (
+        bloom_model.DistributedBloomModel,
+        bloom_model.DistributedBloomForCausalLM,
+        bloom_model.DistributedBloomForSequenceClassification,
+    ):
+        cls._keys_to_ignore_on_load_unexpected = [r"^(transformer\.)?h\."]
+
+
+def _mend_generation(remote_generation: ModuleType) -> None:
+    """generate() of transformers 5 must make no cache of its own (servers hold it) and send only what the session has not seen."""
+    mixin = _need("petals", remote_generation, "RemoteGenerationMixin")
+    past_key_values = _need("petals", remote_generation, "RemotePastKeyValues")
+    generation = importlib.import_module("transformers.generation.utils").GenerationMixin
+    for name in ("_prepare_cache_for_generation", "prepare_inputs_for_generation"):
+        _need("transformers", generation, name)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs) -> dict:
+        prefix = self.config.pre_seq_len if self.config.tuning_mode else 0  # trainable prompts, not tokens
+        seen = max(0, self.transformer.h.position - prefix)
+        return {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values()}
+
+    mixin.prepare_inputs_for_generation = prepare_inputs_for_generation
+    mixin._prepare_cache_for_generation = lambda self, *args, **kwargs: None
+
+
+def _accept_token(from_pretrained):
+    """transformers 5 ignores `use_auth_token`, which petals still passes; `token` is its name now."""
+    function = from_pretrained.__func__
+
+    def mended(cls, *args, use_auth_token=None, **kwargs):
+        if use_auth_token is not None:
+            kwargs.setdefault("token", use_auth_token)
+        return function(cls, *args, **kwargs)
+
+    return classmethod(mended)

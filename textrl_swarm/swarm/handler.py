@@ -1,0 +1,158 @@
+"""A server's network side: petals' RPCs, plus two of ours that take an adapter and return LoRA gradients.
+
+Runs in processes forked from the server, which see only a copy of its memory: whatever must be known by all of them goes through a task
+pool to the compute process. Stock RPCs keep their stock names on the wire, so stock Petals clients work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import AsyncIterator  # noqa: UP035 - hivemind recognises streams by typing's own name
+
+import torch
+from async_timeout import timeout
+from hivemind.compression import serialize_torch_tensor
+from hivemind.p2p import P2PContext
+from hivemind.p2p.p2p_daemon import DEFAULT_MAX_MSG_SIZE
+from hivemind.proto import runtime_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.streaming import split_for_streaming
+from petals.server.handler import TransformerConnectionHandler
+from torch import Tensor
+
+from textrl_swarm.swarm.adapter_store import AdapterRefused
+from textrl_swarm.swarm.backend import LoraBackend
+from textrl_swarm.swarm.protocol import INFO_KEY, AdapterHeader, digest, is_adapter_key
+
+_STOCK_RPCS = frozenset(name for name in dir(TransformerConnectionHandler) if name.startswith("rpc_"))
+_BACKWARD_PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
+_PUSH_PRIORITY = 0.5  # before any computation
+
+
+class LoraHandler(TransformerConnectionHandler):
+    """TransformerConnectionHandler that also stores adapters and computes their gradients."""
+
+    _rpc_handlers = None  # hivemind caches these two on the class; inherited, they would hide the new RPCs
+    _stub_type = None
+
+    @classmethod
+    def _get_handle_name(cls, namespace, method_name):
+        owner = TransformerConnectionHandler if method_name in _STOCK_RPCS else super()
+        return owner._get_handle_name(namespace, method_name)
+
+    def _get_active_adapter(self, metadata: dict) -> str:
+        name = metadata.get("active_adapter") or ""
+        return name if is_adapter_key(name) else super()._get_active_adapter({**metadata, "active_adapter": name})
+
+    def _backends(self, uids: str) -> Sequence[LoraBackend]:
+        return tuple(self.module_backends[uid] for uid in self._check_uids(uids))
+
+    async def rpc_lora_push(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Stores an adapter for the named blocks: one flat fp32 tensor per block, in the order of the uids.
+
+        Metadata of the first message: `header`, an encoded AdapterHeader. Answers once the adapter can be used.
+        """
+        async with timeout(self.request_timeout):
+            store = next(iter(self.module_backends.values())).store
+            uids, flats, metadata = await self._gather_inputs(_bounded(requests, store.max_bytes_per_client), context)
+            backends = self._backends(uids)
+            header = _checked_header(metadata, backends, flats)
+            blocks = [backend.block_index for backend in backends]
+            await backends[0].store_pool.submit_task(
+                torch.zeros(1), str(context.remote_id), metadata["header"], blocks, *flats, priority=_PUSH_PRIORITY
+            )
+            self._log_request("rpc_lora_push", uids.split(), context)
+            yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({"key": header.key}))
+
+    async def rpc_lora_backward(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Gradients of a chain of blocks. Request: inputs and grad_outputs (B, S, H); metadata `active_adapter`, `need_input_grad`.
+
+        Answers with the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block, always as a stream: hivemind's
+        unary answers cannot carry more than 4 MiB.
+        """
+        async with timeout(self.request_timeout):
+            uids, (inputs, grad_outputs), metadata = await self._gather_inputs(requests, context)
+            backends = self._backends(uids)
+            self._log_request("rpc_lora_backward", uids.split(), context)
+            key = self._get_active_adapter(metadata)
+            if not is_adapter_key(key):
+                raise ValueError("rpc_lora_backward needs the key of a pushed adapter as active_adapter")
+            grads = await _run_backward(backends, inputs, grad_outputs, key, bool(metadata.get("need_input_grad", True)))
+            for tensor in grads:
+                for part in split_for_streaming(serialize_torch_tensor(tensor), DEFAULT_MAX_MSG_SIZE):
+                    yield runtime_pb2.ExpertResponse(tensors=[part])
+
+    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+        """Petals' answer plus what a training client checks before it relies on this server."""
+        info = MSGPackSerializer.loads((await super().rpc_info(request, context)).serialized_info)
+        backend = self.module_backends[request.uid] if request.uid else next(iter(self.module_backends.values()))
+        config = backend.config
+        cache_bytes_per_token = max(backend.cache_bytes_per_token.values()) * len(self.module_backends)
+        info[INFO_KEY] = {
+            "model_type": config.model_type,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "num_blocks": config.num_hidden_layers,
+            "linears": {path: list(sizes) for path, sizes in backend.linears.items()},
+            "max_batch_tokens": backend.forward_pool.max_batch_size,
+            "max_length": self.inference_max_length,
+            "cache_tokens": backend.memory_cache.max_size_bytes // cache_bytes_per_token,
+            "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
+        }
+        return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
+
+
+async def _bounded(requests: AsyncIterator[runtime_pb2.ExpertRequest], max_bytes: int) -> AsyncIterator[runtime_pb2.ExpertRequest]:
+    """Refuses a stream that grows past what may be stored, before it fills the memory."""
+    received = 0
+    async for request in requests:
+        received += sum(len(tensor.buffer) for tensor in request.tensors)
+        if received > max_bytes:
+            raise AdapterRefused(
+                f"more than {max_bytes} bytes of adapter; this server keeps no more per client (--adapter_bytes_per_client)"
+            )
+        yield request
+
+
+def _checked_header(metadata: dict, backends: Sequence[LoraBackend], flats: Sequence[Tensor]) -> AdapterHeader:
+    try:
+        header = AdapterHeader.decode(metadata["header"])
+    except (KeyError, ValueError) as error:
+        raise AdapterRefused(repr(error)) from error
+    if len(flats) != len(backends):
+        raise AdapterRefused(f"{len(flats)} tensors for {len(backends)} blocks")
+    for backend, flat in zip(backends, flats, strict=True):
+        for path, sizes in header.targets.items():
+            if backend.linears.get(path) != sizes:
+                raise AdapterRefused(f"target {path!r} has sizes {sizes}, but {backend.linears.get(path)} in block {backend.block_index}")
+        if flat.dtype != torch.float32 or flat.shape != (header.block_numel,):
+            raise AdapterRefused(
+                f"block {backend.block_index}: expected {header.block_numel} fp32 numbers, got {tuple(flat.shape)} {flat.dtype}"
+            )
+        if not torch.isfinite(flat).all():
+            raise AdapterRefused(f"block {backend.block_index}: the adapter has NaN or infinite numbers")
+        if digest(flat) != header.digests.get(backend.block_index):
+            raise AdapterRefused(f"block {backend.block_index}: the tensor is not the one the header names")
+    return header
+
+
+async def _run_backward(
+    backends: Sequence[LoraBackend], inputs: Tensor, grad_outputs: Tensor, key: str, need_input_grad: bool
+) -> list[Tensor]:
+    """[gradient of the inputs or empty, flat gradient of backends[0], of backends[1], ...]"""
+    hidden, grad = inputs.to(backends[0].dtype), grad_outputs.to(backends[-1].dtype)
+    block_inputs = [hidden]
+    for backend in backends[:-1]:
+        (hidden,) = await backend.forward_pool.submit_task(hidden, key, priority=_BACKWARD_PRIORITY)
+        block_inputs.append(hidden)
+    flats: list[Tensor] = []
+    for position in reversed(range(len(backends))):
+        needed = need_input_grad or position > 0
+        pool = backends[position].lora_backward_pool
+        grad, flat = await pool.submit_task(block_inputs[position], grad, key, needed, priority=_BACKWARD_PRIORITY)
+        flats.append(flat)
+    return [grad, *reversed(flats)]
