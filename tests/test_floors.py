@@ -31,11 +31,11 @@ FLOORS: dict[str, tuple[str, list[str]]] = {
     "swarm.session": ("swarm.session", ["swarm.chain"]),
     "swarm.client": ("swarm.client", ["swarm.session"]),
     "swarm.local": ("swarm.local", ["swarm.server", "swarm.client"]),
-    "policies": ("policy local_policy swarm_policy tiny", ["swarm.local"]),
+    "policies": ("policy local_policy swarm_policy generation tiny", ["swarm.local"]),
     "rollouts": ("rewards env rollout", ["policies"]),
-    "agents": ("agent actor", ["rollouts"]),
+    "agents": ("ppo agent actor", ["rollouts"]),
     "training": ("checkpoint training", ["agents"]),
-    "faces": ("demo cli __init__ __main__", ["training"]),
+    "faces": ("demo plain_check serving cli __init__ __main__", ["training"]),
 }
 FLOOR_OF = {module: floor for floor, (modules, _) in FLOORS.items() for module in modules.split()}
 
@@ -44,7 +44,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "petals": ("swarm.",),
     "hivemind": ("swarm.",),
     "tensor_parallel": ("swarm.",),
-    "peft": ("adapters", "local_policy", "swarm.compat"),  # compat only puts back a name that petals looks for in peft
+    "peft": ("adapters", "local_policy", "policy", "plain_check", "swarm.compat"),  # compat only puts back a name that petals looks for in peft
     "pfrl": ("agent", "actor", "env", "training"),
     "gym": ("agent", "actor", "env", "training"),
     "bitsandbytes": ("local_policy",),

@@ -65,7 +65,7 @@ def lora_config(
         layers_to_transform=list(range(first, num_blocks)) if first > 0 else None,
         layers_pattern=blocks_name if first > 0 else None,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=base_model or None,
         inference_mode=False,
     )
 
@@ -111,23 +111,38 @@ def load_tensors(directory: str | Path, expected: Mapping[str, Tensor], config: 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             raise AdapterError(f"{path} holds no adapter: there is no {name}")
-    found_config = PeftConfig.from_pretrained(str(path))
-    if not isinstance(found_config, LoraConfig):
-        raise AdapterError(f"{path} holds a {found_config.peft_type} adapter; only LoRA adapters can be loaded")
+    found_config = _read_config(path)
     tensors = read_tensors(path / ADAPTER_WEIGHTS)
     difference = _difference(tensors, expected)
     if difference:
         raise AdapterError(
-            f"the adapter in {path} does not fit: {difference}. It was made for base model {found_config.base_model_name_or_path!r} "
-            f"with r={found_config.r}, targets {sorted(found_config.target_modules or ())}; this policy has r={config.r}, "
-            f"targets {sorted(config.target_modules)}"
+            f"the adapter in {path} does not fit: {difference}. It was made for {_summary(found_config)}; "
+            f"this policy has {_summary(config)}"
         )
-    if found_config.lora_alpha / found_config.r != config.lora_alpha / config.r:
+    if found_config.use_rslora or found_config.rank_pattern or found_config.alpha_pattern:
+        raise AdapterError(f"the adapter in {path} has use_rslora, rank_pattern or alpha_pattern; only one alpha / r for all is supported")
+    if (found_config.r, found_config.lora_alpha) != (config.r, config.lora_alpha):
         raise AdapterError(
-            f"the adapter in {path} is scaled by alpha / r = {found_config.lora_alpha / found_config.r}, "
-            f"this policy by {config.lora_alpha / config.r}; make the policy with alpha={found_config.lora_alpha}"
+            f"the adapter in {path} is scaled by alpha / r = {found_config.lora_alpha} / {found_config.r}, "
+            f"this policy by {config.lora_alpha} / {config.r}; make the policy with alpha={found_config.lora_alpha}"
         )
     return tensors
+
+
+def _read_config(path: Path) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{path / ADAPTER_CONFIG} cannot be read: {error!r}") from error
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{path} holds a {getattr(config.peft_type, 'value', 'nameless')} adapter; only LoRA adapters can be loaded")
+    return config
+
+
+def _summary(config: LoraConfig) -> str:
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    blocks = "all" if config.layers_to_transform is None else config.layers_to_transform
+    return f"base model {config.base_model_name_or_path!r}, r={config.r}, targets {targets}, blocks {blocks}"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

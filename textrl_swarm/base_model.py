@@ -5,6 +5,7 @@ Knows nothing about weights in memory or about servers.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,12 @@ def read_config(model: str | Path) -> PretrainedConfig:
     """The configuration of a model directory or hub id.
 
     Raises:
-        ModelError: no such directory or hub id, no config.json, or no weights in the directory.
+        ModelError: no such directory or hub id, no config.json, no weights in the directory, or neither name nor path.
     """
     from transformers import AutoConfig
 
+    if not isinstance(model, (str, os.PathLike)):
+        raise ModelError(f"model must be a directory, a hub id or a transformers model, got {type(model).__name__}")
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():

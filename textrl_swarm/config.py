@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from textrl_swarm.errors import ConfigError, closest
@@ -25,6 +26,11 @@ def _require_numbers(config: object, *names: str) -> None:
         value = getattr(config, name)
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         _require(ok, f"{name} must be a finite number, got {value!r}")
+
+
+def _require_bools(config: object, *names: str) -> None:
+    for name in names:  # "false" from a file would count as True
+        _require(isinstance(getattr(config, name), bool), f"{name} must be True or False, got {getattr(config, name)!r}")
 
 
 def from_dict(cls: type, values: dict):
@@ -52,8 +58,8 @@ class LoraSettings:
         _require_numbers(self, "alpha")
         _require(self.alpha > 0, f"LoRA alpha must be > 0, got {self.alpha!r}")
         if self.targets is not None:
-            targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-            ok = bool(targets) and all(isinstance(t, str) and t for t in targets)
+            targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+            ok = isinstance(targets, Iterable) and bool(targets := tuple(targets)) and all(isinstance(t, str) and t for t in targets)
             _require(ok, f"LoRA targets must be names of linear layers or None for all of them, got {self.targets!r}")
             object.__setattr__(self, "targets", targets)
         ok = self.layers is None or (_is_int(self.layers) and self.layers >= 1)
@@ -85,6 +91,7 @@ class SamplingConfig:
         )
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = off), got {self.top_p!r}")
         _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0 (1 = off), got {self.repetition_penalty!r}")
+        _require_bools(self, "do_sample")
         _require(self.seed is None or _is_int(self.seed), f"seed must be a whole number or None, got {self.seed!r}")
 
 
@@ -133,4 +140,5 @@ class PPOConfig:
             if getattr(self, name) is not None:
                 _require_numbers(self, name)
                 _require(getattr(self, name) > 0, f"{name} must be > 0 or None, got {getattr(self, name)!r}")
+        _require_bools(self, "whiten_advantages", "whiten_rewards")
         _require(_is_int(self.seed), f"seed must be a whole number, got {self.seed!r}")

@@ -7,6 +7,7 @@ Knows nothing about rewards or training.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -95,19 +96,40 @@ class _Group:
         choosing = (self._open_rows(position) & (position >= self.prompt_lengths)).nonzero().flatten()
         if len(choosing) == 0:
             return
-        state = hidden[choosing.to(hidden.device)]
-        logits = policy.project(state).float().cpu()
         steps = position - self.prompt_lengths[choosing]
-        scores = filter_logits(
-            logits, temperature=self.sampling.temperature, top_k=self.sampling.top_k, top_p=self.sampling.top_p,
-            repetition_penalty=self.sampling.repetition_penalty, seen_tokens=[self.tokens[i, :position] for i in choosing.tolist()],
-        )  # fmt: skip
-        chosen = choose_tokens(scores, None if self.draws is None else self.draws[choosing, steps])
+        seen = [self.tokens[i, :position] for i in choosing.tolist()]
+        draws = None if self.draws is None else self.draws[choosing, steps]
+        chosen, logprobs, values = sample_next(policy, hidden[choosing.to(hidden.device)], seen, self.sampling, draws)
         self.tokens[choosing, position] = chosen
         self.mask[choosing, steps] = True
-        self.logprobs[choosing, steps] = token_logprobs(logits, chosen, temperature=self.sampling.temperature)
-        self.values[choosing, steps] = policy.value_head(state).float().cpu()
+        self.logprobs[choosing, steps], self.values[choosing, steps] = logprobs, values
         self.terminated[choosing] = torch.isin(chosen, self.stop)
+
+
+def sample_next(
+    policy: Policy, hidden: Tensor, seen: Sequence[Tensor], sampling: SamplingConfig, draws: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next token of R rows.
+
+    Args:
+        hidden: (R, H) last hidden states.
+        seen: per row its tokens so far, for the repetition penalty.
+        draws: (R,) float64 in [0, 1), a random number per row; None = the most likely token.
+
+    Returns:
+        tokens (R,) int64; their logprobs (R,) over the full vocabulary at the temperature; values (R,) of the states. On the CPU.
+    """
+    logits = policy.project(hidden).float().cpu()
+    scores = filter_logits(
+        logits,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seen_tokens=seen,
+    )
+    chosen = choose_tokens(scores, draws)
+    return chosen, token_logprobs(logits, chosen, temperature=sampling.temperature), policy.value_head(hidden).float().cpu()
 
 
 def encode_prompts(policy: Policy, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -128,9 +150,11 @@ def _encode(policy: Policy, prompt: str | Sequence[int], index: int) -> list[int
         ids = policy.tokenizer(prompt)["input_ids"]
     else:
         try:
-            ids = [int(token) for token in prompt]
-        except (TypeError, ValueError):
-            raise PromptError(f"prompt {index} is neither a text nor a list of token ids: {prompt!r}") from None
+            ids = None if isinstance(prompt, bytes) else [operator.index(token) for token in prompt]
+        except TypeError:
+            ids = None
+        if ids is None:
+            raise PromptError(f"prompt {index} is neither a text nor a list of token ids: {prompt!r}")
     if not ids:
         raise PromptError(f"prompt {index} is empty ({prompt!r}); a policy needs at least one token to continue")
     wrong = [token for token in ids if not 0 <= token < policy.vocab_size]
@@ -171,9 +195,11 @@ def stop_ids(policy: Policy) -> Tensor:
 
 
 def _pad_id(policy: Policy) -> int:
+    """A padding token that was added to the tokenizer alone has no embedding, and padding is fed to the model."""
     for name in ("pad_token_id", "eos_token_id"):
-        if getattr(policy.tokenizer, name, None) is not None:
-            return getattr(policy.tokenizer, name)
+        token = getattr(policy.tokenizer, name, None)
+        if token is not None and token < policy.vocab_size:
+            return token
     return 0
 
 

@@ -5,12 +5,16 @@ Any decoder-only Hugging Face model; PEFT applies the adapter. Knows nothing abo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from textrl_swarm.adapters import choose_targets, initial_tensor, lora_config
 from textrl_swarm.base_model import hub_name, read_config
@@ -25,24 +29,25 @@ def load_local_policy(model, quantization, lora: LoraSettings, dtype, device, se
     if quantization not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantization must be None, '8bit' or '4bit', got {quantization!r}")
     if isinstance(model, nn.Module):
-        if isinstance(model, PeftModel):
-            raise ModelError("this model already has a PEFT adapter: pass the base model, then policy.load_adapter(directory)")
+        _require_plain_decoder(model)
         if quantization is not None:
             raise ConfigError("quantization is chosen when weights are loaded: pass the model's directory or hub id, or a quantised model")
         return LocalPolicy(model, lora, seed, tokenizer or _tokenizer(model.name_or_path))
     from transformers import AutoModelForCausalLM
 
     config = read_config(model)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{model} is an encoder-decoder model ({config.model_type}); only decoder-only language models can be trained")
+    _require_decoder(config, str(model))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"dtype": dtype or "auto"}
     if quantization is not None:
         options.update(quantization_config=_quantization_config(quantization, device), device_map={"": device})
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(hub_name(model), **options)
-    except (OSError, ValueError, KeyError) as error:
+        loaded, found = AutoModelForCausalLM.from_pretrained(hub_name(model), output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {str(model)!r} cannot be loaded: {error}") from error
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(found["missing_keys"])
+        raise ModelError(f"{len(missing)} weights are missing in the checkpoint of {str(model)!r}, e.g. {missing[0]}")
     if quantization is None:
         loaded.to(device)
     return LocalPolicy(loaded, lora, seed, tokenizer or _tokenizer(hub_name(model)))
@@ -57,6 +62,23 @@ def _tokenizer(model: str):
         return None  # prompts must then be token ids
 
 
+def _require_decoder(config, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model ({config.model_type}); only decoder-only language models can be trained")
+
+
+def _require_plain_decoder(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ModelError(
+            "this model already has a PEFT adapter: pass the base model, then policy.load_adapter(directory); "
+            "if another policy uses it, close() that one first"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"{name} is no transformers model; pass one, or a directory or hub id")
+    _require_decoder(model.config, name)
+
+
 def _quantization_config(quantization: str, device: torch.device):
     from transformers import BitsAndBytesConfig
 
@@ -65,16 +87,22 @@ def _quantization_config(quantization: str, device: torch.device):
     except ImportError as error:
         raise ConfigError(f"quantization={quantization!r} needs bitsandbytes; type: pip install bitsandbytes ({error})") from error
     if quantization == "8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def _is_no_cast_notice(record: logging.LogRecord) -> bool:
+    """bitsandbytes says at every 8-bit matrix product that it computes in fp16: thousands of lines per rollout."""
+    return "inputs will be cast from" not in str(record.msg)
 
 
 class LocalPolicy(Policy):
     """A transformers model on this machine with a PEFT adapter and a value head.
 
     Args:
-        model: a causal language model; it is put in evaluation mode (no dropout) and gets the adapter's layers until `close`.
+        model: a causal language model; until `close` it is in evaluation mode (no dropout), frozen, and has the adapter's layers.
     """
 
     def __init__(self, model: nn.Module, lora: LoraSettings, seed: int, tokenizer):
@@ -88,9 +116,13 @@ class LocalPolicy(Policy):
         self.max_length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
         blocks_path, blocks = _find_blocks(model)
         linears = _linear_layers(blocks[0])
+        if not linears:
+            raise ModelError(f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to")
         self.peft_config = lora_config(
             lora, choose_targets(linears, lora.targets), len(blocks), blocks_path.rsplit(".", 1)[-1], self.base_model
         )
+        self.peft_config.fan_in_fan_out = any(_is_conv1d(module) for module in blocks[0].modules())  # or PEFT sets it, with a warning
+        self._was_training, self._was_trainable = model.training, [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # PEFT draws first values from the global generator; ours replace them
             self._peft = get_peft_model(model, self.peft_config)
@@ -103,18 +135,25 @@ class LocalPolicy(Policy):
             for name, parameter in self._parameters.items():
                 parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
-        self._check_head()
+        try:
+            self._check_model()
+        except BaseException:
+            self.close()
+            raise
 
-    def _check_head(self) -> None:
-        """Some architectures scale or cap their logits after the output embeddings; then `project` would be wrong."""
+    def _check_model(self) -> None:
+        """Some models scale or cap their logits after the output embeddings, or look ahead; then `project` or padding would be wrong."""
         tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
         with torch.no_grad():
-            ours = self.project(self.hidden_states(tokens)).float()
-            theirs = self._model(tokens).logits.float()
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max() + 1e-6)):
+            hidden, shorter = self.hidden_states(tokens), self.hidden_states(tokens[:, :-1])
+            ours, theirs = self.project(hidden), self._model(tokens).logits
+        name = type(self._model).__name__
+        if not _close(hidden[:, :-1], shorter, 0.1):  # 8-bit products depend a little on what else is in the batch
             raise ModelError(
-                f"{type(self._model).__name__} changes its logits after the output embeddings; such models are not supported yet"
+                f"{name} (model type {self._model.config.model_type}) sees later tokens; only decoder-only models can be trained"
             )
+        if not _close(ours, theirs, 0.01):
+            raise ModelError(f"{name} changes its logits after the output embeddings; such models are not supported yet")
 
     def features(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -136,12 +175,17 @@ class LocalPolicy(Policy):
         return self._parameters
 
     def _adapter(self):
+        if self._peft is None:
+            raise ModelError("this policy is closed, its adapter is no longer in the model; make a new one with load_policy")
         return nullcontext() if self._adapter_on else self._peft.disable_adapter()
 
     def close(self) -> None:
-        """Takes the adapter's layers out of the model again."""
+        """Takes the adapter's layers out of the model, which then is as it came."""
         if self._peft is not None:
             self._peft.unload()
+            self._model.train(self._was_training)
+            for parameter in self._was_trainable:
+                parameter.requires_grad_(True)
             self._peft = None
 
 
@@ -152,6 +196,11 @@ class _LocalSession:
     def step(self, tokens: Tensor) -> Tensor:
         with torch.no_grad(), self._policy._adapter():
             return self._policy._model.base_model(tokens, past_key_values=self._cache, use_cache=True).last_hidden_state
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether no number differs by more than `tolerance` times the largest."""
+    return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -169,6 +218,10 @@ def _linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear):
             layers[path] = (module.in_features, module.out_features)
-        elif type(module).__name__ == "Conv1D":
+        elif _is_conv1d(module):
             layers[path] = tuple(module.weight.shape)
     return layers
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"

@@ -105,7 +105,6 @@ class SwarmPolicy(Policy):
                     self._parameters[name] = nn.Parameter(initial_tensor(name, shape, seed).to(self.device))
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
         self._snapshot = None
-        self._snapshot_of: tuple[int, ...] = ()
 
     def features(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -147,14 +146,12 @@ class SwarmPolicy(Policy):
         }
 
     def _take_snapshot(self, flats: Mapping[int, Tensor]):
-        """What servers are sent; made anew only when a parameter changed since."""
+        """What servers are sent; made anew only when a number changed since, however it was changed."""
         from textrl_swarm.swarm.protocol import AdapterSnapshot
 
-        versions = tuple(parameter._version for parameter in self._parameters.values())
-        if versions != self._snapshot_of:
-            blocks = {block: flat.detach().float().cpu().clone() for block, flat in flats.items()}
+        blocks = {block: flat.detach().float().cpu() for block, flat in flats.items()}
+        if self._snapshot is None or not all(torch.equal(flat, self._snapshot.blocks[block]) for block, flat in blocks.items()):
             self._snapshot = AdapterSnapshot.take(self.lora.r, float(self.lora.alpha), self._targets, blocks)
-            self._snapshot_of = versions
         return self._snapshot
 
 

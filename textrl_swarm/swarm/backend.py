@@ -37,6 +37,7 @@ def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output
 def convert_and_hook_block(block, block_index, config, tensor_parallel_devices, output_device, quant_type, adapters=None, **kwargs):
     """Petals' convert_block, then a hook on every linear layer. Blocks split over several devices get none: their layers are slices."""
     converted = convert_block(block, block_index, config, tensor_parallel_devices, output_device, quant_type, adapters=adapters, **kwargs)
+    converted.eval()  # petals leaves blocks in training mode, where a model with dropout would give random answers
     linears: dict[str, tuple[int, int]] = {}
     if len(converted.module_shards) == 1:
         for path, module in converted.module_shards[0].named_modules():

@@ -162,13 +162,19 @@ def _before_petals() -> None:
 
 
 def _get_file_from_repo(path_or_repo: str, filename: str, use_auth_token=None, **kwargs) -> str | None:
-    """What transformers 4 had: a file of a directory or of the hub's cache, None when it does not exist."""
+    """What transformers 4 had: a file of a directory or of the hub, None when it does not exist.
+
+    Petals' servers keep downloads in a cache of their own; what transformers has downloaded before is used as well.
+    """
     from transformers.utils.hub import cached_file
 
-    return cached_file(
-        path_or_repo, filename, token=kwargs.pop("token", None) or use_auth_token, **kwargs,
-        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    options = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+    options = {f"_raise_exceptions_for_{name}": value for name, value in options.items()}
+    options["token"] = kwargs.pop("token", None) or use_auth_token
+    found = cached_file(path_or_repo, filename, **options, **kwargs)
+    if found is None and kwargs.pop("cache_dir", None) is not None:
+        found = cached_file(path_or_repo, filename, **options, **{**kwargs, "local_files_only": True})
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- after petals is loaded

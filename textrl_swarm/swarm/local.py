@@ -20,10 +20,15 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textrl_swarm.base_model import default_dht_prefix, read_config
 from textrl_swarm.config import QUANTIZATIONS
 from textrl_swarm.errors import ConfigError, LaunchError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from typing_extensions import Self
 
 QUANT_TYPES = {"8bit": "int8", "4bit": "nf4"}  # our name -> petals'
 _PEERS_LATER = "-"
@@ -144,20 +149,107 @@ def _kill_all() -> None:
         server.kill()
 
 
-class LocalSwarm:
-    """Servers of one model on this machine, on loopback, with the blocks split evenly.
+class ServerGroup:
+    """Servers of one model, started side by side and ended together. Context manager.
+
+    Args:
+        model: directory or hub id of a BLOOM model.
+        spans: half-open block spans, one per server; None = one server that chooses its blocks itself, as petals' options say.
+        options: petals' run_server options for all of them.
+        initial_peers: addresses to join; None or empty = start a new swarm.
+        start_timeout_s: until all blocks are online.
+
+    Raises:
+        ModelError: before anything is started.
+        LaunchError: on entering, when a server does not come online; all others are ended.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        spans: Sequence[tuple[int, int]] | None,
+        options: Sequence[str],
+        *,
+        initial_peers: Sequence[str] | None = None,
+        start_timeout_s: float = 180.0,
+    ):
+        self.model, self._spans, self._options = str(model), spans, list(options)
+        self._joined = list(initial_peers or [])
+        self._start_timeout_s = start_timeout_s
+        self.servers: list[ServerProcess] = []
+        self._logs: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """Addresses of the servers that are running, for clients."""
+        return [address for server in self.servers if server.running for address in server.addresses]
+
+    def __enter__(self) -> Self:
+        self._logs = tempfile.TemporaryDirectory(prefix="textrl-swarm-")
+        deadline = time.monotonic() + self._start_timeout_s
+        later = self._joined or [_PEERS_LATER]
+        try:
+            self.servers = [self._launch(i, self._joined if i == 0 else later) for i in range(len(self._spans or [None]))]
+            self.servers[0].wait_for("listening", deadline)
+            for server in self.servers[1:]:
+                server.send_peers(self.servers[0].addresses)
+            for server in self.servers:
+                server.wait_for("online", deadline)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _launch(self, i: int, peers: Sequence[str]) -> ServerProcess:
+        options = list(self._options)
+        if self._spans is not None:
+            options += ["--block_indices", f"{self._spans[i][0]}:{self._spans[i][1]}"]
+        options += ["--initial_peers", *peers] if peers else ["--new_swarm"]
+        threads = max(1, (os.cpu_count() or 1) // (len(self._spans or [None]) + 1))
+        return ServerProcess(self.model, options, Path(self._logs.name) / f"server{i}.log", threads)
+
+    def kill(self, i: int) -> None:
+        """SIGKILL of the whole process group of server i, as a crash or a power cut would."""
+        self.servers[i].kill()
+
+    def start(self, i: int) -> None:
+        """Starts server i (again); returns when its blocks are online. Raises LaunchError."""
+        self.servers[i].kill()
+        self.servers[i] = self._launch(i, self.initial_peers)
+        self.servers[i].wait_for("online", time.monotonic() + self._start_timeout_s)
+
+    def close(self, leave_within_s: float = 0.0) -> None:
+        """Ends every process; first lets them tell the swarm that they leave, for at most `leave_within_s`. Safe to call twice."""
+        if leave_within_s > 0:
+            deadline = time.monotonic() + leave_within_s
+            for server in self.servers:
+                server.interrupt()
+            while time.monotonic() < deadline and any(server.running for server in self.servers):
+                time.sleep(0.05)
+        for server in self.servers:
+            server.kill()
+        if self._logs is not None:
+            self._logs.cleanup()
+            self._logs = None
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+class LocalSwarm(ServerGroup):
+    """A new swarm of fp32 CPU servers on loopback, with the blocks split evenly: for demos and tests.
 
     Args:
         model: directory or hub id of a BLOOM model.
         num_servers: 1 to the number of blocks.
         quantization: None, "8bit" or "4bit" (the servers hold quantised blocks).
+        dht_prefix: name under which the blocks are announced; None = made from `model`.
         spans: half-open block spans, one per server, instead of the even split (overlaps make replicas).
         server_options: more options of petals' run_server, e.g. ("--attn_cache_tokens", "512").
         start_timeout_s: until all blocks are online.
 
     Raises:
-        ModelError, ConfigError: before anything is started.
-        LaunchError: on entering, when a server does not come online; all others are ended.
+        ModelError, ConfigError: before anything is started. LaunchError: on entering.
     """
 
     def __init__(
@@ -171,70 +263,22 @@ class LocalSwarm:
         server_options: Sequence[str] = (),
         start_timeout_s: float = 180.0,
     ):
-        config = read_config(model)
-        if config.model_type != "bloom":
-            raise ModelError(
-                f"{model} is a {config.model_type} model; the swarm parts train BLOOM models (use it locally: no initial_peers)"
-            )
         if quantization not in (None, *QUANTIZATIONS):
             raise ConfigError(f"quantization must be None, '8bit' or '4bit', got {quantization!r}")
-        self.model = str(model)
+        num_blocks = check_servable(model).num_hidden_layers
         self.dht_prefix = dht_prefix or default_dht_prefix(model)
-        self.servers: list[ServerProcess] = []
-        self._spans = list(spans) if spans is not None else split_evenly(config.num_hidden_layers, num_servers)
-        self._start_timeout_s = start_timeout_s
-        self._options = [
-            "--dht_prefix", self.dht_prefix, "--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--no_auto_relay", "--throughput", "1",
-            "--torch_dtype", "float32", "--num_handlers", "2", "--update_period", "5", "--quant_type", QUANT_TYPES.get(quantization, "none"),
-            "--device", "cpu", *server_options,
-        ]  # fmt: skip
-        self._logs: tempfile.TemporaryDirectory | None = None
+        options = [
+            *("--dht_prefix", self.dht_prefix, "--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--no_auto_relay", "--throughput", "1"),
+            *("--torch_dtype", "float32", "--device", "cpu", "--quant_type", QUANT_TYPES.get(quantization, "none")),
+            *("--num_handlers", "2", "--update_period", "5", *server_options),
+        ]
+        spans = list(spans) if spans is not None else split_evenly(num_blocks, num_servers)
+        super().__init__(model, spans, options, start_timeout_s=start_timeout_s)
 
-    @property
-    def initial_peers(self) -> list[str]:
-        """Addresses of the servers that are running, for clients."""
-        return [address for server in self.servers if server.running for address in server.addresses]
 
-    def __enter__(self) -> LocalSwarm:
-        self._logs = tempfile.TemporaryDirectory(prefix="textrl-swarm-")
-        deadline = time.monotonic() + self._start_timeout_s
-        try:
-            self.servers = [self._launch(i, None if i == 0 else [_PEERS_LATER]) for i in range(len(self._spans))]
-            self.servers[0].wait_for("listening", deadline)
-            for server in self.servers[1:]:
-                server.send_peers(self.servers[0].addresses)
-            for server in self.servers:
-                server.wait_for("online", deadline)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def _launch(self, i: int, peers: list[str] | None) -> ServerProcess:
-        start, stop = self._spans[i]
-        swarm = ["--new_swarm"] if peers is None else ["--initial_peers", *peers]
-        options = [*self._options, "--block_indices", f"{start}:{stop}", *swarm]
-        threads = max(1, (os.cpu_count() or 1) // (len(self._spans) + 1))
-        return ServerProcess(self.model, options, Path(self._logs.name) / f"server{i}.log", threads)
-
-    def kill(self, i: int) -> None:
-        """SIGKILL of the whole process group of server i, as a crash or a power cut would."""
-        self.servers[i].kill()
-
-    def start(self, i: int) -> None:
-        """Starts server i (again); returns when its blocks are online. Raises LaunchError."""
-        self.servers[i].kill()
-        peers = self.initial_peers
-        self.servers[i] = self._launch(i, peers or None)
-        self.servers[i].wait_for("online", time.monotonic() + self._start_timeout_s)
-
-    def close(self) -> None:
-        """Ends every process. Safe to call twice."""
-        for server in self.servers:
-            server.kill()
-        if self._logs is not None:
-            self._logs.cleanup()
-            self._logs = None
-
-    def __exit__(self, *exc_info) -> None:
-        self.close()
+def check_servable(model: str | Path) -> PretrainedConfig:
+    """The configuration of a model whose blocks can be served with LoRA. Raises ModelError."""
+    config = read_config(model)
+    if config.model_type != "bloom":
+        raise ModelError(f"{model} is a {config.model_type} model; the swarm parts train BLOOM models (use it locally: no initial_peers)")
+    return config

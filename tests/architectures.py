@@ -1,0 +1,70 @@
+"""Tiny random models of several architectures for the tests, made on the spot. No network, no files."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from textrl_swarm import tiny
+
+VOCAB, EOS, PAD = 48, 0, 1
+_LLAMA_LIKE = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+_OPT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64, "dropout": 0.0}
+CONFIGS = {
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "llama": ("llama", _LLAMA_LIKE),
+    "opt": ("opt", {**_OPT, "word_embed_proj_dim": 32}),
+    "opt_projected": ("opt", {**_OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),  # as in opt-350m: the head is narrower
+    "gpt_neox": (
+        "gpt_neox",
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64},
+    ),
+    "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 6}),  # short enough to matter in the tests
+    "qwen2": ("qwen2", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
+}
+ARCHITECTURES = sorted(CONFIGS)
+LINEARS = {  # of one block, by hand
+    "gpt2": {"c_attn", "c_proj", "c_fc"},
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+}
+LINEARS.update(opt_projected=LINEARS["opt"], mistral=LINEARS["llama"], qwen2=LINEARS["llama"])
+BLOCKS_NAME = {name: "h" if name in ("gpt2", "bloom") else "layers" for name in ARCHITECTURES}
+
+
+def tiny_model(architecture: str, seed: int = 0, **overrides):
+    """An untrained model of 3 blocks whose every weight matters; peaked logits, so that the most likely token is no tie."""
+    model_type, settings = CONFIGS[architecture]
+    ids = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = AutoConfig.for_model(model_type, **{**settings, **ids, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm_scale = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(0.2 * noise + (1.0 if is_norm_scale else 0.0))
+    return model
+
+
+def character_tokenizer():
+    """VOCAB entries: the end token 0, padding 1, unknown 2, then the lower-case letters from 3 on."""
+    return tiny._character_tokenizer(VOCAB)
+
+
+def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """(rows, length) int64, no special tokens."""
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def perturb(policy, seed: int = 0) -> None:
+    """Random numbers in every tensor of the adapter and the value head, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters().values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))

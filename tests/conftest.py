@@ -1,0 +1,100 @@
+"""Shared by all tests: no network, tiny models, real Petals servers on loopback, and a check that none of them outlives the run.
+
+Servers take seconds to start, so the swarms are started once, when the first test asks for them. A test that kills servers makes its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before any library reads them; servers and other child processes inherit them.
+_CACHES = tempfile.TemporaryDirectory(prefix="textrl-swarm-caches-")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=f"{_CACHES.name}/hf", PETALS_CACHE=f"{_CACHES.name}/petals", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import psutil  # noqa: E402
+import pytest  # noqa: E402
+
+from textrl_swarm.swarm.local import LocalSwarm  # noqa: E402
+from textrl_swarm.tiny import random_bloom  # noqa: E402
+
+
+def left_over_processes() -> list[str]:
+    """What this run started and did not end, zombies included; multiprocessing's own resource tracker ends with us."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(process.cmdline())
+            if "resource_tracker" not in command:
+                found.append(f"{process.pid} {process.status()} {process.name()} {command}")
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_outlives_the_tests() -> Iterator[None]:
+    yield
+    assert not left_over_processes()
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom(tmp_path_factory) -> Callable[..., Path]:
+    """random_bloom's arguments -> directory of such a model; made once."""
+    made: dict[str, Path] = {}
+
+    def get(**settings) -> Path:
+        name = json.dumps(settings, sort_keys=True)
+        if name not in made:
+            made[name] = random_bloom(tmp_path_factory.mktemp("models") / f"bloom{len(made)}", **settings)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def two_servers(tiny_bloom) -> Iterator[LocalSwarm]:
+    """Four blocks in two halves; room for one adapter of rank 1024 per client, and not quite for two in all."""
+    options = ("--adapter_bytes", "14000000", "--adapter_bytes_per_client", "10000000")
+    with LocalSwarm(tiny_bloom(seed=1), num_servers=2, server_options=options) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="session")
+def small_server(tiny_bloom, tmp_path_factory) -> Iterator[LocalSwarm]:
+    """Keys without `transformer.`, dropout in the configuration, at most 64 tokens at once and 400 in the caches."""
+    directory = tmp_path_factory.mktemp("models") / "with.a dot"
+    shutil.copytree(tiny_bloom(seed=2, layers=3, prefix="h"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "hidden_dropout": 0.3, "attention_dropout": 0.3}))
+    options = ("--max_batch_size", "64", "--attn_cache_tokens", "400")
+    with LocalSwarm(directory, num_servers=1, server_options=options) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="session")
+def hub_model(tiny_bloom) -> str:
+    """A hub id whose sharded checkpoint lies in the hub's local cache, as after a download."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, revision = tiny_bloom(seed=3, layers=5, hidden=48), "0123456789abcdef0123456789abcdef01234567"
+    repository = Path(os.environ["HF_HOME"], "hub", "models--tests--tiny-bloom.v1")
+    snapshot = repository / "snapshots" / revision
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(snapshot, max_shard_size="150KB")
+    AutoTokenizer.from_pretrained(source).save_pretrained(snapshot)
+    assert len(list(snapshot.glob("model-*.safetensors"))) > 3
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    return "tests/tiny-bloom.v1"
+
+
+@pytest.fixture(scope="session")
+def three_servers(hub_model) -> Iterator[LocalSwarm]:
+    """Five blocks in unequal spans."""
+    with LocalSwarm(hub_model, spans=[(0, 1), (1, 4), (4, 5)]) as swarm:
+        yield swarm

@@ -1,0 +1,549 @@
+"""Policies on this machine against plain transformers and peft: logits, gradients, and what is left of the model afterwards."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, BLOCKS_NAME, EOS, LINEARS, VOCAB, character_tokenizer, perturb, random_tokens, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+
+from textrl_swarm import tiny
+from textrl_swarm.config import LoraSettings, SamplingConfig
+from textrl_swarm.errors import ConfigError, ModelError, PromptError
+from textrl_swarm.local_policy import LocalPolicy
+from textrl_swarm.policy import load_policy
+
+
+def state(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def tensors_of(policy):
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
+
+
+def as_peft(model, policy, **settings):
+    """The same adapter on another copy of the base model, by plain peft; `settings` are spelled out by each test."""
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings)).eval()
+    result = set_peft_model_state_dict(peft_model, {name: p.detach().clone() for name, p in policy.adapter_parameters().items()})
+    assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora_" in key]
+    return peft_model
+
+
+def optimizer_steps(policy, count, lr=0.05):
+    """Trains on random tokens; returns the losses."""
+    optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=lr)
+    tokens, losses = random_tokens(4, 12, seed=7), []
+    for _ in range(count):
+        out = policy(tokens)
+        logprobs = out.logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])
+        loss = -logprobs.mean() + (out.values - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# Against transformers and peft
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_adapter_changes_nothing(architecture):
+    model, tokens = tiny_model(architecture), random_tokens(3, 14)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        with load_policy(model) as policy:
+            assert torch.equal(policy(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_and_gradients_are_those_of_peft(architecture):
+    model, tokens = tiny_model(architecture), random_tokens(3, 14)
+    policy = load_policy(copy.deepcopy(model), lora=LoraSettings(r=3, alpha=7))
+    perturb(policy)
+    oracle = as_peft(model, policy, r=3, lora_alpha=7, target_modules=sorted(LINEARS[architecture]))
+
+    weights = torch.randn(3, 14, VOCAB, generator=torch.Generator().manual_seed(1))
+    logits, expected = policy(tokens).logits, oracle(input_ids=tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = {name.replace(".default.", "."): p.grad for name, p in oracle.named_parameters() if p.grad is not None}
+    assert gradients.keys() == policy.adapter_parameters().keys() == get_peft_model_state_dict(oracle).keys()
+    for name, parameter in policy.adapter_parameters().items():
+        assert gradients[name].abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5 * float(gradients[name].abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_adapter_loads_in_plain_peft(architecture, tmp_path):
+    model, tokens = tiny_model(architecture), random_tokens(2, 9)
+    with load_policy(copy.deepcopy(model)) as policy, torch.no_grad():
+        perturb(policy)
+        policy.save_adapter(tmp_path)
+        expected = policy(tokens).logits
+    oracle = PeftModel.from_pretrained(model, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        merged = oracle.merge_and_unload()(input_ids=tokens).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)  # merging rounds W + BA once
+
+
+def test_values_are_the_head_on_the_last_hidden_states():
+    model, tokens = tiny_model("llama"), random_tokens(2, 9)
+    hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
+    policy = load_policy(model)
+    head = policy.trainable_parameters()
+    expected = hidden @ head["value_head.weight"][0] + head["value_head.bias"]
+    values = policy(tokens).values
+    assert values.shape == (2, 9)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+    values.sum().backward()
+    assert all(p.grad.abs().max() > 0 for name, p in policy.trainable_parameters().items() if "lora_B" in name or "value_head" in name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_right_padding_changes_nothing(architecture):
+    policy, tokens = load_policy(tiny_model(architecture)), random_tokens(2, 12)
+    perturb(policy)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 7:] = 0
+    padded = tokens.masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        alone, padded, other_padding = policy(tokens[:1, :7]), policy(padded, mask), policy(tokens, attention_mask=mask)
+    torch.testing.assert_close(padded.logits[:1, :7], alone.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded.values[:1, :7], alone.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other_padding.logits[:1, :7], alone.logits, rtol=1e-5, atol=1e-5)
+
+
+# The ref policy
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adapter_disabled_is_the_base_model(architecture):
+    model, tokens = tiny_model(architecture), random_tokens(2, 9)
+    with torch.no_grad():
+        base = model(input_ids=tokens).logits
+        policy = load_policy(model)
+        perturb(policy)
+        adapted = policy(tokens).logits
+        assert (adapted - base).abs().max() > 0.1
+        with policy.adapter_disabled():
+            assert torch.equal(policy(tokens).logits, base)
+            with policy.adapter_disabled():
+                assert torch.equal(policy(tokens).logits, base)
+            assert torch.equal(policy(tokens).logits, base)
+        assert torch.equal(policy(tokens).logits, adapted)
+
+
+def test_adapter_is_back_after_an_exception():
+    policy, tokens = load_policy(tiny_model("gpt2")), random_tokens(2, 9)
+    perturb(policy)
+    adapted = policy(tokens).logits
+    with pytest.raises(PromptError), policy.adapter_disabled(), policy.adapter_disabled():
+        policy(torch.full((1, 2), VOCAB))
+    with pytest.raises(IndexError), policy.adapter_disabled():
+        policy.hidden_states(torch.full((1, 2), VOCAB))  # fails inside the model, while peft has the adapter off
+    assert torch.equal(policy(tokens).logits, adapted)
+    optimizer_steps(policy, 1)
+    assert not torch.equal(policy(tokens).logits, adapted)
+
+
+def test_adapter_disabled_between_forward_and_backward_keeps_the_gradients():
+    tokens, gradients = random_tokens(2, 9), []
+    for disturb in (False, True):
+        policy = load_policy(tiny_model("bloom"))
+        perturb(policy)
+        loss = policy(tokens).logits.square().mean()
+        if disturb:
+            with policy.adapter_disabled(), torch.no_grad():
+                policy(tokens)
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in policy.adapter_parameters().items()})
+    assert_same_tensors(*gradients)
+
+
+def test_generation_inside_adapter_disabled_is_the_base_models():
+    model = tiny_model("bloom")
+    sampling = SamplingConfig(max_new_tokens=12, do_sample=False)
+    with load_policy(copy.deepcopy(model)) as fresh:
+        base = fresh.generate([[5, 6, 7]], sampling).tokens
+    policy = load_policy(model)
+    perturb(policy, seed=3)
+    assert not torch.equal(policy.generate([[5, 6, 7]], sampling).tokens, base)
+    with policy.adapter_disabled():
+        assert torch.equal(policy.generate([[5, 6, 7]], sampling).tokens, base)
+
+
+# Which layers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_targets_are_all_linear_layers_of_every_block(architecture):
+    names = load_policy(tiny_model(architecture)).adapter_parameters()
+    adapted = {(name.split(".")[-6], name.split(".")[-3]) for name in names}  # ("0", "c_attn"): block, layer; attention and mlp between
+    assert {layer for _, layer in adapted} == LINEARS[architecture]
+    assert {part for name in names for part in name.split(".") if part.isdigit()} == {"0", "1", "2"}
+    layers_per_block = len(LINEARS[architecture]) + (architecture == "gpt2")  # GPT-2 has two layers called c_proj
+    assert len(names) == 3 * 2 * layers_per_block
+
+
+def test_named_targets_match_whole_names_only():
+    names = load_policy(tiny_model("bloom"), lora=LoraSettings(targets="dense")).adapter_parameters()
+    assert set(names) == {f"base_model.model.transformer.h.{i}.self_attention.dense.lora_{part}.weight" for i in range(3) for part in "AB"}
+
+
+def test_targets_may_be_paths_inside_a_block():
+    policy = load_policy(tiny_model("gpt2"), lora=LoraSettings(targets=("mlp.c_proj", "c_attn")))
+    layers = {name.split(".h.")[1].split(".", 1)[1].split(".lora_")[0] for name in policy.adapter_parameters()}
+    assert layers == {"mlp.c_proj", "attn.c_attn"}
+
+
+def test_unknown_target_names_the_closest():
+    with pytest.raises(ConfigError, match=r"LoRA target 'query_value' is no linear layer .*did you mean 'query_key_value'\? known: dense, "):
+        load_policy(tiny_model("bloom"), lora=LoraSettings(targets=("dense", "query_value")))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_adapts_the_last_blocks_and_says_so(architecture, tmp_path):
+    model, tokens = tiny_model(architecture), random_tokens(2, 9)
+    policy = load_policy(copy.deepcopy(model), lora=LoraSettings(layers=2))
+    assert {part for name in policy.adapter_parameters() for part in name.split(".") if part.isdigit()} == {"1", "2"}
+    perturb(policy)
+    policy.save_adapter(tmp_path)
+    config = LoraConfig.from_pretrained(tmp_path)
+    assert config.layers_to_transform == [1, 2] and config.layers_pattern == BLOCKS_NAME[architecture]
+    with torch.no_grad():
+        expected = policy(tokens).logits
+        oracle = PeftModel.from_pretrained(model, tmp_path).eval()
+        torch.testing.assert_close(oracle(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    again = load_policy(tiny_model(architecture), lora=LoraSettings(layers=2), seed=9)
+    again.load_adapter(tmp_path)
+    assert torch.equal(again(tokens).logits, expected)
+
+
+def test_layers_of_all_blocks_is_no_layers():
+    names = [set(load_policy(tiny_model("bloom"), lora=LoraSettings(layers=layers)).adapter_parameters()) for layers in (3, None)]
+    assert names[0] == names[1]
+
+
+# What stays as it was
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "qwen2"])
+def test_the_base_is_bit_identical_after_optimizer_steps(architecture):
+    model = tiny_model(architecture)
+    before, tied = state(model), model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (architecture != "llama")
+    policy = load_policy(model)
+    start = tensors_of(policy)
+    losses = optimizer_steps(policy, 5)
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(parameter, start[name]) for name, parameter in policy.trainable_parameters().items())
+    policy.close()
+    assert_same_tensors(state(model), before)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama"])
+def test_close_leaves_the_model_as_it_was(architecture):
+    model, tokens = tiny_model(architecture).train(), random_tokens(2, 9)
+    modules, names = [type(module) for module in model.modules()], [name for name, _ in model.named_parameters()]
+    with torch.no_grad():
+        base = copy.deepcopy(model).eval()(input_ids=tokens).logits
+    policy = load_policy(model)
+    assert not policy._peft.training  # no dropout while it is a policy
+    perturb(policy)
+    policy.close()
+    policy.close()
+    assert [type(module) for module in model.modules()] == modules
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters()) and all(module.training for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=tokens).logits, base)
+    with pytest.raises(ModelError, match="this policy is closed"):
+        policy(tokens)
+
+
+def test_a_model_can_be_wrapped_again_after_close():
+    model, tokens = tiny_model("gpt2"), random_tokens(2, 9)
+    with load_policy(model, lora=LoraSettings(r=2)) as policy:
+        perturb(policy)
+    with torch.no_grad():
+        base = model(input_ids=tokens).logits
+        assert torch.equal(load_policy(model, lora=LoraSettings(r=5, layers=1))(tokens).logits, base)
+
+
+def test_a_failed_start_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model("gpt2")
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match=r"LoRA layers=4, but the model has 3 blocks; use 1 to 3"):
+        load_policy(model, lora=LoraSettings(layers=4))
+    monkeypatch.setattr(LocalPolicy, "project", lambda self, hidden: 2 * self._head(hidden))  # as if the model scaled its logits
+    with pytest.raises(ModelError, match="such models are not supported"):
+        load_policy(model)
+    assert [type(module) for module in model.modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_global_generator_is_left_alone(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    for source in (model, tmp_path):
+        with load_policy(source) as policy:
+            policy(random_tokens(1, 4))
+            policy.generate([[4, 5]], SamplingConfig(max_new_tokens=3, seed=2))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_same_seed_same_adapter_whatever_else_is_adapted():
+    first, again, other = (tensors_of(load_policy(tiny_model("bloom"), seed=seed)) for seed in (3, 3, 4))
+    assert_same_tensors(first, again)
+    assert all(not torch.equal(first[name], other[name]) for name in first if "lora_A" in name or name == "value_head.weight")
+    part = load_policy(tiny_model("bloom"), seed=3, lora=LoraSettings(layers=1, targets="dense")).adapter_parameters()
+    assert len(part) == 2 and all(torch.equal(tensor, first[name]) for name, tensor in part.items())
+
+
+def test_first_values_are_uniform_within_the_bound():
+    model = tiny_model("gpt2", n_embd=64)
+    for name, tensor in load_policy(model, lora=LoraSettings(r=64)).adapter_parameters().items():
+        if "lora_B" in name:
+            assert not tensor.any()
+        else:
+            bound = 1 / math.sqrt(tensor.shape[1])
+            assert 0.99 * bound < tensor.abs().max() <= bound and tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+# Loading: directories, objects, refusals
+
+
+def test_loading_a_directory(tmp_path):
+    directory = tiny.random_bloom(tmp_path / "model", layers=2, hidden=32)
+    model, tokens = AutoModelForCausalLM.from_pretrained(directory), random_tokens(2, 9)
+    with load_policy(str(directory)) as policy, torch.no_grad():
+        assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
+        assert policy.tokenizer.eos_token_id == EOS and policy.base_model == str(directory)
+        assert (policy.vocab_size, policy.hidden_size, policy.device.type) == (128, 32, "cpu")
+
+
+def test_the_base_models_name_is_in_the_saved_adapter(tmp_path):
+    directory = tiny.random_bloom(tmp_path / "model", layers=2, hidden=32)
+    load_policy(directory).save_adapter(tmp_path / "adapter")
+    assert LoraConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(directory)
+
+
+@pytest.mark.parametrize(("architecture", "limit"), [("gpt2", 64), ("llama", 64), ("opt", 64), ("bloom", None)])
+def test_the_models_length_limit(architecture, limit):
+    assert load_policy(tiny_model(architecture)).max_length == limit
+
+
+def test_a_policys_tokenizer_may_be_given():
+    tokenizer = character_tokenizer()
+    assert load_policy(tiny_model("gpt2")).tokenizer is None
+    assert load_policy(tiny_model("gpt2"), tokenizer=tokenizer).tokenizer is tokenizer
+
+
+def directory_with(tmp_path, **files):
+    for name, content in files.items():
+        (tmp_path / name.replace("__", ".")).write_text(content)
+    return tmp_path
+
+
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB, "decoder_start_token_id": 1}
+
+
+def t5_directory(tmp_path):
+    AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def damaged_model(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
+    return tmp_path
+
+
+def model_of_other_shape(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    save_file({"transformer.wte.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def checkpoint_without_head(tmp_path):
+    tiny_model("llama").model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path / "nowhere", "there is no directory .*nowhere"),
+        (lambda path: "./nowhere", "there is no directory nowhere"),
+        (lambda path: "some/where/else", "there is no directory some/where/else"),
+        (lambda path: directory_with(path, file="x") / "file", "file is a file; point to the directory"),
+        (lambda path: path, "has no config.json; point to a directory written by save_pretrained"),
+        (lambda path: directory_with(path, config__json="{}"), "has a config.json but no weights; expected one of model.safetensors, "),
+        (lambda path: directory_with(path, config__json="{", pytorch_model__bin=""), "neither a model directory here nor"),
+        (damaged_model, "the weights of .* cannot be loaded: "),
+        (model_of_other_shape, "the weights of .* cannot be loaded: "),
+        (t5_directory, r"is an encoder-decoder model \(t5\); only decoder-only"),
+        (checkpoint_without_head, "1 weights are missing in the checkpoint of .*, e.g. lm_head.weight"),
+        (lambda path: 7, "model must be a directory, a hub id or a transformers model, got int"),
+    ],
+)
+def test_models_that_cannot_be_loaded(make, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        load_policy(make(tmp_path))
+
+
+def wrapped(model):
+    load_policy(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: get_peft_model(tiny_model("gpt2"), LoraConfig(task_type="CAUSAL_LM")), "already has a PEFT adapter: pass the base model"),
+        (lambda: wrapped(tiny_model("gpt2")), "already has a PEFT adapter: .*close"),
+        (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)), r"encoder-decoder model \(t5\)"),
+        (lambda: AutoModel.from_config(tiny_model("gpt2").config), "GPT2Model has no output embeddings"),
+        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "bert", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=VOCAB, initializer_range=0.5,
+        )), r"BertLMHeadModel \(model type bert\) sees later tokens"),
+        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "cohere", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16,
+            vocab_size=VOCAB, logit_scale=0.0625, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )), "CohereForCausalLM changes its logits after the output embeddings"),
+        (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
+    ],
+)  # fmt: skip
+def test_model_objects_that_cannot_be_used(make, message):
+    model = make()
+    with pytest.raises(ModelError, match=message):
+        load_policy(model)
+
+
+def test_unknown_dtype(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded: .*float7"):
+        load_policy(tmp_path, dtype="float7")
+
+
+def test_quantization_must_be_known_and_chosen_at_loading():
+    with pytest.raises(ConfigError, match="quantization must be None, '8bit' or '4bit', got 'int8'"):
+        load_policy("anywhere", quantization="int8")
+    with pytest.raises(ConfigError, match="quantization is chosen when weights are loaded"):
+        load_policy(tiny_model("gpt2"), quantization="8bit")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "message"),
+    [
+        (torch.tensor([[1, VOCAB]]), None, "token ids must be in 0..47, got 1..48"),
+        (torch.tensor([[-1, 2]]), None, "token ids must be in 0..47, got -1..2"),
+        (torch.tensor([1, 2]), None, r"whole numbers of shape \(rows, tokens\), got torch.int64 \(2,\)"),
+        (torch.tensor([[1.0, 2.0]]), None, r"got torch.float32 \(1, 2\)"),
+        (torch.zeros(0, 4, dtype=torch.int64), None, r"got torch.int64 \(0, 4\)"),
+        (torch.zeros(2, 0, dtype=torch.int64), None, r"got torch.int64 \(2, 0\)"),
+        (torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), "padding only on the right"),
+        (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]]), "padding only on the right"),
+        (torch.tensor([[1, 2]]), torch.tensor([[1]]), "the shape of input_ids"),
+    ],
+)
+def test_tokens_that_cannot_be_scored(tokens, mask, message):
+    with pytest.raises(PromptError, match=message):
+        load_policy(tiny_model("gpt2"))(tokens, mask)
+
+
+# Half precision and quantised weights
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama"])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_half_precision_base_with_fp32_adapter_and_head(architecture, dtype, tmp_path):
+    model, tokens = tiny_model(architecture), random_tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, dtype=dtype)
+    half = torch.bfloat16 if dtype == "bfloat16" else dtype
+    adapted = set(map(id, policy.trainable_parameters().values()))
+    assert {p.dtype for p in policy.trainable_parameters().values()} == {torch.float32}
+    assert {p.dtype for p in policy._peft.parameters() if id(p) not in adapted} == {half}
+    with torch.no_grad():
+        out, expected = policy(tokens), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=half)(input_ids=tokens).logits
+    assert torch.equal(out.logits, expected) and out.values.dtype == torch.float32
+    start = tensors_of(policy)
+    losses = optimizer_steps(policy, 4)
+    assert losses[-1] < losses[0]
+    assert all(torch.isfinite(p).all() and not torch.equal(p, start[name]) for name, p in policy.trainable_parameters().items())
+    rollout = policy.generate([[4, 5, 6], [7]], SamplingConfig(max_new_tokens=6, seed=0))
+    assert rollout.old_logprobs.dtype == rollout.values.dtype == torch.float32 and torch.isfinite(rollout.old_logprobs).all()
+
+
+def quantised_storage(model):
+    """Every tensor of the base model that a forward reads, quantisation constants included."""
+    found = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if ".lora_" not in name}
+    for name, parameter in model.named_parameters():
+        for constant in ("CB", "SCB"):
+            if isinstance(getattr(parameter, constant, None), torch.Tensor):
+                found[f"{name}.{constant}"] = getattr(parameter, constant).clone()
+        if getattr(parameter, "quant_state", None) is not None:
+            found[f"{name}.absmax"] = parameter.quant_state.absmax.clone()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "llama"])
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, caplog):
+    model, tokens = tiny_model(architecture), random_tokens(2, 9)
+    model.save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.WARNING):
+        policy = load_policy(tmp_path / "base", quantization=quantization, device="cpu")
+        storage = quantised_storage(policy._model)
+        assert {str(t.dtype) for t in storage.values()} >= {"torch.int8" if quantization == "8bit" else "torch.uint8"}
+        start = tensors_of(policy)
+        with torch.no_grad():
+            base = policy(tokens).logits
+        assert 0 < (base - model(input_ids=tokens).logits).abs().max()  # it is quantised
+        losses = optimizer_steps(policy, 4)
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert all(torch.isfinite(p).all() and not torch.equal(p, start[name]) for name, p in policy.trainable_parameters().items())
+    assert_same_tensors(quantised_storage(policy._model), storage)
+    with torch.no_grad(), policy.adapter_disabled():
+        assert torch.equal(policy(tokens).logits, base)
+    assert not caplog.records, caplog.text  # bitsandbytes would warn at every matrix product
+
+    policy.save_adapter(tmp_path / "adapter")
+    settings = {"load_in_8bit": True} if quantization == "8bit" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32,
+    }  # fmt: skip
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"})
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(input_ids=tokens).logits
+        torch.testing.assert_close(policy(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    rollout = policy.generate([[4, 5, 6], [7]], SamplingConfig(max_new_tokens=6, seed=0))
+    assert torch.isfinite(rollout.old_logprobs).all() and rollout.response_mask.any(dim=1).all()
+
+
+def test_an_adapter_trained_on_quantised_weights_fits_the_full_model(tmp_path):
+    tiny_model("bloom").save_pretrained(tmp_path / "base")
+    with load_policy(tmp_path / "base", quantization="4bit") as quantised:
+        optimizer_steps(quantised, 2)
+        quantised.save_adapter(tmp_path / "adapter")
+        trained = tensors_of(quantised)
+    full = load_policy(tmp_path / "base")
+    full.load_adapter(tmp_path / "adapter")
+    assert_same_tensors(tensors_of(full), trained)

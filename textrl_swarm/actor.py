@@ -1,0 +1,110 @@
+"""TextRL's actor: binds an environment and a model, makes the PPO agent, and speaks (`predict`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from textrl_swarm.agent import PPOAgent
+from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, from_dict
+from textrl_swarm.env import TextRLEnv
+from textrl_swarm.errors import ConfigError, closest
+from textrl_swarm.policy import Policy, load_policy
+
+_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+class TextRLActor:
+    """A policy for an environment.
+
+    Args:
+        env: prompts and reward.
+        model: a transformers model (plain or quantised), a petals Distributed* model, a directory or hub id, or a Policy.
+        tokenizer: of the model.
+        optimizer: "adamw", "adam", "sgd", or a function from a list of parameters to a torch optimizer.
+        gpu_id: index of the CUDA device for a model given by name; None = CUDA when there is one.
+        unfreeze_layer_from_past: train LoRA on the last n blocks only; 0 = all (or the environment's setting).
+        act_deterministically: `predict` and evaluation take the most likely token.
+        temperature, top_k, top_p, repetition_penalty: of sampling, see SamplingConfig.
+        compare_sample: must agree with the environment's when given.
+        lora: see LoraSettings; None = its defaults.
+        seed: of adapter, value head and sampling.
+    """
+
+    def __init__(
+        self,
+        env: TextRLEnv,
+        model: nn.Module | Policy | str,
+        tokenizer=None,
+        optimizer: str | Callable[[list], torch.optim.Optimizer] = "adamw",
+        gpu_id: int | None = None,
+        unfreeze_layer_from_past: int = 0,
+        act_deterministically: bool = True,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        compare_sample: int | None = None,
+        lora: LoraSettings | None = None,
+        seed: int = 0,
+    ):
+        if compare_sample is not None and compare_sample != env.compare_sample:
+            raise ConfigError(
+                f"compare_sample={compare_sample}, but the environment was made with {env.compare_sample}; give it to TextRLEnv"
+            )
+        if isinstance(optimizer, str) and optimizer not in _OPTIMIZERS:
+            raise ConfigError(f"unknown optimizer {optimizer!r}; {closest(optimizer, _OPTIMIZERS)}")
+        self.env, self.optimizer, self.act_deterministically, self.seed = env, optimizer, act_deterministically, seed
+        self.sampling = SamplingConfig(
+            max_new_tokens=env.env_max_length, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+        )
+        layers = unfreeze_layer_from_past or env.unfreeze_layer_from_past
+        if lora is None:
+            lora = LoraSettings(layers=layers or None)
+        elif layers:
+            raise ConfigError("give either lora=LoraSettings(layers=n) or unfreeze_layer_from_past=n, not both")
+        device = None if gpu_id is None else f"cuda:{gpu_id}"
+        self.policy = model if isinstance(model, Policy) else load_policy(model, lora=lora, device=device, seed=seed, tokenizer=tokenizer)
+        self.agent: PPOAgent | None = None
+
+    def agent_ppo(
+        self, update_interval: int = 10, minibatch_size: int = 2000, epochs: int = 20, lr: float = PPOConfig.lr, **ppo_fields
+    ) -> PPOAgent:
+        """The agent that trains this actor.
+
+        Args:
+            update_interval: env steps (one token of each sample) between updates.
+            minibatch_size: env steps per optimizer step; minibatches hold whole responses of about that many, never a copy.
+            epochs: passes over each rollout.
+            lr: learning rate.
+            ppo_fields: any other field of PPOConfig, e.g. kl_coef=0.1.
+        """
+        if not isinstance(minibatch_size, int) or minibatch_size < 1:
+            raise ConfigError(f"minibatch_size must be a whole number >= 1 of env steps, got {minibatch_size!r}")
+        responses = max(1, minibatch_size // self.env.env_max_length) * self.env.compare_sample
+        config = from_dict(PPOConfig, {"minibatch_size": responses, "epochs": epochs, "lr": lr, "seed": self.seed, **ppo_fields})
+        self.agent = PPOAgent(
+            self.policy,
+            config,
+            self.sampling,
+            update_interval=update_interval,
+            act_deterministically=self.act_deterministically,
+            make_optimizer=self._make_optimizer(config),
+        )
+        return self.agent
+
+    def _make_optimizer(self, config: PPOConfig) -> Callable[[list], torch.optim.Optimizer] | None:
+        if self.optimizer == "adamw":
+            return None  # the learner's own
+        if isinstance(self.optimizer, str):
+            return lambda parameters: _OPTIMIZERS[self.optimizer](parameters, lr=config.lr)
+        return self.optimizer
+
+    def predict(self, input_item: str | dict | Sequence[str]) -> list[str]:
+        """`compare_sample` responses to a prompt; the reward function is not asked and no episode is disturbed."""
+        item = input_item if isinstance(input_item, dict) else {"input": input_item if isinstance(input_item, str) else input_item[0]}
+        sampling = dataclasses.replace(self.sampling, num_samples=self.env.compare_sample, do_sample=not self.act_deterministically)
+        return list(self.policy.generate([self.env.encode(item)], sampling).texts)

@@ -1,0 +1,78 @@
+"""The command line: `textrl-swarm demo | serve`. Parses, calls the library, prints; errors of ours become one line and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from textrl_swarm.errors import TextRLSwarmError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Reinforcement learning (PPO) of language models through a Petals swarm.",
+)  # fmt: skip
+console = Console(highlight=False)
+
+
+@app.command(epilog="Examples:  textrl-swarm demo --out runs/demo  |  textrl-swarm demo --local --quantization 8bit --out runs/8bit")
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the base model, adapter, summary and picture.")] = Path("runs/demo"),
+    servers: Annotated[int, typer.Option(min=1, help="Petals servers to start on this machine.")] = 2,
+    local: Annotated[bool, typer.Option("--local", help="No swarm: the model sits in this process.")] = False,
+    quantization: Annotated[str | None, typer.Option(help="8bit or 4bit: of the servers' blocks, or of the local model.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Rollouts to train on.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Train a tiny BLOOM, held by real Petals servers, to speak well of things: about four minutes on two cores."""
+    from textrl_swarm.demo import DemoSettings, run_demo
+
+    summary = run_demo(DemoSettings(out, 0 if local else servers, quantization, iterations, seed), console)
+    if summary["interrupted"]:
+        raise typer.Exit(130)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples:  textrl-swarm serve bigscience/bloom-560m --new-swarm  |  textrl-swarm serve ./my-bloom --servers 2 --new-swarm  |  "
+    "textrl-swarm serve ./my-bloom --initial-peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo... --block_indices 4:8",
+)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a BLOOM model.")],
+    servers: Annotated[int, typer.Option(min=1, help="Servers to start here, with the blocks split evenly.")] = 1,
+    new_swarm: Annotated[bool, typer.Option("--new-swarm", "--new_swarm", help="Start a swarm instead of joining one.")] = False,
+    initial_peers: Annotated[
+        list[str] | None, typer.Option("--initial-peers", "--initial_peers", help="Address of a server to join; may be repeated.")
+    ] = None,
+) -> None:
+    """Serve a model's blocks to clients that generate and train. Every option of petals' run_server can be added."""
+    from textrl_swarm.serving import serve as run_servers
+
+    peers, options = _split_addresses(list(initial_peers or []), context.args)
+    if new_swarm == bool(peers):
+        raise typer.BadParameter("give either --new-swarm (start one) or --initial-peers ADDRESS (join one)")
+    run_servers(model, servers, peers, options, console)
+
+
+def _split_addresses(peers: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
+    """petals lets several addresses follow one --initial_peers; those arrive among the other arguments."""
+    return peers + [arg for arg in rest if arg.startswith("/")], [arg for arg in rest if not arg.startswith("/")]
+
+
+def main() -> None:
+    """Entry point of `textrl-swarm`."""
+    try:
+        app()
+    except TextRLSwarmError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

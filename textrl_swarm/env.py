@@ -1,0 +1,153 @@
+"""TextRL's environment: prompts and the user's reward function, with the gym interface of four values per step.
+
+`get_reward` is the one method to override. The environment needs only the tokenizer; it never runs the model, and what it shows the agent
+are token ids. Knows nothing about policies or training.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from textrl_swarm.errors import ConfigError, PromptError
+from textrl_swarm.rewards import RewardFunction, Rewards
+
+logger = logging.getLogger(__name__)
+
+
+class TextRLEnv:
+    """Episodes of `compare_sample` responses to one prompt, a token of each per env step.
+
+    Args:
+        model: only its name for messages; may be None.
+        tokenizer: turns prompts into token ids and ids into token strings.
+        observation_input: prompts: dicts with an "input" (other keys reach get_reward untouched), texts, or lists whose first entry is the text.
+        max_length: most tokens per response.
+        compare_sample: responses to the same prompt in one episode.
+        unfreeze_layer_from_past: train only the last n blocks (0 = all); used by TextRLActor.
+
+    Raises:
+        PromptError: no prompts, or one without text.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        observation_input: Sequence[dict | str | Sequence[str]] = (),
+        max_length: int = 100,
+        compare_sample: int = 2,
+        unfreeze_layer_from_past: int = 0,
+    ):
+        for name, value in (("max_length", max_length), ("compare_sample", compare_sample)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
+        self.model, self.tokenizer = model, tokenizer
+        self.items = _items(observation_input)
+        self.observation_space = observation_input
+        self.env_max_length, self.compare_sample = max_length, compare_sample
+        self.unfreeze_layer_from_past = unfreeze_layer_from_past
+        self.stop_ids = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")} - {None}
+        self.gen_stop_toks = [t for t in (getattr(tokenizer, "sep_token", None), getattr(tokenizer, "eos_token", None)) if t]
+        self._rng = random.Random(0)
+        self._upcoming: list[dict] = []
+        self.rewards = RewardFunction(self.get_reward, compare_sample)
+        if type(self).get_reward is TextRLEnv.get_reward:
+            logger.warning("get_reward is not overridden: every reward is 0 and nothing will be learned; subclass TextRLEnv")
+        self.reset()
+
+    # ------------------------------------------------------------------ what users override
+
+    def get_reward(self, input_item: dict, predicted_list: list[list[str]], finish: bool):
+        """The user's reward, asked after every token.
+
+        Args:
+            input_item: the prompt's dict, e.g. {"input": "The soup is"}.
+            predicted_list: per sample, the token strings so far, the end token included;
+                `tokenizer.convert_tokens_to_string(predicted_list[0])` makes a text.
+            finish: True once all samples have ended. Rewards given then go to each sample's own last token; rewards given before go to the
+                token just chosen.
+
+        Returns:
+            a number, or a list with one per sample.
+        """
+        return [0.0] * self.compare_sample
+
+    def gat_obs_input(self, input_item: dict) -> str:
+        """The text given to the model (TextRL's spelling)."""
+        return input_item["input"]
+
+    # ------------------------------------------------------------------ gym's interface
+
+    def reset(self, input_item: dict | str | None = None) -> list[list[int]]:
+        """Starts an episode; returns its observation: `compare_sample` lists of token ids."""
+        self.input_item = self.draw(1)[0] if input_item is None else _items([input_item])[0]
+        self._prompt_ids = self.encode(self.input_item)
+        self.predicted: list[list[str]] = [[] for _ in range(self.compare_sample)]
+        self.predicted_ids: list[list[int]] = [[] for _ in range(self.compare_sample)]
+        self.predicted_end = [False] * self.compare_sample
+        return self._observation()
+
+    def step(self, action) -> tuple[list[list[int]], Rewards, bool, dict]:
+        """One token for each sample (tokens for samples that have ended are ignored).
+
+        Returns:
+            observation, rewards (one per sample), whether all samples have ended, {"predicted_str": the texts so far}.
+        """
+        actions = np.asarray(action).reshape(-1)
+        if actions.shape != (self.compare_sample,):
+            raise ConfigError(f"an action has one token id per sample ({self.compare_sample}), got shape {np.asarray(action).shape}")
+        for i, token in enumerate(actions.tolist()):
+            if self.predicted_end[i]:
+                continue
+            self.predicted_ids[i].append(token)
+            self.predicted[i].append(self.token_string(token))
+            self.predicted_end[i] = token in self.stop_ids or len(self.predicted_ids[i]) >= self.env_max_length
+        done = all(self.predicted_end)
+        rewards = self.rewards(self.input_item, [list(tokens) for tokens in self.predicted], done)
+        return self._observation(), rewards, done, {"predicted_str": [self.tokenizer.convert_tokens_to_string(t) for t in self.predicted]}
+
+    def seed(self, seed: int) -> None:
+        """Fixes the order in which prompts are drawn."""
+        self._rng, self._upcoming = random.Random(seed), []
+
+    # ------------------------------------------------------------------ for whole-batch collection
+
+    def draw(self, count: int) -> list[dict]:
+        """Prompts in random order, every one once before any comes again."""
+        while len(self._upcoming) < count:
+            self._upcoming += self._rng.sample(self.items, len(self.items))
+        drawn, self._upcoming = self._upcoming[:count], self._upcoming[count:]
+        return drawn
+
+    def encode(self, item: dict) -> list[int]:
+        """Token ids of a prompt. Raises PromptError when there are none."""
+        ids = self.tokenizer(self.gat_obs_input(item))["input_ids"]
+        if not ids:
+            raise PromptError(f"prompt {item['input']!r} has no tokens; a policy needs at least one to continue")
+        return ids
+
+    def token_string(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token) or ""
+
+    def _observation(self) -> list[list[int]]:
+        return [self._prompt_ids + ids for ids in self.predicted_ids]
+
+
+def _items(observation_input: Sequence) -> list[dict]:
+    if isinstance(observation_input, (str, bytes, dict)) or len(observation_input) == 0:
+        raise PromptError(
+            f"observation_input must be a list with at least one prompt, e.g. [{{'input': 'The soup is'}}], got {observation_input!r}"
+        )
+    items = []
+    for i, entry in enumerate(observation_input):
+        item = {"input": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, dict) else None
+        if item is None and isinstance(entry, Sequence) and len(entry) > 0 and isinstance(entry[0], str):
+            item = {"input": entry[0], "extra": list(entry[1:])}
+        if item is None or not isinstance(item.get("input"), str) or item["input"] == "":
+            raise PromptError(f"prompt {i} has no text: {entry!r}; use {{'input': 'some text'}}")
+        items.append(item)
+    return items

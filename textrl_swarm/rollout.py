@@ -1,0 +1,80 @@
+"""From an environment's prompts to a rollout with rewards, a whole batch at a time. Knows nothing about learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from textrl_swarm.config import SamplingConfig
+from textrl_swarm.env import TextRLEnv
+from textrl_swarm.policy import Policy
+from textrl_swarm.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A rollout of P prompts x C samples (B = P * C rows) with what the user's function says about it."""
+
+    rollout: RolloutBatch
+    rewards: Tensor  # (B, T) fp32, zero outside the response mask
+    items: tuple[dict, ...]  # (P,) the prompts' dicts
+    env_steps: int  # tokens of the longest sample of each prompt, summed
+    seconds: float  # sampling and rewards together
+
+    @property
+    def scores(self) -> Tensor:
+        """(B,) summed rewards of each response."""
+        return self.rewards.sum(dim=1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.rollout.response_mask.sum()) / self.seconds
+
+
+def collect(policy: Policy, env: TextRLEnv, num_prompts: int, sampling: SamplingConfig) -> Collected:
+    """Draws prompts, samples `env.compare_sample` responses to each, asks for the rewards.
+
+    `sampling.max_new_tokens` below `env.env_max_length` cuts episodes short; they get their final reward all the same.
+    """
+    started = time.perf_counter()
+    items = env.draw(num_prompts)
+    sampling = dataclasses.replace(
+        sampling, num_samples=env.compare_sample, max_new_tokens=min(sampling.max_new_tokens, env.env_max_length)
+    )
+    rollout = policy.generate([env.encode(item) for item in items], sampling)
+    rewards, env_steps = score(env, items, rollout)
+    return Collected(rollout, rewards, tuple(items), env_steps, time.perf_counter() - started)
+
+
+def score(env: TextRLEnv, items: list[dict], rollout: RolloutBatch) -> tuple[Tensor, int]:
+    """Replays a rollout through `env.get_reward`, token by token, as if its samples had been chosen in an episode each.
+
+    Returns:
+        rewards (B, T): what was given before the end on the token just chosen, what was given at the end on each sample's own last token;
+        and the number of env steps.
+    """
+    samples = env.compare_sample
+    rewards = torch.zeros(rollout.response_mask.shape)
+    lengths = rollout.response_lengths.tolist()
+    env_steps = 0
+    for p, item in enumerate(items):
+        rows = range(p * samples, (p + 1) * samples)
+        strings = []
+        for row in rows:
+            start = int(rollout.prompt_lengths[row])
+            strings.append([env.token_string(token) for token in rollout.tokens[row, start : start + lengths[row]].tolist()])
+        longest = max(lengths[row] for row in rows)
+        env_steps += longest
+        for step in range(longest):
+            finish = step == longest - 1
+            values = env.rewards(item, [tokens[: step + 1] for tokens in strings], finish)
+            for row, value in zip(rows, values, strict=True):
+                if finish:
+                    rewards[row, lengths[row] - 1] += value
+                elif step < lengths[row]:
+                    rewards[row, step] += value
+    return rewards, env_steps
