@@ -192,7 +192,7 @@ CASES = {
     ),
     "wider model": (
         lambda path: saved(path, load_policy(tiny_model("bloom", hidden_size=64), lora=LoraSettings(r=4, alpha=8))),
-        r"dense_4h_to_h\.lora_A\.weight has shape \(4, 256\), expected \(4, 128\)",
+        rf"does not fit: {NAME}0\.self_attention\.query_key_value\.lora_A\.weight has shape \(4, 64\), expected \(4, 32\)",
     ),
     "deeper model": (
         lambda path: saved(path, load_policy(tiny_model("bloom", n_layer=4), lora=LoraSettings(r=4, alpha=8))),
@@ -200,7 +200,7 @@ CASES = {
     ),
     "other rank": (
         lambda path: saved(path, bloom_policy(r=2)),
-        r"has shape \(2, 128\), expected \(4, 128\).* It was made for base model None, r=2, targets \[.*\], blocks all; this policy has .*r=4",
+        r"has shape \(2, 32\), expected \(4, 32\)\. It was made for base model None, r=2, targets \[.*\], blocks all; this policy has .*r=4",
     ),
     "fewer targets": (
         lambda path: saved(path, bloom_policy(targets="dense")),
@@ -267,7 +267,7 @@ def test_choose_targets(targets, expected):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("dense_h_to_h", r"'dense_h_to_h' is no linear layer of this model's blocks; did you mean 'dense_4h_to_h'\? known: dense, dense_4h"),
+        ("dense_h_to_4", r"'dense_h_to_4' is no linear layer of this model's blocks; did you mean 'dense_h_to_4h'\? known: dense, dense_4h"),
         ("zzz", r"'zzz' is no linear layer of this model's blocks; known: dense, dense_4h_to_h, dense_h_to_4h, query_key_value"),
         ("self_attention", "'self_attention' is no linear layer"),
         ("mlp.dense", "'mlp.dense' is no linear layer"),

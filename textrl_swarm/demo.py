@@ -231,13 +231,15 @@ def _draw(summary: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, (score, kl) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
     steps = range(1, summary["iterations"] + 1)
     score.plot(steps, summary["score_per_iteration"], color="tab:green", marker="o", markersize=3)
     score.set(ylabel="score (0 to 1)", ylim=(0, 1.05), title=f"tiny BLOOM on {summary['servers'] or 'no'} Petals servers")
     kl.plot(steps, summary["kl_per_iteration"], color="tab:blue", marker="o", markersize=3)
-    kl.set(ylabel="KL to base\n(nats per response)", xlabel="iteration", ylim=(0, None))
+    kl.set(ylabel="KL to base\n(nats per response)", xlabel="iteration")
+    kl.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (score, kl):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -24,7 +24,7 @@ class TextRLEnv:
     Args:
         model: only its name for messages; may be None.
         tokenizer: turns prompts into token ids and ids into token strings.
-        observation_input: prompts: dicts with an "input" (other keys reach get_reward untouched), texts, or lists whose first entry is the text.
+        observation_input: prompts: dicts with an "input" (other keys reach get_reward untouched), texts, or lists that begin with the text.
         max_length: most tokens per response.
         compare_sample: responses to the same prompt in one episode.
         unfreeze_layer_from_past: train only the last n blocks (0 = all); used by TextRLActor.

@@ -169,7 +169,8 @@ def _check_lengths(policy: Policy, rows: list[list[int]], sampling: SamplingConf
     needed = len(rows[longest]) + sampling.max_new_tokens
     if limits and needed > min(limits):
         raise PromptError(
-            f"prompt {longest // sampling.num_samples} has {len(rows[longest])} tokens; with max_new_tokens={sampling.max_new_tokens} that makes {needed}, "
+            f"prompt {longest // sampling.num_samples} has {len(rows[longest])} tokens; "
+            f"with max_new_tokens={sampling.max_new_tokens} that makes {needed}, "
             f"but {policy.length_limit_reason} allows {min(limits)}: shorten the prompt or lower max_new_tokens"
         )
 

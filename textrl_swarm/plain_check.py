@@ -7,6 +7,7 @@ Reads a list of prompts, prints a JSON list: for each prompt the greedy continua
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -21,7 +22,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     answers = []
-    for prompt in json.loads(open(prompts, encoding="utf-8").read()):
+    for prompt in json.loads(Path(prompts).read_text(encoding="utf-8")):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
             logits = model(**inputs).logits[0, -1]

@@ -79,7 +79,8 @@ class RewardFunction:
 
     def _error(self, item: dict, what: str) -> RewardError:
         return RewardError(
-            f"get_reward {what} for prompt {item.get('input')!r}; return a finite number, or a list with one per sample ({self._num_samples})"
+            f"get_reward {what} for prompt {item.get('input')!r}; "
+            f"return a finite number, or a list with one per sample ({self._num_samples})"
         )
 
     def _say_once(self, message: str) -> None:

@@ -1,7 +1,7 @@
 """A policy whose transformer blocks are held by servers of a Petals swarm.
 
-The client has the embeddings, the final norm, the output embeddings, the fp32 master copy of the adapter and the value head; servers hold the
-blocks and apply the adapter. The gradients that come back are added to the client's parameters by autograd, like any others.
+The client has the embeddings, the final norm, the output embeddings, the fp32 master copy of the adapter and the value head; servers
+hold the blocks and apply the adapter. The gradients that come back are added to the client's parameters by autograd, like any others.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def check_addresses(initial_peers: Sequence[str]) -> list[str]:
     for address in addresses:
         if not _ADDRESS.fullmatch(address):
             raise AddressError(
-                f"{address!r} is not a peer's address; it should look like /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo..., as `textrl-swarm serve` prints it"
+                f"{address!r} is not a peer's address; it should look like /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo..., "
+                "as `textrl-swarm serve` prints it"
             )
     return addresses
 

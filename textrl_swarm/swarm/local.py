@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import queue
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from textrl_swarm.base_model import default_dht_prefix, read_config
 from textrl_swarm.config import QUANTIZATIONS
 from textrl_swarm.errors import ConfigError, LaunchError, ModelError
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 QUANT_TYPES = {"8bit": "int8", "4bit": "nf4"}  # our name -> petals'
 _PEERS_LATER = "-"
 _PR_SET_CHILD_SUBREAPER = 36
+_HELPERS_END_S = 10.0
 
 
 def split_evenly(num_blocks: int, num_servers: int) -> list[tuple[int, int]]:
@@ -40,7 +44,7 @@ def split_evenly(num_blocks: int, num_servers: int) -> list[tuple[int, int]]:
     if not 1 <= num_servers <= num_blocks:
         raise ConfigError(f"{num_blocks} blocks can be split over 1 to {num_blocks} servers, not {num_servers}")
     edges = [round(i * num_blocks / num_servers) for i in range(num_servers + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 class ServerProcess:
@@ -60,6 +64,7 @@ class ServerProcess:
             )  # fmt: skip
         self._events: queue.Queue[dict | None] = queue.Queue()
         threading.Thread(target=self._read_events, daemon=True, name=f"events of server {self.pid}").start()
+        self._helpers: set[psutil.Process] = set()
         _alive.add(self)
 
     @property
@@ -95,6 +100,7 @@ class ServerProcess:
                     f"its log ends with:\n{self.log_tail()}"
                 )
             if event["event"] == "listening":
+                self._note_helpers()
                 self.addresses, self.dht_prefix = event["addresses"], event["dht_prefix"]
             elif event["event"] == "online":
                 self.span = tuple(event["span"])
@@ -119,6 +125,7 @@ class ServerProcess:
         """SIGKILL to the whole process group; returns when all of it is gone. Safe to call twice."""
         if self not in _alive:
             return
+        self._note_helpers()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
@@ -129,6 +136,17 @@ class ServerProcess:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
         _alive.discard(self)
+
+    def _note_helpers(self) -> None:
+        """Remembers what left the process group: torch's shared-memory manager, which frees the server's shared memory after its end."""
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            children = psutil.Process(self.pid).children(recursive=True)
+            self._helpers.update(child for child in children if os.getpgid(child.pid) != self.pid)
+
+    def wait_for_helpers(self) -> None:
+        """After `kill`: returns when the helpers, which end by themselves two seconds later, are gone as well."""
+        psutil.wait_procs(self._helpers, timeout=_HELPERS_END_S)
+        self._helpers.clear()
 
 
 _alive: set[ServerProcess] = set()
@@ -214,9 +232,11 @@ class ServerGroup:
 
     def start(self, i: int) -> None:
         """Starts server i (again); returns when its blocks are online. Raises LaunchError."""
-        self.servers[i].kill()
+        lost = self.servers[i]
+        lost.kill()
         self.servers[i] = self._launch(i, self.initial_peers)
         self.servers[i].wait_for("online", time.monotonic() + self._start_timeout_s)
+        lost.wait_for_helpers()
 
     def close(self, leave_within_s: float = 0.0) -> None:
         """Ends every process; first lets them tell the swarm that they leave, for at most `leave_within_s`. Safe to call twice."""
@@ -228,6 +248,8 @@ class ServerGroup:
                 time.sleep(0.05)
         for server in self.servers:
             server.kill()
+        for server in self.servers:
+            server.wait_for_helpers()
         if self._logs is not None:
             self._logs.cleanup()
             self._logs = None
