@@ -5,6 +5,7 @@ Servers take seconds to start, so the swarms are started once, when the first te
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,20 +21,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
+from textrl_swarm.swarm import local  # noqa: E402
 from textrl_swarm.swarm.local import LocalSwarm  # noqa: E402
 from textrl_swarm.tiny import random_bloom  # noqa: E402
 
 
 def left_over_processes() -> list[str]:
-    """What this run started and did not end, zombies included; multiprocessing's own resource tracker ends with us."""
+    """What this run started and did not end, zombies included.
+
+    Not counted: multiprocessing's resource tracker and torch's shared-memory managers, which end with, or seconds after, whom they serve.
+    """
     found = []
     for process in psutil.Process().children(recursive=True):
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             command = " ".join(process.cmdline())
-            if "resource_tracker" not in command:
+            if "resource_tracker" not in command and not process.name().startswith("torch_shm_manag"):
                 found.append(f"{process.pid} {process.status()} {process.name()} {command}")
-        except psutil.NoSuchProcess:
-            continue
     return found
 
 
@@ -41,6 +44,15 @@ def left_over_processes() -> list[str]:
 def no_process_outlives_the_tests() -> Iterator[None]:
     yield
     assert not left_over_processes()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed test shows what the servers have to say."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"log of server {server.pid}, blocks {server.span}", server.log_tail(40)) for server in local._alive]
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ REFUSED = [
     *[case(LoraSettings, LAYERS.format(value), layers=value) for value in (0, -2, 1.0, "all", True)],
     *[whole(SamplingConfig, name, value) for name in ("max_new_tokens", "num_samples") for value in (0, -1, 1.5, "4", True, None)],
     *[case(SamplingConfig, f"top_k must be a whole number >= 0 (0 = off), got {v!r}", top_k=v) for v in (-1, 2.0, "5", None, True)],
-    *[finite(SamplingConfig, name, value) for name in ("temperature", "top_p", "repetition_penalty") for value in (NAN, INF, None, "1", True)],
+    *[finite(SamplingConfig, name, v) for name in ("temperature", "top_p", "repetition_penalty") for v in (NAN, INF, None, "1", True)],
     *[
         case(SamplingConfig, f"temperature must be > 0, got {v!r}; for the most likely token each time use do_sample=False", temperature=v)
         for v in (0, -0.5)
@@ -46,7 +46,9 @@ REFUSED = [
     *[whole(PPOConfig, name, value) for name in ("epochs", "minibatch_size", "adaptive_kl_horizon") for value in (0, 1.5, None)],
     *[
         finite(PPOConfig, name, value)
-        for name in ("lr gamma gae_lambda clip_range value_coef entropy_coef kl_coef max_grad_norm weight_decay adam_eps").split()
+        for name in (
+            "lr", "gamma", "gae_lambda", "clip_range", "value_coef", "entropy_coef", "kl_coef", "max_grad_norm", "weight_decay", "adam_eps",
+        )
         for value in (NAN, INF, None, "1e-4")
     ],
     *[
@@ -71,7 +73,7 @@ REFUSED = [
         for value in ("no", None, 0)
     ],
     *[case(PPOConfig, f"seed must be a whole number, got {value!r}", seed=value) for value in (None, 0.5, "0")],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("cls", "settings", "message"), REFUSED)

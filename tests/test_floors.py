@@ -136,7 +136,7 @@ def test_every_import_goes_down():
         ("swarm.compat", "from .. import __version__", "not the package root"),
         ("policy", "import petals", "only swarm. may"),
         ("swarm_policy", "from hivemind.p2p import PeerID", "only swarm. may"),
-        ("training", "import peft.utils as u", "only adapters, local_policy, swarm.compat may"),
+        ("training", "import peft.utils as u", "only adapters, local_policy, policy, plain_check, swarm.compat may"),
         ("rollout", "from pfrl.agents import PPO", "only agent, actor, env, training may"),
         ("adapters", "import bitsandbytes as bnb", "only local_policy may"),
         ("swarm.telepathy", "", "swarm.telepathy has no floor"),

@@ -182,10 +182,8 @@ def test_separator_token_ends_a_response_too():
 
 @pytest.mark.parametrize("new", [1, 2, 7])
 def test_at_most_max_new_tokens(new):
-    policy = ending_with(policy_of(), 47)
-    rollout = policy.generate(PROMPTS, SamplingConfig(max_new_tokens=new, do_sample=False))
-    assert rollout.response_lengths.max() == new == rollout.response_mask.shape[1]
-    assert ((rollout.response_lengths == new) | rollout.terminated).all()
+    rollout = policy_of(tokenizer=False).generate(PROMPTS, SamplingConfig(max_new_tokens=new, do_sample=False))
+    assert rollout.response_lengths.tolist() == [new] * 4 and rollout.response_mask.shape == (4, new)
 
 
 def test_shapes_are_trimmed_to_what_was_used():
@@ -216,17 +214,17 @@ def test_prompts_stand_at_the_start_of_their_rows():
 
 
 def counted_sessions(policy, monkeypatch):
-    """Rows and fed tokens of each session from now on."""
+    """Rows of each session from now on, and the tokens per row of each call."""
     sessions, original = [], policy.session
 
     @contextmanager
     def session(rows, max_length):
         with original(rows, max_length) as inner:
-            sessions.append({"rows": rows, "max_length": max_length, "fed": 0})
+            sessions.append({"rows": rows, "max_length": max_length, "fed": []})
 
             class Counted:
                 def step(self, tokens):
-                    sessions[-1]["fed"] += tokens.shape[1]
+                    sessions[-1]["fed"].append(tokens.shape[1])
                     return inner.step(tokens)
 
             yield Counted()
@@ -266,16 +264,19 @@ def test_other_rows_do_not_change_what_a_row_draws():
     assert responses(policy.generate([PROMPTS[1], [3] * 30], sampling))[0] == alone
 
 
-def test_one_session_feeds_each_position_once_and_stops_when_all_rows_ended(monkeypatch):
-    policy = policy_of()
+def test_a_session_feeds_each_position_once_and_stops_when_all_rows_ended(monkeypatch):
+    policy = policy_of(tokenizer=False)
     uncut = responses(policy.generate([PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False)))
     sessions = counted_sessions(policy, monkeypatch)
-    ending_with(policy, 47).generate(PROMPTS, SamplingConfig(max_new_tokens=4, do_sample=False))
+    policy.generate([PROMPTS[0], PROMPTS[2], PROMPTS[3]], SamplingConfig(max_new_tokens=4, do_sample=False))
     common = next(token for token in uncut[0] if token in uncut[1])
     lengths = [response.index(common) + 1 for response in uncut]
+    assert max(lengths) < 20
+    policy.tokenizer = character_tokenizer()
     ending_with(policy, common).generate([PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False))
-    assert sessions[0] == {"rows": 4, "max_length": 7 + 4, "fed": 7 + 4 - 1}  # the last token chosen is fed to nobody
-    assert sessions[1]["fed"] == max(7 + lengths[0], 1 + lengths[1]) - 1
+    # The shortest prompt at once, then token by token; the last token chosen is fed to nobody.
+    assert sessions[0] == {"rows": 3, "max_length": 7 + 4, "fed": [3] + [1] * 7}
+    assert sum(sessions[1]["fed"]) == max(7 + lengths[0], 1 + lengths[1]) - 1
 
 
 # Seeds and samples
@@ -379,7 +380,7 @@ def test_a_padding_token_without_an_embedding_is_not_used():
         ([{"input": "x"}], "prompt 0 is neither a text nor a list of token ids: {'input': 'x'}"),
         ([[5], [3, VOCAB]], r"prompt 1 has token id 48, outside the model's 0\.\.47"),
         ([[-1]], r"prompt 0 has token id -1, outside the model's 0\.\.47"),
-        ([[5], [3] * 60], r"prompt 1 has 60 tokens; with max_new_tokens=10 that makes 70, but the model allows 64: shorten the prompt or lower"),
+        ([[5], [3] * 60], r"prompt 1 has 60 tokens; with max_new_tokens=10 that makes 70, but the model allows 64: shorten the prompt"),
     ],
 )
 def test_refused_prompts(prompts, message):
@@ -395,8 +396,9 @@ def test_texts_need_a_tokenizer():
 
 def test_a_sequence_may_fill_the_model(monkeypatch):
     """64 positions: 54 + 10 fit, 55 + 10 do not; a session limit below that counts too."""
-    policy, sampling = ending_with(policy_of("gpt2"), 47), SamplingConfig(max_new_tokens=10, do_sample=False)
+    policy, sampling = policy_of("gpt2", tokenizer=False), SamplingConfig(max_new_tokens=10, do_sample=False)
     rollout = policy.generate([[5] * 54], sampling)
+    assert rollout.tokens.shape == (1, 64)
     policy(rollout.tokens)
     with pytest.raises(PromptError, match="that makes 65, but the model allows 64"):
         policy.generate([[5] * 55], sampling)

@@ -1,4 +1,4 @@
-"""The swarm gives what plain transformers and PEFT give; clients do not disturb one another; large requests; stock clients; int8 and nf4."""
+"""The swarm gives what plain transformers and PEFT give, to many clients at once, in large requests, and from int8 and nf4 servers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from textrl_swarm.swarm.local import LocalSwarm
 pytestmark = pytest.mark.swarm
 
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5)]
-ALL_TARGETS = 4  # linear layers in a BLOOM block
 MIB = 1 << 20
 
 # ------------------------------------------------------------------------------------------ against plain transformers + peft
@@ -247,7 +246,7 @@ def test_answers_above_4_mib(two_servers, tmp_path):
         fill(policy, 40, scale=0.01)
         plain = PlainPeft(policy, tmp_path)
         per_server = sum(4 * p.numel() for p in policy.adapter_parameters().values()) / policy.num_servers
-        assert per_server > 8 * MIB
+        assert per_server > 4 * MIB
         assert_same(run(policy, tokens), plain.run(tokens))
 
 
@@ -323,7 +322,9 @@ def test_a_petals_model_becomes_a_policy(two_servers):
     from petals import DistributedBloomForCausalLM
 
     tokens = random_tokens(2, 7)
-    model = DistributedBloomForCausalLM.from_pretrained(two_servers.model, initial_peers=two_servers.initial_peers, dht_prefix=two_servers.dht_prefix)
+    model = DistributedBloomForCausalLM.from_pretrained(
+        two_servers.model, initial_peers=two_servers.initial_peers, dht_prefix=two_servers.dht_prefix
+    )
     try:
         with load_policy(model, lora=LoraSettings(r=4)) as policy, connect(two_servers) as ours:
             fill(policy, 51)

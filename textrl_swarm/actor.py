@@ -59,8 +59,9 @@ class TextRLActor:
             raise ConfigError(f"unknown optimizer {optimizer!r}; {closest(optimizer, _OPTIMIZERS)}")
         self.env, self.optimizer, self.act_deterministically, self.seed = env, optimizer, act_deterministically, seed
         self.sampling = SamplingConfig(
-            max_new_tokens=env.env_max_length, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-        )
+            max_new_tokens=env.env_max_length, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+            seed=seed,
+        )  # fmt: skip
         layers = unfreeze_layer_from_past or env.unfreeze_layer_from_past
         if lora is None:
             lora = LoraSettings(layers=layers or None)
@@ -106,5 +107,7 @@ class TextRLActor:
     def predict(self, input_item: str | dict | Sequence[str]) -> list[str]:
         """`compare_sample` responses to a prompt; the reward function is not asked and no episode is disturbed."""
         item = input_item if isinstance(input_item, dict) else {"input": input_item if isinstance(input_item, str) else input_item[0]}
-        sampling = dataclasses.replace(self.sampling, num_samples=self.env.compare_sample, do_sample=not self.act_deterministically)
+        sampling = dataclasses.replace(
+            self.sampling, num_samples=self.env.compare_sample, do_sample=not self.act_deterministically, seed=None
+        )
         return list(self.policy.generate([self.env.encode(item)], sampling).texts)

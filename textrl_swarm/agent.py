@@ -6,6 +6,7 @@ Acting continues one cached session, a token of each sample per call; whole roll
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ class PPOAgent(Agent):
         self.training = True
         self.metrics: dict[str, float] = {}  # of the last update
         self._stop = stop_ids(policy)
-        self._draws = torch.Generator().manual_seed(self.ppo.config.seed)
+        self._draws = {mode: torch.Generator().manual_seed(self.ppo.config.seed) for mode in (True, False)}  # by training mode, as below
         self._acting = {True: self._new_episode(), False: self._new_episode()}  # by training mode: evaluation may interrupt an episode
         self._finished: list[_Episode] = []
 
@@ -71,7 +72,7 @@ class PPOAgent(Agent):
         with torch.no_grad():
             hidden = episode.advance(obs)
             deterministic = not self.training and self.act_deterministically
-            draws = None if deterministic else torch.rand(len(obs), dtype=torch.float64, generator=self._draws)
+            draws = None if deterministic else torch.rand(len(obs), dtype=torch.float64, generator=self._draws[self.training])
             seen = [torch.tensor(row) for row in obs]
             chosen, logprobs, values = sample_next(self.policy, hidden, seen, self.sampling, draws)
         episode.chose(chosen, logprobs, values)
@@ -94,6 +95,11 @@ class PPOAgent(Agent):
 
     def _new_episode(self) -> _Episode:
         return _Episode(self.policy, self.sampling.max_new_tokens)
+
+    def rollout_sampling(self) -> SamplingConfig:
+        """Of the next whole rollout. With a seed its random numbers depend on that and on the number of updates alone."""
+        seed = self.sampling.seed
+        return self.sampling if seed is None else dataclasses.replace(self.sampling, seed=seed + self.ppo.num_updates)
 
     def learn(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
         """Trains on a whole rollout; returns the update's metrics."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from textrl_swarm.errors import TextRLSwarmError
 
@@ -28,7 +29,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Train a tiny BLOOM, held by real Petals servers, to speak well of things: about four minutes on two cores."""
-    from textrl_swarm.demo import DemoSettings, run_demo
+    with console.status("loading torch, transformers and peft ..."):
+        from textrl_swarm.demo import DemoSettings, run_demo
 
     summary = run_demo(DemoSettings(out, 0 if local else servers, quantization, iterations, seed), console)
     if summary["interrupted"]:
@@ -50,7 +52,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model's blocks to clients that generate and train. Every option of petals' run_server can be added."""
-    from textrl_swarm.serving import serve as run_servers
+    with console.status("loading ..."):
+        from textrl_swarm.serving import serve as run_servers
 
     peers, options = _split_addresses(list(initial_peers or []), context.args)
     if new_swarm == bool(peers):
@@ -59,8 +62,12 @@ def serve(
 
 
 def _split_addresses(peers: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
-    """petals lets several addresses follow one --initial_peers; those arrive among the other arguments."""
-    return peers + [arg for arg in rest if arg.startswith("/")], [arg for arg in rest if not arg.startswith("/")]
+    """petals lets several addresses follow one --initial_peers; those arrive among the other arguments.
+
+    A peer's address has a peer id; that of --host_maddrs has none.
+    """
+    more = [arg for arg in rest if arg.startswith("/") and "/p2p/" in arg]
+    return peers + more, [arg for arg in rest if arg not in more]
 
 
 def main() -> None:
@@ -68,7 +75,7 @@ def main() -> None:
     try:
         app()
     except TextRLSwarmError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,19 +16,20 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from textrl_swarm import plain_check
 from textrl_swarm.actor import TextRLActor
 from textrl_swarm.agent import PPOAgent
-from textrl_swarm.config import LoraSettings, SamplingConfig
+from textrl_swarm.config import QUANTIZATIONS, LoraSettings, SamplingConfig
 from textrl_swarm.env import TextRLEnv
-from textrl_swarm.errors import AdapterError
+from textrl_swarm.errors import AdapterError, ConfigError
 from textrl_swarm.policy import Policy, load_policy
 from textrl_swarm.rollout import Collected, collect
 from textrl_swarm.swarm.local import LocalSwarm
-from textrl_swarm.tiny import DEMO_PROMPTS, make_tiny_bloom, opinion
+from textrl_swarm.tiny import DEMO_PROMPTS, RECIPE, make_tiny_bloom, opinion
 from textrl_swarm.training import Iteration, train
 
 MAX_NEW_TOKENS = 24
@@ -53,6 +54,12 @@ class DemoSettings:
     iterations: int = 20
     seed: int = 0
 
+    def __post_init__(self):  # before the minute that pretraining takes
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(f"quantization must be 8bit or 4bit, got {self.quantization!r}")
+        if self.servers > RECIPE["layers"]:
+            raise ConfigError(f"the demo's model has {RECIPE['layers']} blocks; ask for at most as many servers, not {self.servers}")
+
 
 def run_demo(settings: DemoSettings, console: Console) -> dict:
     """Runs the demo from pretraining to the check in a fresh process; returns the summary that it wrote.
@@ -68,6 +75,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict:
         actor_env = _environment(policy)
         actor = TextRLActor(actor_env, policy, seed=settings.seed)
         agent = actor.agent_ppo(update_interval=1, minibatch_size=16 * MAX_NEW_TOKENS, epochs=4, lr=3e-3, kl_coef=0.05)
+        console.print("reward: the share of good words among a response's opinion words (SpeakWell.get_reward in textrl_swarm/demo.py)")
         before = _listen(policy, settings.seed)
         console.print(f"before training: score {float(before.scores.mean()):.2f} (share of good opinions)\n")
         training_started = time.perf_counter()
@@ -176,7 +184,8 @@ def _train(agent: PPOAgent, env: TextRLEnv, count: int, console: Console) -> tup
     done: list[Iteration] = []
     columns = (
         TextColumn("iteration {task.completed}/{task.total}"), BarColumn(bar_width=24),
-        TextColumn("score [bold]{task.fields[score]:.2f}[/]  KL {task.fields[kl]:.2f}  {task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn(),
+        TextColumn("score [bold]{task.fields[score]:.2f}[/]  KL {task.fields[kl]:.2f}  {task.fields[speed]:.0f} tokens/s"),
+        TimeRemainingColumn(),
     )  # fmt: skip
     try:
         with Progress(*columns, console=console) as progress:
@@ -199,7 +208,8 @@ def _table(before: Collected, after: Collected) -> Table:
         table.add_column(heading, overflow="fold")
     first = {item["input"]: 8 * p for p, item in enumerate(before.items)}
     for p, item in enumerate(after.items[:10]):
-        table.add_row(item["input"], before.rollout.texts[first[item["input"]]].strip(), after.rollout.texts[8 * p].strip())
+        spoken = (before.rollout.texts[first[item["input"]]], after.rollout.texts[8 * p])
+        table.add_row(item["input"], *(escape(text.strip()) for text in spoken))  # a model may say [/] too
     return table
 
 

@@ -97,9 +97,10 @@ class TextRLEnv:
         Returns:
             observation, rewards (one per sample), whether all samples have ended, {"predicted_str": the texts so far}.
         """
-        actions = np.asarray(action).reshape(-1)
-        if actions.shape != (self.compare_sample,):
-            raise ConfigError(f"an action has one token id per sample ({self.compare_sample}), got shape {np.asarray(action).shape}")
+        actions = np.asarray(action)
+        if actions.size != self.compare_sample or not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0:
+            raise ConfigError(f"an action has one token id per sample ({self.compare_sample}), got {action!r}")
+        actions = actions.reshape(-1)
         for i, token in enumerate(actions.tolist()):
             if self.predicted_end[i]:
                 continue

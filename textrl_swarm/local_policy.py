@@ -6,6 +6,7 @@ Any decoder-only Hugging Face model; PEFT applies the adapter. Knows nothing abo
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -123,8 +124,8 @@ class LocalPolicy(Policy):
         )
         self.peft_config.fan_in_fan_out = any(_is_conv1d(module) for module in blocks[0].modules())  # or PEFT sets it, with a warning
         self._was_training, self._was_trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):  # PEFT draws first values from the global generator; ours replace them
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws from the global generator; ours replace them
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             self._peft = get_peft_model(model, self.peft_config)
         self._peft.eval()
         self._model, self._head = model, head

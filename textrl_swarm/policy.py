@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from textrl_swarm import adapters
 from textrl_swarm.config import LoraSettings, SamplingConfig
-from textrl_swarm.errors import AdapterError, PromptError
+from textrl_swarm.errors import AdapterError, ConfigError, PromptError
 from textrl_swarm.generation import generate
 from textrl_swarm.types import PolicyOutput, RolloutBatch
 from textrl_swarm.value_head import ValueHead
@@ -208,6 +208,8 @@ def load_policy(
         return load_swarm_policy(
             model, initial_peers, dht_prefix, quantization, lora, dtype, device, seed, tokenizer=tokenizer, **swarm_options
         )
+    if dht_prefix is not None:
+        raise ConfigError(f"dht_prefix={dht_prefix!r} names a model in a swarm: give initial_peers too, or leave it out to use this machine")
     from textrl_swarm.local_policy import load_local_policy
 
     return load_local_policy(model, quantization, lora, dtype, device, seed, tokenizer=tokenizer, **swarm_options)

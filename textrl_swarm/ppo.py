@@ -8,6 +8,7 @@ whatever the servers' cached path rounds differently. Knows nothing about prompt
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from textrl_swarm.config import PPOConfig
 from textrl_swarm.errors import RewardError
 from textrl_swarm.losses import chunked_logprobs, policy_loss, value_loss
 from textrl_swarm.policy import Policy
-from textrl_swarm.returns import estimate_advantages, explained_variance, masked_mean, next_kl_coef, shaped_rewards, whiten
+from textrl_swarm.returns import estimate_advantages, explained_variance, masked_mean, next_kl_coef, shaped_rewards, whiten, zero_outside
 from textrl_swarm.types import RolloutBatch
 
 logger = logging.getLogger(__name__)
 
 _SCORING_ROWS = 64  # rows per forward when nothing is trained
+_STEP_METRICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm")  # means over the optimizer steps taken
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class PPO:
         config = self.config
         with torch.no_grad():
             features, old, ref = self._score_with_ref(rollout)
-            shaped = shaped_rewards(rewards.float() * mask, old.logprobs, ref.logprobs, mask, kl_coef=self.kl_coef)
+            shaped = shaped_rewards(rewards, old.logprobs, ref.logprobs, mask, kl_coef=self.kl_coef)
             if config.whiten_rewards:
                 shaped = whiten(shaped, mask, shift_mean=False)
             bootstrap = torch.where(rollout.terminated, torch.zeros(()), old.final_values)
@@ -89,17 +91,18 @@ class PPO:
                 advantages = whiten(advantages, mask)
         kl = _kl(old, ref)
         metrics = {
-            "score": float((rewards * mask).sum(dim=1).mean()),
+            "score": float(zero_outside(mask, rewards).sum(dim=1).mean()),
             "kl": kl,
             "kl_coef": self.kl_coef,
             "entropy": float(masked_mean(old.entropies, mask)),
+            "value": float(masked_mean(old.values, mask)),
             "explained_variance": float(explained_variance(old.values, returns, mask)),
             "sampler_kl": float(masked_mean(rollout.old_logprobs - old.logprobs, mask)),
             "response_tokens": float(mask.sum(dim=1).float().mean()),
             "terminated": float(rollout.terminated.float().mean()),
         }
         metrics.update(self._train(features, rollout, old, advantages, returns))
-        if config.adaptive_kl_target is not None:
+        if config.adaptive_kl_target is not None and math.isfinite(kl):
             self.kl_coef = next_kl_coef(
                 self.kl_coef, kl, target=config.adaptive_kl_target, horizon=config.adaptive_kl_horizon, num_responses=len(rollout)
             )
@@ -120,7 +123,7 @@ class PPO:
             return features, scores, self._score_all(features, rollout)
 
     def _train(self, features: Tensor, rollout: RolloutBatch, old: _Scores, advantages: Tensor, returns: Tensor) -> dict[str, float]:
-        sums: dict[str, float] = {}
+        sums = [0.0] * len(_STEP_METRICS)
         taken, first, stopped_early = 0, None, False
         skipped_before = self.num_skipped
         for rows in self._minibatches(len(rollout)):
@@ -137,16 +140,14 @@ class PPO:
                 stopped_early = True
                 break
             grad_norm = self._optimizer_step(loss)
+            if grad_norm is None:
+                continue
             taken += 1
-            parts = {
-                "policy_loss": actor_loss, "value_loss": critic_loss, "clip_fraction": stats.clip_fraction,
-                "approx_kl": stats.approx_kl, "grad_norm": grad_norm,
-            }  # fmt: skip
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(torch.as_tensor(value).detach())
-        metrics = {name: total / taken for name, total in sums.items()}
+            parts = (actor_loss.detach(), critic_loss.detach(), stats.clip_fraction, stats.approx_kl, grad_norm)
+            sums = [total + float(part) for total, part in zip(sums, parts, strict=True)]
+        means = [total / taken if taken else math.nan for total in sums]
         return {
-            **metrics,
+            **dict(zip(_STEP_METRICS, means, strict=True)),
             "ratio_first_pass": float(first.ratio_mean),
             "ratio_first_pass_max_deviation": float(first.ratio_max_deviation),
             "optimizer_steps": float(taken),
@@ -154,8 +155,9 @@ class PPO:
             "stopped_early": float(stopped_early),
         }
 
-    def _optimizer_step(self, loss: Tensor) -> float:
-        """Backward, clip, step; a loss or gradient that is not finite skips the step. Returns the gradient norm before clipping."""
+    def _optimizer_step(self, loss: Tensor) -> float | None:
+        """Backward, clip, step. Returns the gradient norm before clipping; None when the step was skipped, for a loss or gradient that
+        is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         if torch.isfinite(loss):
             loss.backward()
@@ -167,7 +169,7 @@ class PPO:
         self.num_skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         logger.warning("an optimizer step was skipped: loss or gradient is not finite (%d skipped so far)", self.num_skipped)
-        return float("nan")
+        return None
 
     def _minibatches(self, num_rows: int) -> Iterator[Tensor]:
         """Row indices, every row once per epoch, in an order that depends on seed and update only."""

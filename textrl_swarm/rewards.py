@@ -47,7 +47,7 @@ class RewardFunction:
             if finish:
                 raise self._error(item, f"raised {error!r}") from error
             self._say_once(f"get_reward left {error.name or 'its result'} unset before the end of a response; that counts as 0")
-            value = 0.0
+            value = [0.0] * self._num_samples
         except Exception as error:
             raise self._error(item, f"raised {error!r}") from error
         return Rewards(self._checked(value, item))
@@ -69,8 +69,9 @@ class RewardFunction:
         else:
             raise self._error(item, f"returned {value!r} ({type(value).__name__})")
         for i, reward in enumerate(values):
-            if hasattr(reward, "item"):
-                values[i] = reward = reward.item()
+            if hasattr(reward, "tolist"):  # of numpy or torch; one number in brackets is a number
+                numbers = reward.reshape(-1).tolist()
+                values[i] = reward = numbers[0] if len(numbers) == 1 else numbers
             if not _is_number(reward):
                 raise self._error(item, f"returned {reward!r} ({type(reward).__name__}) for sample {i}")
             if not math.isfinite(reward):

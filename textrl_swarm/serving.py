@@ -11,6 +11,7 @@ from rich.console import Console
 
 from textrl_swarm.base_model import default_dht_prefix
 from textrl_swarm.errors import ConfigError, LaunchError
+from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.local import ServerGroup, check_servable, split_evenly
 
 _START_TIMEOUT_S = 24 * 3600.0  # a hub model may first have to be downloaded; Ctrl-C ends the wait
@@ -27,9 +28,15 @@ def serve(model: str, num_servers: int, initial_peers: Sequence[str], petals_opt
         petals_options: options of petals' run_server; they win over our defaults.
 
     Raises:
-        ModelError, ConfigError: before anything starts. LaunchError: a server did not start, or ended by itself.
+        ModelError, ConfigError, AddressError, PetalsMissing: before anything starts.
+        LaunchError: a server did not start, or ended by itself.
     """
     config = check_servable(model)
+    compat.require_petals()
+    if initial_peers:
+        from textrl_swarm.swarm.client import check_addresses
+
+        check_addresses(initial_peers)
     group = ServerGroup(
         model,
         _spans(config.num_hidden_layers, num_servers, petals_options),

@@ -40,22 +40,15 @@ def load_swarm_policy(
     compat.require_petals()
     from transformers import AutoTokenizer
 
-    from textrl_swarm.swarm.client import ModelFingerprint, SwarmClient, check_addresses, explained_connection
+    from textrl_swarm.swarm.client import ModelFingerprint, SwarmClient, load_client_model
     from textrl_swarm.swarm.rpc import Timeouts
 
     timeouts = timeouts or Timeouts()
     owns_dht = not isinstance(model, nn.Module)
     if owns_dht:
-        from petals import DistributedBloomForCausalLM
-
-        addresses = check_addresses(initial_peers)
         name = hub_name(model)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
-        with explained_connection(addresses):
-            model = DistributedBloomForCausalLM.from_pretrained(
-                name, initial_peers=addresses, dht_prefix=dht_prefix or default_dht_prefix(model), daemon_startup_timeout=timeouts.connect_s,
-                show_route=False, dtype=dtype or "auto",
-            )  # fmt: skip
+        model = load_client_model(name, initial_peers, dht_prefix or default_dht_prefix(model), dtype, timeouts)
         model.to(device or "cpu")
     elif initial_peers is not None:
         raise ConfigError("a petals model already knows its swarm: leave initial_peers out, or pass the model's name instead")

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,7 @@ def train(agent: PPOAgent, env: TextRLEnv, *, iterations: int, prompts_per_itera
     for index in range(iterations):
         started = time.perf_counter()
         before = _bytes(agent)
-        sampling = agent.sampling if agent.sampling.seed is None else dataclasses.replace(agent.sampling, seed=agent.sampling.seed + index)
-        collected = collect(agent.policy, env, prompts_per_iteration, sampling)
+        collected = collect(agent.policy, env, prompts_per_iteration, agent.rollout_sampling())
         metrics = dict(agent.learn(collected.rollout, collected.rewards))
         metrics["rollout_tokens_per_second"] = collected.tokens_per_second
         for name, total, start in zip(("bytes_sent", "bytes_received"), _bytes(agent), before, strict=True):
@@ -97,19 +97,20 @@ def train_agent_with_evaluation(
     if (eval_n_steps is None) == (eval_n_episodes is None):
         raise ConfigError(f"give exactly one of eval_n_steps and eval_n_episodes, got {eval_n_steps} and {eval_n_episodes}")
     Path(outdir).mkdir(parents=True, exist_ok=True)
+    eval_env = eval_env or env
     evaluator = Evaluator(
-        agent=agent, env=eval_env or env, n_steps=eval_n_steps, n_episodes=eval_n_episodes, eval_interval=eval_interval, outdir=outdir,
-        max_episode_len=eval_max_episode_len or train_max_episode_len, step_offset=step_offset, evaluation_hooks=evaluation_hooks,
-        save_best_so_far_agent=save_best_so_far_agent, use_tensorboard=use_tensorboard, logger=log,
+        agent=agent, env=eval_env, n_steps=eval_n_steps, n_episodes=eval_n_episodes, eval_interval=eval_interval, outdir=outdir,
+        step_offset=step_offset, evaluation_hooks=evaluation_hooks, save_best_so_far_agent=save_best_so_far_agent,
+        use_tensorboard=use_tensorboard, logger=log,
     )  # fmt: skip
+    eval_length = eval_max_episode_len or train_max_episode_len
     length = min(env.env_max_length, train_max_episode_len or env.env_max_length)
-    sampling = dataclasses.replace(agent.sampling, max_new_tokens=length)
     prompts = max(1, math.ceil(agent.update_interval / length))
     history: list[dict] = []
     t, episodes, evaluated_at = step_offset, 0, None
     try:
         while t < steps:
-            collected = collect(agent.policy, env, prompts, sampling)
+            collected = collect(agent.policy, env, prompts, dataclasses.replace(agent.rollout_sampling(), max_new_tokens=length))
             agent.learn(collected.rollout, collected.rewards)
             before, t, episodes = t, t + collected.env_steps, episodes + prompts
             log.info("outdir:%s step:%s episode:%s R:%s", outdir, t, episodes, float(collected.scores.mean()))
@@ -119,19 +120,32 @@ def train_agent_with_evaluation(
                     hook(env, agent, step)
             if checkpoint_freq and t // checkpoint_freq > before // checkpoint_freq and t < steps:
                 save_agent(agent, t, outdir, log, suffix="_checkpoint")
-            score = evaluator.evaluate_if_necessary(t=t, episodes=episodes)
+            with _episodes_of(eval_env, eval_length):
+                score = evaluator.evaluate_if_necessary(t=t, episodes=episodes)
             if score is not None:
                 evaluated_at = t
                 history.append(_evaluation(agent, score))
                 if successful_score is not None and evaluator.max_score >= successful_score:
                     break
         if evaluated_at != t:
-            history.append(_evaluation(agent, evaluator.evaluate_and_update_max_score(t, episodes)))
+            with _episodes_of(eval_env, eval_length):
+                history.append(_evaluation(agent, evaluator.evaluate_and_update_max_score(t, episodes)))
     except (Exception, KeyboardInterrupt):
         save_agent(agent, t, outdir, log, suffix="_except")
         raise
     save_agent(agent, t, outdir, log, suffix="_finish")
     return agent, history
+
+
+@contextmanager
+def _episodes_of(env: TextRLEnv, length: int | None) -> Iterator[None]:
+    """Episodes end after at most `length` env steps, with their final reward; pfrl's evaluator would cut them off without one."""
+    before = env.env_max_length
+    env.env_max_length = min(before, length or before)
+    try:
+        yield
+    finally:
+        env.env_max_length = before
 
 
 def _evaluation(agent: PPOAgent, score: float) -> dict:

@@ -14,19 +14,27 @@ from torch import Tensor
 
 from textrl_swarm.swarm.protocol import MISSING, REJECTED, AdapterHeader
 
+# Both travel between the server's processes: what is pickled are their arguments.
 
-class AdapterMissing(KeyError):
+
+class AdapterMissing(LookupError):
     """The request names an adapter that is not here (never pushed, or pushed out by newer ones)."""
 
     def __init__(self, key: str, block: int):
-        super().__init__(f"{MISSING}:{key}:{block}")
+        super().__init__(key, block)
+
+    def __str__(self) -> str:
+        return f"{MISSING}:{self.args[0]}:{self.args[1]}"
 
 
 class AdapterRefused(ValueError):
     """The adapter will not be stored."""
 
     def __init__(self, why: str):
-        super().__init__(f"{REJECTED}: {why}")
+        super().__init__(why)
+
+    def __str__(self) -> str:
+        return f"{REJECTED}: {self.args[0]}"
 
 
 @dataclass
@@ -62,10 +70,11 @@ class AdapterStore:
         Raises:
             AdapterRefused: it cannot fit even when everything that may go is gone.
         """
-        incoming = 4 * header.block_numel * len(blocks)
+        held = self._entries[header.key].blocks.keys() if header.key in self._entries else ()
+        total = 4 * header.block_numel * len({*held, *blocks})
         limit = min(self.max_bytes, self.max_bytes_per_client)
-        if incoming > limit:
-            raise AdapterRefused(f"{incoming} bytes of adapter, this server keeps at most {limit} per client (--adapter_bytes_per_client)")
+        if total > limit:
+            raise AdapterRefused(f"{total} bytes of adapter, this server keeps at most {limit} per client (--adapter_bytes_per_client)")
         with torch.inference_mode(False):  # a tensor born in inference mode could never take part in backward
             fresh = {block: flat.detach().to(device=device, dtype=torch.float32, copy=True) for block, flat in blocks.items()}
         entry = self._entries.setdefault(header.key, _Entry(owner, header, {}))

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _MICRO_BATCH_TOKENS = 1024
 _MAX_ANSWERED_FAILURES = 3  # times a server may report an error of its own before we believe it
+_MAX_LOST_ADAPTERS = 20  # times servers may have lost the adapter of one request before we say that there is no room for it
 _MAX_BACKOFF_S = 8.0
 
 
@@ -36,12 +37,21 @@ class Attempts:
 
     def __init__(self, what: str, recovery_s: float):
         self._what, self._recovery_s = what, recovery_s
-        self._count = self._answered = 0
+        self._count = self._answered = self._lost_adapters = 0
         self._deadline: float | None = None
 
     @property
     def left_s(self) -> float:
         return self._recovery_s if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def lost_adapter(self) -> None:
+        """The server no longer held the adapter. Raises RemoteFailure when that happens again and again."""
+        self._lost_adapters += 1
+        if self._lost_adapters > _MAX_LOST_ADAPTERS:
+            raise RemoteFailure(
+                f"{self._what} failed: a server does not keep the adapter ({self._lost_adapters} times), probably because too many clients "
+                "push theirs; start the servers with a larger --adapter_bytes"
+            )
 
     async def pause(self, error: ServerFailed) -> None:
         """Waits before the next attempt. Raises RemoteFailure when there shall be none."""
@@ -159,6 +169,7 @@ class BlockChain:
                 hidden = await self.calls.forward(span.peer, self._uids(span), sent, key)
             except MissingAdapter:
                 self.forget(span, adapter)
+                attempts.lost_adapter()
                 continue
             except ServerFailed as error:
                 self.router.report_failure(span.peer)
@@ -184,6 +195,7 @@ class BlockChain:
                 grad_input, span_flats = await self.calls.backward(span.peer, self._uids(span), inputs, grad.to(span.dtype), key, needed)
             except MissingAdapter:
                 self.forget(span, adapter)
+                attempts.lost_adapter()
                 trail.append((span, inputs))
                 continue
             except ServerFailed as error:

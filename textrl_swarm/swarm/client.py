@@ -5,18 +5,19 @@ Knows nothing about tokens or training; `swarm_policy.py` puts embeddings and he
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hivemind.dht import DHT
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_swarm.errors import AddressError
 from textrl_swarm.swarm.chain import BlockChain, ChainLimits, run_in_background
@@ -54,14 +55,29 @@ def check_addresses(initial_peers: Sequence[str]) -> list[str]:
     return addresses
 
 
-@contextlib.contextmanager
-def explained_connection(initial_peers: Sequence[str]) -> Iterator[None]:
-    """Around code that joins the swarm's DHT: raises AddressError when none of the peers answers."""
+def load_client_model(name: str, initial_peers: Sequence[str], dht_prefix: str, dtype: object, timeouts: Timeouts) -> nn.Module:
+    """The client's own parts of a model (embeddings, final norm, output embeddings), as petals' class, joined to the swarm's DHT.
+
+    Raises:
+        AddressError: an address is malformed, or none of the peers answers.
+    """
+    from petals import DistributedBloomForCausalLM
+
+    addresses = check_addresses(initial_peers)
     try:
-        yield
-    except (P2PDaemonError, RuntimeError, OSError, TimeoutError) as error:
+        return DistributedBloomForCausalLM.from_pretrained(
+            name,
+            initial_peers=addresses,
+            dht_prefix=dht_prefix,
+            daemon_startup_timeout=timeouts.connect_s,
+            show_route=False,
+            dtype=dtype or "auto",
+        )
+    except (P2PDaemonError, concurrent.futures.TimeoutError, TimeoutError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "initial_peers" not in str(error):
+            raise  # about the weights, not about the swarm
         raise AddressError(
-            f"none of the initial peers answered: {', '.join(initial_peers)} ({_first_line(error)}); "
+            f"none of the initial peers answered: {', '.join(addresses)} ({_first_line(error)}); "
             "is the server running, and is this the address that it printed?"
         ) from error
 

@@ -83,10 +83,11 @@ class _MendingLoader(importlib.abc.Loader):
         _before_petals()
         from hivemind.utils.logging import HandlerMode, use_hivemind_log_handler
 
-        with _environment(PETALS_IGNORE_DEPENDENCY_VERSION="1", PETALS_LOGGING="False"):
+        with _environment(PETALS_IGNORE_DEPENDENCY_VERSION="1", PETALS_LOGGING="False"), _explained_changes():
             self._loader.exec_module(module)
+            importlib.import_module("petals.utils.convert_block")  # hangs a handler on the root logger, whatever PETALS_LOGGING says
         if "PETALS_LOGGING" not in os.environ:
-            use_hivemind_log_handler(HandlerMode.IN_HIVEMIND)  # petals hangs a handler on the root logger; that is the application's
+            use_hivemind_log_handler(HandlerMode.IN_HIVEMIND)  # the root logger is the application's
         _after_petals()
 
 
@@ -120,6 +121,20 @@ def _environment(**variables: str):
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _explained_changes():
+    """Turns "cannot import name X from Y" into an error that says which version of Y still had it."""
+    try:
+        yield
+    except IncompatibleLibrary:
+        raise
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package in TESTED and _version(package) != "missing":
+            raise _changed(package, f"changed: {error}") from error
+        raise
 
 
 def require_petals() -> ModuleType:
@@ -219,6 +234,15 @@ def mend_server_modules() -> None:
 
     load.mended = True
     from_pretrained._load_state_dict_from_repo = load
+    _need("petals", from_pretrained, "_load_state_dict_from_local_file")
+    from_hub = _need("petals", from_pretrained, "_load_state_dict_from_repo_file")
+
+    def load_file(model_name: str, filename: str, *, block_prefix: str | None = None, **kwargs):
+        if os.path.isdir(model_name):  # petals would take a damaged file for a broken download and try again for ever
+            return from_pretrained._load_state_dict_from_local_file(os.path.join(model_name, filename), block_prefix=block_prefix)
+        return from_hub(model_name, filename, block_prefix=block_prefix, **kwargs)
+
+    from_pretrained._load_state_dict_from_repo_file = load_file
 
 
 def use_server_classes(*, server: type, backend: type, handler: type, convert_block, container: type) -> None:

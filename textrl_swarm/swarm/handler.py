@@ -6,7 +6,9 @@ pool to the compute process. Stock RPCs keep their stock names on the wire, so s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
 from typing import AsyncIterator  # noqa: UP035 - hivemind recognises streams by typing's own name
 
 import torch
@@ -22,11 +24,17 @@ from torch import Tensor
 
 from textrl_swarm.swarm.adapter_store import AdapterRefused
 from textrl_swarm.swarm.backend import LoraBackend
-from textrl_swarm.swarm.protocol import INFO_KEY, AdapterHeader, digest, is_adapter_key
+from textrl_swarm.swarm.protocol import ENDING, INFO_KEY, AdapterHeader, digest, is_adapter_key
+
+logger = logging.getLogger(__name__)
 
 _STOCK_RPCS = frozenset(name for name in dir(TransformerConnectionHandler) if name.startswith("rpc_"))
 _BACKWARD_PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
 _PUSH_PRIORITY = 0.5  # before any computation
+_CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was told how it ended
+
+Requests = AsyncIterator[runtime_pb2.ExpertRequest]
+Responses = AsyncIterator[runtime_pb2.ExpertResponse]
 
 
 class LoraHandler(TransformerConnectionHandler):
@@ -47,13 +55,34 @@ class LoraHandler(TransformerConnectionHandler):
     def _backends(self, uids: str) -> Sequence[LoraBackend]:
         return tuple(self.module_backends[uid] for uid in self._check_uids(uids))
 
-    async def rpc_lora_push(
-        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
-    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+    async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
+        """Petals' own."""
+        async for response in _with_ending(super().rpc_forward_stream, requests, context):
+            yield response
+
+    async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
+        """Petals' own."""
+        async for response in _with_ending(super().rpc_inference, requests, context):
+            yield response
+
+    async def rpc_lora_push(self, requests: Requests, context: P2PContext) -> Responses:
         """Stores an adapter for the named blocks: one flat fp32 tensor per block, in the order of the uids.
 
         Metadata of the first message: `header`, an encoded AdapterHeader. Answers once the adapter can be used.
         """
+        async for response in _with_ending(self._store, requests, context):
+            yield response
+
+    async def rpc_lora_backward(self, requests: Requests, context: P2PContext) -> Responses:
+        """Gradients of a chain of blocks. Request: inputs and grad_outputs (B, S, H); metadata `active_adapter`, `need_input_grad`.
+
+        Answers with the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block, always as a stream: hivemind's
+        unary answers cannot carry more than 4 MiB.
+        """
+        async for response in _with_ending(self._backward, requests, context):
+            yield response
+
+    async def _store(self, requests: Requests, context: P2PContext) -> Responses:
         async with timeout(self.request_timeout):
             store = next(iter(self.module_backends.values())).store
             uids, flats, metadata = await self._gather_inputs(_bounded(requests, store.max_bytes_per_client), context)
@@ -66,14 +95,7 @@ class LoraHandler(TransformerConnectionHandler):
             self._log_request("rpc_lora_push", uids.split(), context)
             yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({"key": header.key}))
 
-    async def rpc_lora_backward(
-        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
-    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        """Gradients of a chain of blocks. Request: inputs and grad_outputs (B, S, H); metadata `active_adapter`, `need_input_grad`.
-
-        Answers with the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block, always as a stream: hivemind's
-        unary answers cannot carry more than 4 MiB.
-        """
+    async def _backward(self, requests: Requests, context: P2PContext) -> Responses:
         async with timeout(self.request_timeout):
             uids, (inputs, grad_outputs), metadata = await self._gather_inputs(requests, context)
             backends = self._backends(uids)
@@ -106,7 +128,35 @@ class LoraHandler(TransformerConnectionHandler):
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
 
-async def _bounded(requests: AsyncIterator[runtime_pb2.ExpertRequest], max_bytes: int) -> AsyncIterator[runtime_pb2.ExpertRequest]:
+async def _with_ending(serve: Callable[[Requests, P2PContext], Responses], requests: Requests, context: P2PContext) -> Responses:
+    """Tells clients that ask for it how the answer ended, and leaves the stream open until they have closed it.
+
+    hivemind's daemon resets a stream that the server closes: about one answer (or error) in three hundred does not arrive whole, and on
+    the client's side a stream cut short looks like one that is complete. Stock clients do not ask, and get what stock servers give.
+    """
+    first_metadata: dict = {}
+
+    async def watched() -> Requests:
+        async for request in requests:
+            if request.metadata and not first_metadata:
+                first_metadata.update(MSGPackSerializer.loads(request.metadata))
+            yield request
+
+    ending = ""
+    try:
+        async for response in serve(watched(), context):
+            yield response
+    except Exception as error:
+        if ENDING not in first_metadata:
+            raise
+        ending = str(error) or type(error).__name__
+        logger.info("answered %s with: %s", serve.__name__, ending)
+    if ENDING in first_metadata:
+        yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ending}))
+        await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
+
+
+async def _bounded(requests: Requests, max_bytes: int) -> Requests:
     """Refuses a stream that grows past what may be stored, before it fills the memory."""
     received = 0
     async for request in requests:

@@ -218,8 +218,12 @@ class ServerGroup:
             raise
         return self
 
-    def _launch(self, i: int, peers: Sequence[str]) -> ServerProcess:
+    def _launch(self, i: int, peers: Sequence[str], addresses: Sequence[str] = ()) -> ServerProcess:
         options = list(self._options)
+        if "--identity_path" not in options:
+            options += ["--identity_path", f"{self._logs.name}/server{i}.id"]
+        if addresses:
+            options += ["--host_maddrs", *(address.split("/p2p/")[0] for address in addresses)]
         if self._spans is not None:
             options += ["--block_indices", f"{self._spans[i][0]}:{self._spans[i][1]}"]
         options += ["--initial_peers", *peers] if peers else ["--new_swarm"]
@@ -231,10 +235,10 @@ class ServerGroup:
         self.servers[i].kill()
 
     def start(self, i: int) -> None:
-        """Starts server i (again); returns when its blocks are online. Raises LaunchError."""
+        """Starts server i again, under the address it had; returns when its blocks are online. Raises LaunchError."""
         lost = self.servers[i]
         lost.kill()
-        self.servers[i] = self._launch(i, self.initial_peers)
+        self.servers[i] = self._launch(i, self.initial_peers or self._joined, lost.addresses)
         self.servers[i].wait_for("online", time.monotonic() + self._start_timeout_s)
         lost.wait_for_helpers()
 
@@ -294,8 +298,17 @@ class LocalSwarm(ServerGroup):
             *("--torch_dtype", "float32", "--device", "cpu", "--quant_type", QUANT_TYPES.get(quantization, "none")),
             *("--num_handlers", "2", "--update_period", "5", *server_options),
         ]
-        spans = list(spans) if spans is not None else split_evenly(num_blocks, num_servers)
+        spans = _checked_spans(spans, num_blocks) if spans is not None else split_evenly(num_blocks, num_servers)
         super().__init__(model, spans, options, start_timeout_s=start_timeout_s)
+
+
+def _checked_spans(spans: Sequence[tuple[int, int]], num_blocks: int) -> list[tuple[int, int]]:
+    if not spans:
+        raise ConfigError("spans is empty; give one span of blocks per server, e.g. [(0, 2), (2, 4)]")
+    for start, stop in spans:
+        if not 0 <= start < stop <= num_blocks:
+            raise ConfigError(f"span ({start}, {stop}) is not within blocks 0..{num_blocks}")
+    return list(spans)
 
 
 def check_servable(model: str | Path) -> PretrainedConfig:

@@ -21,6 +21,8 @@ from torch import Tensor
 CAPABILITY = "textrl-swarm/lora-v1"  # announced among a server's adapters, so that routing can tell who can train
 INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients ignore it
 MISSING = "ADAPTER_MISSING"  # starts a server's error text when it does not hold the adapter that a request names
+# Metadata key of a request: say how the answer ended. Metadata key of an answer's last message: "" = complete, else the error's text.
+ENDING = "textrl_swarm_ending"
 REJECTED = "ADAPTER_REJECTED"  # starts a server's error text when it will not store an adapter
 _KEY = re.compile(r"lora-[0-9a-f]{40}")
 
@@ -45,9 +47,10 @@ class AdapterHeader:
             targets = {str(path): (int(sizes[0]), int(sizes[1])) for path, sizes in raw["targets"].items()}
             digests = {int(block): str(digest) for block, digest in raw["digests"].items()}
             header = AdapterHeader(int(raw["r"]), float(raw["alpha"]), targets, digests)
-        except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(f"malformed adapter header: {error!r}") from error
-        if header.r < 1 or not 0 < header.alpha < float("inf") or not targets or not digests:
+        sizes_fit = all(fan_in > 0 and fan_out > 0 for fan_in, fan_out in targets.values())
+        if header.r < 1 or not 0 < header.alpha < float("inf") or not targets or not sizes_fit or not digests:
             raise ValueError(f"adapter header with impossible values: r={header.r}, alpha={header.alpha}, {len(targets)} targets")
         return header
 

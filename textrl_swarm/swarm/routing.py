@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from hivemind.dht import DHT
+from hivemind.dht import DHT, DHTNode
 from hivemind.p2p import PeerID
 from petals.constants import DTYPE_MAP
 from petals.data_structures import ModelInfo, ServerState
@@ -150,7 +150,7 @@ class Router:
 
     async def _refresh(self) -> None:
         loop = asyncio.get_running_loop()
-        infos = await loop.run_in_executor(None, lambda: get_remote_module_infos(self.dht, self.uids, latest=True))
+        infos = await loop.run_in_executor(None, self._ask)
         self._spans, self._untrainable = [], []
         for span in compute_spans(infos, min_state=ServerState.ONLINE).values():
             info = span.server_info
@@ -160,6 +160,14 @@ class Router:
         known = {span.peer for span in self._spans}
         if known:  # a server that failed and that nobody lists any more need not be remembered
             self._failures = {peer: failure for peer, failure in self._failures.items() if peer in known}
+
+    def _ask(self):
+        infos = get_remote_module_infos(self.dht, self.uids, latest=True)
+        if any(info.servers for info in infos):
+            return infos
+        # perhaps all the peers we knew were gone at once, and some are back: hivemind itself never asks the initial ones again
+        self.dht.run_coroutine(_greet_initial_peers)
+        return get_remote_module_infos(self.dht, self.uids, latest=True)
 
     def _unavailable(self, missing: Sequence[int], waited_s: float) -> BlocksUnavailable:
         message = f"no server holds block(s) {_listed(missing)} of {self.dht_prefix!r} (waited {waited_s:.0f} s); "
@@ -185,6 +193,12 @@ class Router:
                 continue
             names.append(name)
         return [name for name in names if name != self.dht_prefix]
+
+
+async def _greet_initial_peers(dht: DHT, node: DHTNode) -> None:
+    """Runs in the DHT's process."""
+    peers = [PeerID.from_base58(str(address).rsplit("/p2p/", 1)[-1]) for address in dht.initial_peers or ()]
+    await asyncio.gather(*map(node.protocol.call_ping, peers))
 
 
 def _listed(blocks: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from textrl_swarm.errors import AdapterRejected
 from textrl_swarm.swarm.handler import LoraHandler
-from textrl_swarm.swarm.protocol import INFO_KEY, MISSING, REJECTED, AdapterSnapshot
+from textrl_swarm.swarm.protocol import ENDING, INFO_KEY, MISSING, REJECTED, AdapterSnapshot
 
 _NO_TENSOR = torch.empty(0)  # petals' way to say "no deep prompts"
 _CLOSE_S = 2.0
@@ -93,6 +93,7 @@ _FOREIGN = (
     asyncio.IncompleteReadError,
     StopAsyncIteration,
     ValueError,
+    RuntimeError,  # torch's, when a tensor came in part
 )
 
 
@@ -119,9 +120,10 @@ class ServerCalls:
 
     async def forward(self, peer: PeerID, uids: Sequence[str], hidden: Tensor, key: str) -> Tensor:
         """Output (B, S, H) of a chain of blocks; `key` "" runs without adapter."""
-        (outputs,) = await self._stream(
+        answer = await self._stream(
             peer, "rpc_forward_stream", uids, [hidden, _NO_TENSOR], {"active_adapter": key}, "activations", "activations"
         )
+        (outputs,) = _complete(answer, 1, peer)
         return _checked(outputs, hidden, peer)
 
     async def backward(
@@ -129,15 +131,16 @@ class ServerCalls:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor."""
         metadata = {"active_adapter": key, "need_input_grad": need_input_grad}
-        grad_input, *flats = await self._stream(peer, "rpc_lora_backward", uids, [hidden, grad], metadata, "activations", "gradients")
-        if len(flats) != len(uids) or not all(torch.isfinite(flat).all() for flat in flats):
-            raise ServerFailed(f"server …{str(peer)[-6:]} returned gradients that are not finite or not of {len(uids)} blocks")
+        answer = await self._stream(peer, "rpc_lora_backward", uids, [hidden, grad], metadata, "activations", "gradients")
+        grad_input, *flats = _complete(answer, 1 + len(uids), peer)
+        if not all(torch.isfinite(flat).all() for flat in flats):
+            raise ServerFailed(f"server …{str(peer)[-6:]} returned gradients that are not finite")
         return (_checked(grad_input, hidden, peer) if need_input_grad else None), flats
 
     async def _stream(
         self, peer: PeerID, rpc: str, uids: Sequence[str], tensors: Sequence[Tensor], metadata: dict, sent_kind: str, received_kind: str
     ) -> list[Tensor]:
-        uid, first_metadata = " ".join(uids), MSGPackSerializer.dumps(metadata)
+        uid, first_metadata = " ".join(uids), MSGPackSerializer.dumps({**metadata, ENDING: True})
         loop = asyncio.get_running_loop()
 
         def make_parts() -> list[runtime_pb2.ExpertRequest]:
@@ -151,7 +154,7 @@ class ServerCalls:
             stub = LoraHandler.get_stub(self.p2p, peer)
             parts = await loop.run_in_executor(None, make_parts)
             stream = await asyncio.wait_for(getattr(stub, rpc)(iter_as_aiter(parts)), self.timeouts.connect_s)
-            return await deserialize_tensor_stream(_tensors_of(stream))
+            return await deserialize_tensor_stream(_tensors_of(_until_ending(stream)))
 
         try:
             answer = await asyncio.wait_for(call(), self.timeouts.request_s)
@@ -177,8 +180,8 @@ class ServerCalls:
             answers = await asyncio.wait_for(stub.rpc_inference(feed()), self.timeouts.connect_s)
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_inference") from error
-        opening = {"max_length": max_length, "active_adapter": key, "points": 0, "alloc_timeout": self.timeouts.request_s / 2}
-        return GenerationStream(self, peer, " ".join(uids), requests, answers, opening)
+        opening = {"max_length": max_length, "active_adapter": key, "points": 0, "alloc_timeout": self.timeouts.request_s / 2, ENDING: True}
+        return GenerationStream(self, peer, " ".join(uids), requests, _until_ending(answers), opening)
 
 
 class GenerationStream:
@@ -215,9 +218,32 @@ class GenerationStream:
             await asyncio.wait_for(drain(), _CLOSE_S)
 
 
+async def _until_ending(stream: AsyncIterator) -> AsyncIterator:
+    """Messages of an answer up to the one that says how it ended; then closes the stream. See handler._with_ending."""
+    try:
+        async for message in stream:
+            ending = MSGPackSerializer.loads(message.metadata).get(ENDING) if message.metadata else None
+            if ending is None:
+                yield message
+            elif ending == "":
+                return
+            else:
+                raise P2PHandlerError(ending)
+        raise EOFError("the connection broke off in the middle of the answer")
+    finally:
+        await stream.aclose()
+
+
 async def _tensors_of(stream: AsyncIterator) -> AsyncIterator:
     async for message in stream:
         yield message.tensors
+
+
+def _complete(answer: list[Tensor], count: int, peer: PeerID) -> list[Tensor]:
+    """hivemind ends a stream whose connection broke like one that is complete."""
+    if len(answer) != count:
+        raise ServerFailed(f"server …{str(peer)[-6:]} broke off: {len(answer)} of {count} tensors came")
+    return answer
 
 
 def _checked(outputs: Tensor, inputs: Tensor, peer: PeerID) -> Tensor:

@@ -58,6 +58,7 @@ class GenerationSession:
                 i += 1
             except MissingAdapter:
                 self._chain.forget(leg.span, self._adapter)
+                attempts.lost_adapter()
                 await self._drop_stream(leg)
             except ServerFailed as error:
                 self._chain.router.report_failure(leg.span.peer)

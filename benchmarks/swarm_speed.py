@@ -1,0 +1,112 @@
+"""What the swarm costs: our client against petals' own on the same servers, and against the model on this machine.
+
+    python benchmarks/swarm_speed.py [--servers 2] [--repeats 5] [--hidden 256]
+
+Prints a table. Contenders take turns within each repeat, so that a slow minute of the machine hits all of them; medians are quoted.
+Everything is on loopback: latency of a real network is not in these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from textrl_swarm import LocalSwarm, LoraSettings, SamplingConfig, load_policy
+from textrl_swarm.swarm.chain import run_in_background
+from textrl_swarm.tiny import random_bloom
+
+
+def timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory() as directory:
+        model = random_bloom(directory + "/bloom", hidden=options.hidden, layers=4)
+        with contextlib.ExitStack() as stack:
+            swarm = stack.enter_context(LocalSwarm(model, options.servers))
+            contenders = make_contenders(model, swarm, options, stack)
+            times: dict[str, list[float]] = {name: [] for name in contenders}
+            for action, _ in contenders.values():
+                action()  # connections, pushes and caches are made before the clock starts
+            for _ in range(options.repeats):
+                for name, (action, _) in contenders.items():
+                    times[name].append(timed(action))
+    table = Table(title=f"{options.servers} servers, hidden {options.hidden}, 4 blocks, {options.rows} rows; median of {options.repeats}")
+    for heading in ("what", "seconds", "min", "max", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        tokens = contenders[name][1]
+        table.add_row(name, f"{median:.3f}", f"{min(seconds):.3f}", f"{max(seconds):.3f}", f"{tokens / median:.0f}")
+    console.print(table)
+
+
+def make_contenders(model, swarm, options, stack: contextlib.ExitStack) -> dict[str, tuple[Callable[[], object], int]]:
+    """Name -> (action, tokens that it processes)."""
+    from petals import DistributedBloomForCausalLM
+
+    prompt = [list(range(10, 18))] * options.rows
+    sampling = SamplingConfig(max_new_tokens=options.new_tokens, do_sample=False)
+    tokens = torch.randint(2, 100, (options.rows, 40))
+    remote = stack.enter_context(load_policy(model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8)))
+    local = stack.enter_context(load_policy(model, lora=LoraSettings(r=8)))
+    remote.tokenizer = local.tokenizer = None  # no end token: nothing ends early, all contenders do the same work
+    stock = DistributedBloomForCausalLM.from_pretrained(
+        model, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix, show_route=False
+    )
+    manager = stock.transformer.h.sequence_manager
+    stack.callback(manager.dht.shutdown)
+    stack.callback(lambda: run_in_background(manager.state.p2p.shutdown()))
+    decoded, passed = options.rows * options.new_tokens, tokens.numel()
+
+    def forward_backward(policy):
+        policy(tokens).logits.logsumexp(-1).mean().backward()
+
+    def push():
+        with torch.no_grad():
+            next(iter(remote.adapter_parameters().values())).add_(1e-6)
+            remote(tokens[:1, :1])
+
+    def stock_generate():
+        with torch.inference_mode():
+            stock.generate(torch.tensor(prompt), max_new_tokens=options.new_tokens, do_sample=False, eos_token_id=None)
+
+    def stock_backward():
+        embeddings = stock.transformer.word_embeddings(tokens).detach().requires_grad_(True)
+        stock(inputs_embeds=embeddings).logits.logsumexp(-1).mean().backward()
+
+    return {
+        "generate, this machine": (lambda: local.generate(prompt, sampling), decoded),
+        "generate, our client with an adapter": (lambda: remote.generate(prompt, sampling), decoded),
+        "generate, petals' client without": (stock_generate, decoded),
+        "forward + backward, this machine": (lambda: forward_backward(local), passed),
+        "forward + backward, our client, LoRA gradients": (lambda: forward_backward(remote), passed),
+        "forward + backward, petals' client, input gradients": (stock_backward, passed),
+        "push a changed adapter, one-token forward": (push, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""The command line as its users meet it: help, errors in one line, `serve`, `demo`; and that importing the package does nothing visible."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import typer
+from architectures import tiny_model
+from safetensors.torch import load_file
+
+from textrl_swarm import cli
+from textrl_swarm.config import LoraSettings
+from textrl_swarm.policy import load_policy
+from textrl_swarm.tiny import RECIPE, RECORD, make_tiny_bloom
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)
+LOOPBACK = ["--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+ADDRESS = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+")
+ENDS_WITHIN_S = 20
+
+
+def main(monkeypatch, *arguments: str) -> int:
+    """The exit code of `textrl-swarm ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["textrl-swarm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code
+
+
+class Command:
+    """`textrl-swarm ARGUMENTS` in a process of its own."""
+
+    def __init__(self, *arguments: object):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "textrl_swarm.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, env={**os.environ, "COLUMNS": "200"}, preexec_fn=_listen_to_ctrl_c,
+        )  # fmt: skip
+        self.said = ""
+
+    def wait_for(self, text: str) -> str:
+        """Everything said up to the line that holds `text`."""
+        for line in self.process.stdout:
+            self.said += line
+            if text in line:
+                return self.said
+        raise AssertionError(f"ended with {self.process.wait()} before saying {text!r}:\n{self.said}")
+
+    def ctrl_c(self) -> list[psutil.Process]:
+        """As a terminal would; returns the processes that shall end."""
+        parent = psutil.Process(self.process.pid)
+        family = [parent, *parent.children(recursive=True)]
+        self.process.send_signal(signal.SIGINT)
+        return family
+
+    def finish(self) -> int:
+        self.said += self.process.stdout.read()
+        return self.process.wait()
+
+
+def _listen_to_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit that it is ignored
+
+
+@contextlib.contextmanager
+def started(*arguments: object) -> Iterator[Command]:
+    command = Command(*arguments)
+    try:
+        yield command
+    finally:
+        if command.process.poll() is None:
+            command.process.send_signal(signal.SIGTERM)
+        command.finish()
+        command.process.stdout.close()
+
+
+# ------------------------------------------------------------------------------------------ help and errors
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=str)
+def test_every_command_explains_itself_with_examples(monkeypatch, capsys, arguments):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(monkeypatch, *arguments, "--help") == 0
+    shown = capsys.readouterr().out
+    if arguments:
+        assert f"textrl-swarm {arguments[0]} " in shown.split("Usage")[1]  # the examples
+    else:
+        assert all(name in shown for name in COMMANDS)
+
+
+def test_the_commands():
+    assert {"demo", "serve"} <= set(COMMANDS)
+
+
+def test_no_command_shows_the_help(monkeypatch, capsys):
+    assert main(monkeypatch) in (0, 2)
+    shown = capsys.readouterr()
+    assert "demo" in shown.out + shown.err
+
+
+@pytest.fixture(scope="module")
+def not_bloom(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("gpt2")
+    tiny_model("gpt2").save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["serve", "/no/such/model", "--new-swarm"], "/no/such/model"),
+        (["serve", "/no/such/[/odd] one", "--new-swarm"], "/no/such/[/odd] one"),
+        (["serve", "NOT_BLOOM", "--new-swarm"], "is a gpt2 model"),
+        (["serve", "BLOOM", "--new-swarm", "--servers", "5"], "4 blocks can be split over 1 to 4 servers, not 5"),
+        (["serve", "BLOOM", "--new-swarm", "--servers", "2", "--block_indices", "0:2"], "leave out --block_indices"),
+        (["serve", "BLOOM", "--initial-peers", "localhost:31337"], "'localhost:31337' is not a peer's address"),
+        (["serve", "BLOOM", "--initial-peers", "/ip4/127.0.0.1/tcp/31337"], "is not a peer's address"),
+        (["demo", "--quantization", "3bit", "--out", "OUT"], "quantization must be 8bit or 4bit, got '3bit'"),
+        (["demo", "--servers", "5", "--out", "OUT"], "has 4 blocks"),
+        (["demo", "--local", "--out", "NOT_BLOOM"], ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_are_one_line_and_exit_code_1(monkeypatch, capsys, tiny_bloom, not_bloom, tmp_path, arguments, told):
+    if "NOT_BLOOM" in arguments and "demo" in arguments:
+        (tmp_path / "base_model").mkdir()
+        (tmp_path / "base_model" / "thesis.tex").touch()
+        arguments, told = ["demo", "--local", "--out", tmp_path], "holds something other than a tiny model of ours"
+    places = {"BLOOM": tiny_bloom(), "NOT_BLOOM": not_bloom, "OUT": tmp_path}
+    assert main(monkeypatch, *(places.get(argument, argument) for argument in arguments)) == 1
+    shown = capsys.readouterr()
+    (line,) = shown.err.strip().splitlines()
+    assert line.startswith("error: ") and told in line
+    assert "Traceback" not in shown.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "BLOOM"],
+        ["serve", "BLOOM", "--new-swarm", "--initial-peers", "/ip4/192.0.2.7/tcp/31337/p2p/12D3KooW"],
+        ["serve"],
+        ["demo", "--servers", "0"],
+        ["demo", "--iterations", "many"],
+        ["serv"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(monkeypatch, capsys, tiny_bloom, arguments):
+    assert main(monkeypatch, *(tiny_bloom() if argument == "BLOOM" else argument for argument in arguments)) == 2
+    shown = capsys.readouterr().err
+    assert "Usage" in shown and "Traceback" not in shown
+    if arguments[:2] == ["serve", "BLOOM"]:
+        assert "--new-swarm (start one) or --initial-peers" in " ".join(shown.replace("│", " ").split())
+
+
+def test_addresses_and_options_that_follow():
+    peer = "/ip4/192.0.2.7/tcp/31337/p2p/12D3KooW"
+    assert cli._split_addresses([peer], [f"/dns/a{peer}", *LOOPBACK, "--cache_dir", "/data"]) == (
+        [peer, f"/dns/a{peer}"], [*LOOPBACK, "--cache_dir", "/data"],
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ import
+
+
+def test_importing_the_package_does_nothing_visible():
+    code = """
+import os, sys, threading
+before, opened = dict(os.environ), []
+sys.addaudithook(lambda event, args: opened.append((event, args)) if event.startswith(("socket.", "subprocess.", "urllib.")) else None)
+import textrl_swarm
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+assert not opened, opened
+heavy = {"torch", "transformers", "peft", "petals", "hivemind", "pfrl", "gym", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+assert threading.active_count() == 1
+assert set(textrl_swarm.__all__) <= set(dir(textrl_swarm))
+import logging
+assert not logging.getLogger().handlers and not logging.getLogger("textrl_swarm").handlers
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_public_name_is_there():
+    import textrl_swarm
+
+    for name in textrl_swarm.__all__:
+        assert getattr(textrl_swarm, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'TextRLenv'"):
+        _ = textrl_swarm.TextRLenv
+
+
+# ------------------------------------------------------------------------------------------ serve
+
+
+@pytest.mark.swarm
+def test_serve_a_client_joins_another_server_joins_and_ctrl_c_ends_all(tiny_bloom):
+    model = tiny_bloom(seed=4)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with load_policy(model) as local, torch.no_grad():
+        expected = local(tokens).logits
+    with started("serve", model, "--servers", 2, "--new-swarm", *LOOPBACK) as first:
+        said = first.wait_for("Ctrl-C ends the servers")
+        assert "holds blocks 0..1 of 4" in said and "holds blocks 2..3 of 4" in said
+        address = re.search(r"--initial-peers (\S+)", said)[1]  # of the line to paste
+        assert ADDRESS.fullmatch(address) and f'load_policy({str(model)!r}, initial_peers=["{address}"])' in said
+        with load_policy(str(model), initial_peers=[address]) as policy, torch.no_grad():
+            assert policy.num_servers == 2
+            assert torch.allclose(policy(tokens).logits, expected, atol=1e-5)
+        with started("serve", model, "--initial-peers", address, "--block_indices", "1:3", *LOOPBACK) as second:
+            assert "holds blocks 1..2 of 4" in second.wait_for("Ctrl-C ends the servers")
+            second_address = ADDRESS.search(second.said.split("clients join")[1])[0]
+            with load_policy(str(model), initial_peers=[second_address]) as policy, torch.no_grad():
+                assert torch.allclose(policy(tokens).logits, expected, atol=1e-5)  # knows the blocks of the others
+            families = [first.ctrl_c(), second.ctrl_c()]
+            began = time.monotonic()
+            assert (first.finish(), second.finish()) == (0, 0)
+    assert sum(process.name() == "p2pd" for family in families for process in family if process.is_running()) == 0
+    gone, alive = psutil.wait_procs([process for family in families for process in family], timeout=ENDS_WITHIN_S)
+    assert not alive and len(gone) > 9
+    assert time.monotonic() - began < ENDS_WITHIN_S
+    for command in (first, second):
+        assert command.said.strip().endswith("all servers have ended")
+
+
+# ------------------------------------------------------------------------------------------ demo
+
+SUMMARY = {
+    "score_before", "score_after", "kl", "seconds", "servers", "base_model", "adapter", "iterations", "tokens_per_second", "bytes_sent",
+    "bytes_received",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hardly_pretrained(tmp_path_factory) -> Path:
+    """A base model that the demo takes for finished."""
+    directory = make_tiny_bloom(tmp_path_factory.mktemp("demo") / "base_model", time_limit_s=3)
+    record = json.loads((directory / RECORD).read_text())
+    (directory / RECORD).write_text(json.dumps({**record, "steps_done": RECIPE["steps"]}))
+    return directory
+
+
+@pytest.fixture
+def out(tmp_path, hardly_pretrained) -> Path:
+    return out_with(hardly_pretrained, tmp_path / "runs")
+
+
+def out_with(base_model: Path, directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "base_model").symlink_to(base_model)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def local_demo(tmp_path_factory, hardly_pretrained) -> tuple[Path, str]:
+    """Where it wrote, and what it said."""
+    out = out_with(hardly_pretrained, tmp_path_factory.mktemp("local") / "runs")
+    with started("demo", "--local", "--iterations", 2, "--out", out) as command:
+        assert command.finish() == 0, command.said
+    return out, command.said
+
+
+def check_outcome(out: Path, iterations: int, servers: int) -> dict:
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    assert (summary["iterations"], summary["servers"], summary["plain_peft_agrees"]) == (iterations, servers, True)
+    assert 0 <= summary["score_before"] <= 1 and 0 <= summary["score_after"] <= 1
+    assert (summary["bytes_sent"] > 0) == (summary["bytes_received"] > 0) == (servers > 0)
+    assert len(summary["score_per_iteration"]) == len(summary["kl_per_iteration"]) == iterations
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with load_policy(summary["base_model"], lora=LoraSettings(r=8)) as policy:
+        policy.load_adapter(summary["adapter"])
+    assert any(bool(t.any()) for name, t in load_file(Path(summary["adapter"]) / "adapter_model.safetensors").items() if "lora_B" in name)
+    return summary
+
+
+def test_demo_on_this_machine(local_demo):
+    out, said = local_demo
+    summary = check_outcome(out, iterations=2, servers=0)
+    assert not summary["interrupted"]
+    assert "16 of 16 greedy continuations are the same" in said
+    assert f"score {summary['score_before']:.2f} -> {summary['score_after']:.2f}" in said
+    assert "before" in said and "The soup is" in said
+
+
+def test_ctrl_c_in_training_keeps_what_was_learned(out):
+    with started("demo", "--local", "--iterations", 500, "--out", out) as command:
+        command.wait_for("iteration 2/500")
+        command.ctrl_c()
+        assert command.finish() == 130, command.said
+    done = int(re.search(r"interrupted after iteration (\d+)", command.said)[1])
+    assert 2 <= done < 10
+    assert check_outcome(out, iterations=done, servers=0)["interrupted"]
+
+
+@pytest.mark.swarm
+def test_demo_through_a_swarm_equals_the_local_one(out, local_demo):
+    with started("demo", "--iterations", 2, "--out", out) as command:
+        assert command.finish() == 0, command.said
+    summary = check_outcome(out, iterations=2, servers=2)
+    local = json.loads((local_demo[0] / "summary.json").read_text())
+    assert summary["score_per_iteration"] == pytest.approx(local["score_per_iteration"], abs=1e-6)
+    found, expected = (load_file(Path(s["adapter"]) / "adapter_model.safetensors") for s in (summary, local))
+    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-5

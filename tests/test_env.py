@@ -1,0 +1,290 @@
+"""The environment: prompts, episodes, where rewards land; and that whole rollouts are rewarded as episodes are."""
+
+from __future__ import annotations
+
+import collections
+import logging
+
+import numpy as np
+import pytest
+import torch
+from architectures import EOS, character_tokenizer
+
+from textrl_swarm.env import TextRLEnv
+from textrl_swarm.errors import ConfigError, PromptError, RewardError
+from textrl_swarm.rollout import score
+from textrl_swarm.types import RolloutBatch
+
+TOKENIZER = character_tokenizer()
+A, B, C = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "abc")
+PROMPTS = [{"input": "one", "key": [1]}, {"input": "two two"}, {"input": "three"}]
+
+
+class Quiet(TextRLEnv):
+    """Records what get_reward is asked; pays nothing."""
+
+    def get_reward(self, input_item, predicted_list, finish):
+        vars(self).setdefault("asked", []).append((input_item, predicted_list, finish))
+        return 0
+
+
+class Dense(TextRLEnv):
+    """A number that tells item, sample, length and finish apart."""
+
+    def get_reward(self, input_item, predicted_list, finish):
+        return [len(input_item["input"]) + 10 * i + 0.1 * len(tokens) + 100 * finish for i, tokens in enumerate(predicted_list)]
+
+
+def make(cls=Quiet, prompts=PROMPTS, **settings) -> TextRLEnv:
+    return cls(None, TOKENIZER, prompts, **settings)
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+@pytest.mark.parametrize(
+    ("entry", "item"),
+    [
+        ("abc", {"input": "abc"}),
+        ({"input": "abc"}, {"input": "abc"}),
+        ({"input": "abc", "reference": [1, 2], 3: None}, {"input": "abc", "reference": [1, 2], 3: None}),
+        (["abc"], {"input": "abc", "extra": []}),
+        (["abc", "a reference"], {"input": "abc", "extra": ["a reference"]}),
+        (("abc", 5), {"input": "abc", "extra": [5]}),
+    ],
+)
+def test_formats_of_a_prompt(entry, item):
+    env = make(prompts=[entry], compare_sample=1)
+    assert env.input_item == item
+    observation, *_ = env.step([A])
+    assert observation == [[*TOKENIZER("abc")["input_ids"], A]]
+    assert env.asked == [(item, [["a"]], False)]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [[], (), "a text", {"input": "abc"}, [""], [{"input": ""}], [{"output": "abc"}], [{"input": 3}], [[]], [[1, 2]], [None], ["abc", 7]],
+    ids=repr,
+)
+def test_what_is_no_prompt(prompts):
+    with pytest.raises(PromptError, match=r"observation_input|has no text"):
+        make(prompts=prompts)
+
+
+def test_the_users_dicts_are_not_changed():
+    prompts = [{"input": "abc", "key": 1}]
+    env = make(prompts=prompts)
+    env.input_item["key"] = 2
+    assert prompts == [{"input": "abc", "key": 1}]
+
+
+def test_every_prompt_comes_once_before_any_comes_again():
+    env = make(prompts=[f"text {i}" for i in range(7)])
+    env.seed(3)
+    for count in (1, 3, 7, 10):
+        env.draw(count)  # 21 = three rounds
+    rounds = [sorted(item["input"] for item in env.draw(7)) for _ in range(3)]
+    assert rounds == [sorted(f"text {i}" for i in range(7))] * 3
+
+
+def test_prompts_are_drawn_uniformly_and_in_another_order_each_round():
+    env = make(prompts=[f"text {i}" for i in range(4)])
+    first = collections.Counter(env.draw(4)[0]["input"] for _ in range(2000))
+    assert len(first) == 4 and all(400 < count < 600 for count in first.values())  # 500 expected, deviation 19
+
+
+def test_the_seed_fixes_the_order():
+    orders = []
+    for seed in (1, 1, 2):
+        env = make(prompts=[f"text {i}" for i in range(20)])
+        env.seed(seed)
+        orders.append([item["input"] for item in env.draw(40)])
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_the_text_for_the_model_can_be_overridden():
+    class Wrapped(Quiet):
+        def gat_obs_input(self, input_item):
+            return f"say {input_item['input']} now"
+
+    assert make(Wrapped, ["abc"]).reset() == [TOKENIZER("say abc now")["input_ids"]] * 2
+
+
+# ------------------------------------------------------------------------------------------ episodes
+
+
+def test_an_observation_is_the_token_ids_of_each_sample():
+    env = make(compare_sample=3)
+    prompt = TOKENIZER("abc")["input_ids"]
+    assert env.reset("abc") == [prompt] * 3
+    observation, rewards, done, info = env.step([A, B, C])
+    assert observation == [[*prompt, A], [*prompt, B], [*prompt, C]]
+    assert (list(rewards), done, info) == ([0.0] * 3, False, {"predicted_str": ["a", "b", "c"]})
+    observation, *_, info = env.step(np.array([[C], [B], [A]]))  # pfrl's agents give arrays
+    assert observation[0] == [*prompt, A, C] and info["predicted_str"] == ["ac", "bb", "ca"]
+    assert env.reset("abc") == [prompt] * 3  # nothing is left of the last episode
+
+
+def test_get_reward_sees_raw_strings_that_make_a_text():
+    env = make(compare_sample=2, max_length=3)
+    env.reset(PROMPTS[0])
+    for action in ([A, B], [B, EOS], [C, C]):
+        *_, done, _ = env.step(action)
+    assert done
+    assert env.asked == [
+        (PROMPTS[0], [["a"], ["b"]], False),
+        (PROMPTS[0], [["a", "b"], ["b", TOKENIZER.eos_token]], False),
+        (PROMPTS[0], [["a", "b", "c"], ["b", TOKENIZER.eos_token]], True),
+    ]
+    assert TOKENIZER.convert_tokens_to_string(env.asked[-1][1][0]) == "abc"
+
+
+def test_what_get_reward_does_to_its_list_stays_there():
+    class Greedy(TextRLEnv):
+        def get_reward(self, input_item, predicted_list, finish):
+            predicted_list[0].clear()
+            return 0
+
+    env = make(Greedy)
+    env.step([A, A])
+    observation, *_ = env.step([B, B])
+    assert observation[0][-2:] == [A, B] and env.predicted[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_at_most_max_length_tokens(samples, length):
+    env = make(compare_sample=samples, max_length=length)
+    for step in range(1, length + 1):
+        observation, rewards, done, _ = env.step([A] * samples)
+        assert len(rewards) == len(observation) == samples
+        assert done == (step == length)
+    assert [len(ids) for ids in env.predicted_ids] == [length] * samples
+
+
+def test_the_end_token_ends_its_own_sample_and_later_tokens_of_it_are_ignored():
+    env = make(compare_sample=2, max_length=10)
+    before = env.reset("abc")[0]
+    assert env.step([EOS, A])[2] is False
+    observation, _, done, info = env.step([B, A])
+    assert observation == [[*before, EOS], [*before, A, A]] and not done
+    assert info["predicted_str"][1] == "aa"
+    assert env.step([B, EOS])[2] is True
+    assert env.predicted_end == [True, True]
+
+
+@pytest.mark.parametrize("action", [[A], [A, B, C], [], A, [-1, A], [0.5, 1.5], ["a", "b"], None, [None, None], [True, False]], ids=repr)
+def test_what_is_no_action(action):
+    env = make(compare_sample=2)
+    before = env.reset("abc")
+    with pytest.raises(ConfigError, match=r"one token id per sample \(2\)"):
+        env.step(action)
+    assert env.predicted == [[], []] and env._observation() == before
+
+
+def test_a_bad_reward_names_the_prompt():
+    class Bad(TextRLEnv):
+        def get_reward(self, input_item, predicted_list, finish):
+            return float("nan")
+
+    env = make(Bad)
+    env.reset("two two")
+    with pytest.raises(RewardError, match="returned nan for sample 0 for prompt 'two two'"):
+        env.step([A, A])
+
+
+def test_a_missing_get_reward_is_mentioned_and_pays_nothing(caplog):
+    env = make(TextRLEnv, max_length=1)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "get_reward is not overridden" in record.message
+    assert list(env.step([A, B])[1]) == [0.0, 0.0]
+    caplog.clear()
+    make(Quiet)
+    assert not caplog.records
+
+
+def test_the_attributes_that_textrl_users_know():
+    env = make(max_length=7)
+    assert (env.env_max_length, env.compare_sample, env.observation_space) == (7, 2, PROMPTS)
+    assert (env.gen_stop_toks, env.predicted) == ([TOKENIZER.eos_token], [[], []])
+    assert env.input_item in PROMPTS
+    defaults = make()
+    assert (defaults.env_max_length, defaults.compare_sample) == (100, 2)
+
+
+@pytest.mark.parametrize("settings", [{"max_length": 0}, {"compare_sample": 0}, {"max_length": 2.5}, {"compare_sample": "2"}], ids=repr)
+def test_impossible_settings(settings):
+    with pytest.raises(ConfigError, match="whole number >= 1"):
+        make(**settings)
+
+
+# ------------------------------------------------------------------------------------------ where rewards land
+
+
+def rollout_of(env: TextRLEnv, items: list[dict], responses: list[list[int]]) -> RolloutBatch:
+    """The given responses, as `generate` would have returned them."""
+    prompts = [env.encode(item) for item in items for _ in range(env.compare_sample)]
+    lengths = [len(response) for response in responses]
+    tokens = torch.full((len(prompts), max(len(p) + n for p, n in zip(prompts, lengths, strict=True))), 1)
+    for row, prompt, response in zip(tokens, prompts, responses, strict=True):
+        row[: len(prompt) + len(response)] = torch.tensor(prompt + response)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    zeros = torch.zeros(mask.shape)
+    return RolloutBatch(
+        tokens=tokens, prompt_lengths=torch.tensor([len(p) for p in prompts]), response_mask=mask,
+        terminated=torch.tensor([r[-1] == EOS for r in responses]), old_logprobs=zeros, values=zeros,
+        texts=("",) * len(prompts), temperature=1.0,
+    )  # fmt: skip
+
+
+def played(env: TextRLEnv, item: dict, responses: list[list[int]]) -> list[list[float]]:
+    """Per env step the rewards of each sample, from stepping the environment by hand."""
+    env.reset(item)
+    given = []
+    for step in range(max(map(len, responses))):
+        _, rewards, done, _ = env.step([r[step] if step < len(r) else A for r in responses])
+        given.append(list(rewards))
+    assert done
+    return given
+
+
+def test_a_reward_lands_on_the_token_just_chosen_and_the_last_on_each_samples_own_last_token():
+    env = make(Dense, compare_sample=2, max_length=3)
+    rewards, env_steps = score(env, [PROMPTS[0]], rollout_of(env, [PROMPTS[0]], [[A, EOS], [A, B, C]]))
+    assert env_steps == 3
+    # base 3 for "one", + 10 for sample 1, + 0.1 per token; at the end + 100, for sample 0 on its second token
+    expected = [[3.1, 3.2 + 103.2, 0.0], [13.1, 13.2, 113.3]]
+    assert torch.allclose(rewards, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_a_rollout_is_rewarded_as_its_episodes_would_be(samples):
+    env = make(Dense, compare_sample=samples, max_length=4)
+    rng = np.random.default_rng(0)
+    responses = []
+    for _ in range(3 * samples):
+        response = rng.integers(2, 20, size=rng.integers(1, 5)).tolist()
+        responses.append(response if len(response) == 4 else [*response[:-1], EOS])
+    rewards, env_steps = score(env, PROMPTS, rollout_of(env, PROMPTS, responses))
+    steps = 0
+    for p, item in enumerate(PROMPTS):
+        mine = responses[p * samples : (p + 1) * samples]
+        given = played(env, item, mine)
+        steps += len(given)
+        for i, response in enumerate(mine):
+            last = len(response) - 1
+            expected = [0.0] * rewards.shape[1]
+            for step, values in enumerate(given):
+                if step <= last or step == len(given) - 1:
+                    expected[min(step, last)] += values[i]
+            assert rewards[p * samples + i].tolist() == pytest.approx(expected)
+    assert env_steps == steps
+
+
+def test_a_rollout_asks_what_its_episodes_would_ask():
+    env = make(Quiet, compare_sample=2, max_length=3)
+    responses = [[A, EOS], [B, B, B]]
+    played(env, PROMPTS[1], responses)
+    asked, env.asked = env.asked, []
+    score(env, [PROMPTS[1]], rollout_of(env, [PROMPTS[1]], responses))
+    assert env.asked == asked

@@ -1,0 +1,535 @@
+"""Servers die at every possible moment, and users type what users type.
+
+A run that lost servers must end with the very numbers of the run that lost none: `torch.equal`, no tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from plain_peft import FAST, PlainPeft, assert_same, connect, fill, greedy, loss_of, random_tokens, run
+from safetensors.torch import load_file, save_file
+
+from textrl_swarm.config import LoraSettings, SamplingConfig
+from textrl_swarm.errors import (
+    AdapterError,
+    AdapterRejected,
+    AddressError,
+    BlocksUnavailable,
+    ConfigError,
+    LaunchError,
+    ModelError,
+    PromptError,
+    RemoteFailure,
+    ServerMismatch,
+)
+from textrl_swarm.policy import load_policy
+from textrl_swarm.swarm.local import LocalSwarm
+from textrl_swarm.swarm.rpc import ServerCalls, ServerFailed, Timeouts
+from textrl_swarm.swarm.session import GenerationSession
+
+pytestmark = pytest.mark.swarm
+
+TOKENS = random_tokens(6, 9, seed=3)
+PROMPTS = [row.tolist() for row in (TOKENS[0, :2], TOKENS[1, :7], TOKENS[2, :5])]
+SAMPLING = SamplingConfig(max_new_tokens=8, num_samples=2, seed=9)
+SHORT = Timeouts(connect_s=5, request_s=10, discovery_s=3, recovery_s=4)
+
+# ------------------------------------------------------------------------------------------------------------- lost servers
+
+
+@pytest.fixture(scope="module")
+def replicas(tiny_bloom):
+    """Server 0 has all four blocks; servers 1 and 2 half of them each. Clients prefer server 0."""
+    with LocalSwarm(tiny_bloom(seed=4), spans=[(0, 4), (0, 2), (2, 4)]) as swarm:
+        yield swarm
+
+
+def only(swarm: LocalSwarm, *indices: int) -> None:
+    """These servers run and no others."""
+    for i, server in enumerate(swarm.servers):
+        if server.running and i not in indices:
+            swarm.kill(i)
+        elif not server.running and i in indices:
+            swarm.start(i)
+
+
+def train(policy, disturb=lambda moment: None) -> dict[str, torch.Tensor]:
+    """Two optimizer steps; `disturb` is called at each named moment. Returns the parameters."""
+    optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=0.05)
+    for step in range(2):
+        optimizer.zero_grad()
+        disturb(f"before forward {step}")
+        out = policy(TOKENS)
+        disturb(f"before backward {step}")
+        loss_of(out.logits, out.values, TOKENS).backward()
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(replicas):
+    """Parameters after `train`, and a rollout after that."""
+    with connect(replicas, filled=70) as policy:
+        return train(policy), policy.generate(PROMPTS, SAMPLING)
+
+
+def assert_equal_parameters(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def assert_equal_rollouts(found, expected) -> None:
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert torch.equal(found.old_logprobs, expected.old_logprobs)
+    assert torch.equal(found.values, expected.values)
+
+
+def test_training_is_the_same_on_either_route(replicas, undisturbed):
+    """Whole model on one server, or halves on two: nothing but the route may differ."""
+    only(replicas, 1, 2)
+    with connect(replicas, filled=70) as policy:
+        assert policy.num_servers == 2
+        assert_equal_parameters(train(policy), undisturbed[0])
+
+
+@pytest.mark.parametrize("moment", ["before forward 0", "before backward 0"])
+def test_a_replica_takes_over(replicas, undisturbed, moment):
+    only(replicas, 0, 1, 2)
+    reached = []
+    with connect(replicas, filled=70) as policy:
+        assert policy.num_servers == 1, "server 0 is preferred, so that its loss matters"
+
+        def disturb(now):
+            if now == moment:
+                reached.append(now)
+                replicas.kill(0)
+
+        found = train(policy, disturb)
+    assert reached
+    assert_equal_parameters(found, undisturbed[0])
+
+
+def during_generation(monkeypatch, at_chunk: int, disturb) -> list[int]:
+    """Calls `disturb` before chunk `at_chunk` is sent; returns a list that then has one entry."""
+    original, sent, reached = GenerationSession.step, [], []
+
+    def step(self, hidden):
+        if len(sent) == at_chunk:
+            reached.append(at_chunk)
+            disturb()
+        sent.append(hidden.shape)
+        return original(self, hidden)
+
+    monkeypatch.setattr(GenerationSession, "step", step)
+    return reached
+
+
+@pytest.mark.parametrize("at_chunk", [0, 5])
+def test_a_replica_takes_over_in_the_middle_of_a_generation(replicas, undisturbed, monkeypatch, at_chunk):
+    only(replicas, 0, 1, 2)
+    with connect(replicas, filled=70) as policy:
+        train(policy)
+        reached = during_generation(monkeypatch, at_chunk, lambda: replicas.kill(0))
+        rollout = policy.generate(PROMPTS, SAMPLING)
+    assert reached
+    assert_equal_rollouts(rollout, undisturbed[1])
+
+
+def replaced(swarm: LocalSwarm, i: int) -> threading.Thread:
+    """Kills server i at once and starts it again from another thread, as a supervisor would."""
+    swarm.kill(i)
+    thread = threading.Thread(target=swarm.start, args=(i,))
+    thread.start()
+    return thread
+
+
+def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, monkeypatch, caplog):
+    only(replicas, 1, 2)
+    threads = []
+    with connect(replicas, filled=70) as policy:
+        moments = {"before backward 0": 2, "before forward 1": 1}
+        found = train(policy, lambda now: threads.append(replaced(replicas, moments[now])) if now in moments else None)
+        assert len(threads) == 2
+        assert_equal_parameters(found, undisturbed[0])
+        for thread in threads:
+            thread.join()
+        reached = during_generation(monkeypatch, 6, lambda: threads.append(replaced(replicas, 2)))
+        assert_equal_rollouts(policy.generate(PROMPTS, SAMPLING), undisturbed[1])
+        assert reached
+        threads[-1].join()
+    assert "no server holds block(s) 2..3 now; waiting up to" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "work", [lambda policy: run(policy, TOKENS), lambda policy: greedy(policy, PROMPTS, 4)], ids=["training", "generation"]
+)
+def test_without_replica_or_restart_it_fails_within_the_deadline(replicas, work):
+    only(replicas, 1, 2)
+    with connect(replicas, filled=70, timeouts=SHORT) as policy:
+        work(policy)
+        replicas.kill(2)
+        fill(policy, 71)
+        started = time.monotonic()
+        with pytest.raises((BlocksUnavailable, RemoteFailure), match=r"block\(?s?\)? 2\.\.3") as failure:
+            work(policy)
+        assert time.monotonic() - started < 3 * SHORT.recovery_s
+    if isinstance(failure.value, BlocksUnavailable):
+        assert failure.value.missing == (2, 3)
+
+
+def test_missing_blocks_are_named_when_a_policy_is_made(replicas):
+    only(replicas, 1)
+    started = time.monotonic()
+    with pytest.raises(BlocksUnavailable, match=r"no server holds block\(s\) 2\.\.3 of .* --block_indices 2:4") as failure:
+        connect(replicas, timeouts=SHORT)
+    assert failure.value.missing == (2, 3)
+    assert time.monotonic() - started < 15
+
+
+def test_the_only_server_comes_back(tiny_bloom):
+    """Nobody is left to ask where the blocks are; the server must be found under its old address."""
+    with LocalSwarm(tiny_bloom(seed=4), num_servers=1) as swarm, connect(swarm, filled=72) as policy:
+        expected = policy(TOKENS).logits
+        thread = replaced(swarm, 0)
+        assert torch.equal(policy(TOKENS).logits, expected)
+        thread.join()
+        with connect(swarm, filled=72) as other:
+            assert torch.equal(other(TOKENS).logits, expected)
+
+
+# -------------------------------------------------------------------------------------------------- servers that answer badly
+
+
+def misbehave(monkeypatch, times: int, error: Exception) -> list[str]:
+    """The next `times` calls of every kind fail; returns what was called."""
+    calls, original = [], ServerCalls._stream
+
+    async def stream(self, peer, rpc, *args):
+        calls.append(rpc)
+        if len(calls) <= times:
+            raise error
+        return await original(self, peer, rpc, *args)
+
+    monkeypatch.setattr(ServerCalls, "_stream", stream)
+    return calls
+
+
+def test_a_passing_fault_is_retried(two_servers, monkeypatch, tmp_path):
+    with connect(two_servers, filled=80) as policy:
+        plain = PlainPeft(policy, tmp_path)
+        calls = misbehave(monkeypatch, 1, ServerFailed("the line was cut"))
+        assert_same(run(policy, TOKENS), plain.run(TOKENS))
+        assert calls.count("rpc_lora_push") == 3  # one of the two was lost
+
+
+def test_an_error_that_the_server_reports_again_and_again_is_believed(two_servers, monkeypatch):
+    with connect(two_servers, filled=80) as policy:
+        calls = misbehave(monkeypatch, 100, ServerFailed("rpc_lora_push on server …abc failed: out of memory", answered=True))
+        with pytest.raises(
+            RemoteFailure, match=r"forward through blocks 0\.\.3 failed 3 times, last: .* out of memory; look at that server's log"
+        ):
+            policy(TOKENS)
+        assert len(calls) == 3
+
+
+def test_a_server_that_never_keeps_the_adapter_is_not_asked_for_ever(two_servers, monkeypatch):
+    from textrl_swarm.swarm.rpc import MissingAdapter
+
+    with connect(two_servers, filled=81, timeouts=SHORT) as policy:
+        forward = ServerCalls.forward
+        monkeypatch.setattr(ServerCalls, "forward", _raising(MissingAdapter("gone again")))
+        with pytest.raises(RemoteFailure, match="does not keep the adapter"):
+            policy(TOKENS)
+        monkeypatch.setattr(ServerCalls, "forward", forward)
+        policy(TOKENS)
+
+
+def _raising(error: Exception):
+    async def call(*args):
+        raise error
+
+    return call
+
+
+def test_answers_that_are_not_finite_are_not_used(two_servers, monkeypatch):
+    original = ServerCalls._stream
+
+    async def stream(self, peer, rpc, *args):
+        answer = await original(self, peer, rpc, *args)
+        return [tensor * float("nan") for tensor in answer]
+
+    with connect(two_servers, filled=82, timeouts=SHORT) as policy:
+        monkeypatch.setattr(ServerCalls, "_stream", stream)
+        with pytest.raises((RemoteFailure, BlocksUnavailable)) as failure:
+            policy(TOKENS)
+    if isinstance(failure.value, RemoteFailure):
+        assert "returned NaN or infinite numbers" in str(failure.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ no process left
+
+
+def descendants_of(process: psutil.Process) -> list[psutil.Process]:
+    return process.children(recursive=True)
+
+
+def test_close_leaves_no_process_behind(tiny_bloom):
+    before = set(psutil.Process().children(recursive=True))
+    with LocalSwarm(tiny_bloom(seed=4), num_servers=1) as swarm:
+        during = set(psutil.Process().children(recursive=True)) - before
+        assert {"p2pd", "torch_shm_manager"} <= {process.name() for process in during}
+        swarm.kill(0)
+        swarm.kill(0)
+    swarm.close()
+    assert not set(psutil.Process().children(recursive=True)) - before, "zombies count"
+
+
+PARENT = """
+import json, sys, time
+from textrl_swarm.swarm.local import LocalSwarm
+with LocalSwarm(sys.argv[1], num_servers=1) as swarm:
+    print(json.dumps([server.pid for server in swarm.servers]), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_servers_end_with_their_parent(tiny_bloom, how):
+    """Whatever ends the program that owns the swarm."""
+    command = [sys.executable, "-c", PARENT, str(tiny_bloom(seed=4))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True) as parent:
+        servers = json.loads(parent.stdout.readline())
+        started = psutil.Process(parent.pid).children(recursive=True)
+        assert set(servers) <= {process.pid for process in started}
+        assert "p2pd" in {process.name() for process in started}
+        parent.send_signal(how)
+        parent.wait(30)
+    deadline = time.monotonic() + 15
+    while (alive := [process for process in started if _alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Not ended; one that was handed to us, its new parent, is collected."""
+    try:
+        os.waitpid(process.pid, os.WNOHANG)
+    except ChildProcessError:
+        pass  # not ours
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_server_that_cannot_start_says_why(tiny_bloom):
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(LaunchError, match=r"(?s)ended with exit code 2 .*unrecognized arguments: --no_such_option"):
+        LocalSwarm(tiny_bloom(seed=4), num_servers=2, server_options=["--no_such_option", "1"]).__enter__()
+    assert not set(psutil.Process().children(recursive=True)) - before
+
+
+def test_damaged_weights_end_the_server(tiny_bloom, tmp_path):
+    """Petals alone would ask the hub for the file again, every half minute, for ever."""
+    directory = tmp_path / "damaged"
+    shutil.copytree(tiny_bloom(seed=4), directory)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    started = time.monotonic()
+    with pytest.raises(LaunchError, match=r"(?s)model\.safetensors"):
+        LocalSwarm(directory, num_servers=1, start_timeout_s=60).__enter__()
+    assert time.monotonic() - started < 50
+
+
+# ------------------------------------------------------------------------------------------------------------------ bad input
+
+PEER = "/p2p/12D3KooWEjGpdZERBm1ua8EKtKtU1UQzHqe7vY22kCjuXqdUBbCr"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "error", "text"),
+    [
+        ([], AddressError, "initial_peers is empty"),
+        ("", AddressError, "'' is not a peer's address"),
+        (["localhost:31337"], AddressError, "'localhost:31337' is not a peer's address; it should look like /ip4/"),
+        (["/ip4/127.0.0.1/tcp/1"], AddressError, "is not a peer's address"),
+        (["/ip4/127.0.0.1/tcp/1/p2p/short"], AddressError, "is not a peer's address"),
+        ([f"/ip4/127.0.0.1/tcp/1{PEER}"], AddressError, "none of the initial peers answered: /ip4/127.0.0.1/tcp/1/p2p/"),
+        ([f"/ip4/999.0.0.1/tcp/1{PEER}"], AddressError, "/ip4/999.0.0.1/tcp/1"),
+        ([f"/ip4/127.0.0.1/tcp/99999999{PEER}"], AddressError, "/tcp/99999999"),
+    ],
+)
+def test_bad_addresses(tiny_bloom, addresses, error, text):
+    started = time.monotonic()
+    with pytest.raises(error, match=re.escape(text)):
+        load_policy(tiny_bloom(seed=1), initial_peers=addresses, timeouts=FAST)
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (lambda: {"quantization": "8bit"}, ConfigError, "quantization='8bit' is for local models; in a swarm the servers hold the weights"),
+        (lambda: {"lora": LoraSettings(targets=("query_key",))}, ConfigError, "did you mean 'query_key_value'? known: dense,"),
+        (lambda: {"lora": LoraSettings(r=0)}, ConfigError, "rank r must be a whole number >= 1, got 0"),
+        (lambda: {"lora": LoraSettings(layers=0)}, ConfigError, "layers must be None (all blocks) or a whole number >= 1"),
+        (lambda: {"lora": LoraSettings(layers=5)}, ConfigError, "LoRA layers=5, but the model has 4 blocks; use 1 to 4"),
+        (lambda: {"dht_prefix": "elsewhere", "timeouts": SHORT}, BlocksUnavailable, "no server holds block(s) 0..3 of 'elsewhere'"),
+        (lambda: {"dht_prefix": "elsewhere", "timeouts": SHORT}, BlocksUnavailable, "this swarm serves 'bloom"),
+    ],
+)
+def test_bad_settings(two_servers, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        load_policy(two_servers.model, initial_peers=two_servers.initial_peers, **{"timeouts": FAST, **options()})
+
+
+def test_servers_of_another_model_are_refused(two_servers, tiny_bloom):
+    other = tiny_bloom(seed=1, hidden=32, vocab=64)
+    with pytest.raises(ServerMismatch, match=r"holds another model: hidden_size 64 \(client: 32\), vocab_size 128 \(client: 64\)"):
+        load_policy(other, initial_peers=two_servers.initial_peers, dht_prefix=two_servers.dht_prefix, timeouts=FAST)
+
+
+def _model_files(directory: Path, **config) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("swarm", [False, True], ids=["load_policy", "LocalSwarm"])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda path: path / "nowhere", "there is no directory"),
+        (
+            lambda path: _model_files(path / "bare", model_type="bloom"),
+            "has a config.json but no weights; expected one of model.safetensors",
+        ),
+        (lambda path: (path / "empty").mkdir() or path / "empty", "has no config.json"),
+        (lambda path: "no/such-model", "'no/such-model' is neither a model directory here nor a model that can be had from the hub"),
+    ],
+)
+def test_bad_models(tmp_path, make, text, swarm):
+    model = make(tmp_path)
+    with pytest.raises(ModelError, match=re.escape(text)):
+        LocalSwarm(model) if swarm else load_policy(model, initial_peers=[f"/ip4/127.0.0.1/tcp/1{PEER}"])
+
+
+@pytest.mark.parametrize("swarm", [False, True], ids=["load_policy", "LocalSwarm"])
+def test_only_bloom_in_a_swarm(tmp_path, swarm):
+    model = _model_files(tmp_path / "gpt2", model_type="gpt2")
+    (model / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="is a gpt2 model; the swarm parts train BLOOM models"):
+        LocalSwarm(model) if swarm else load_policy(model, initial_peers=[f"/ip4/127.0.0.1/tcp/1{PEER}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_servers": 5}, "4 blocks can be split over 1 to 4 servers, not 5"),
+        ({"num_servers": 0}, "4 blocks can be split over 1 to 4 servers, not 0"),
+        ({"quantization": "16bit"}, "quantization must be None, '8bit' or '4bit', got '16bit'"),
+        ({"spans": [(0, 2), (2, 5)]}, "span (2, 5) is not within blocks 0..4"),
+        ({"spans": [(1, 1)]}, "span (1, 1) is not within blocks 0..4"),
+        ({"spans": []}, "spans is empty"),
+    ],
+)
+def test_bad_swarms(tiny_bloom, options, text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        LocalSwarm(tiny_bloom(seed=1), **options)
+
+
+@pytest.mark.parametrize(
+    ("work", "text"),
+    [
+        (
+            lambda policy: policy.generate([[5] * 395], SamplingConfig(max_new_tokens=8)),
+            r"395 tokens; .* makes 403, but the servers' cache .* allows 400",
+        ),
+        (lambda policy: policy(random_tokens(2, 65)), r"a sequence of 65 tokens is longer than the servers take at once \(64\)"),
+        (lambda policy: policy(torch.tensor([[5, 999]])), r"token ids must be in 0\.\.127, got 5\.\.999"),
+        (lambda policy: policy.generate([[]]), "prompt 0 is empty"),
+        (lambda policy: policy.generate([]), "the prompt list is empty"),
+    ],
+)
+def test_bad_prompts(small_server, work, text):
+    with connect(small_server) as policy, pytest.raises(PromptError, match=text):
+        work(policy)
+
+
+def _damage(directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _not_finite(directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (_damage, "adapter_model.safetensors cannot be read"),
+        (_not_finite, "has NaN or infinite numbers in base_model.model.transformer.h.0"),
+        (shutil.rmtree, "holds no adapter: there is no adapter_config.json"),
+        (lambda path: (path / "adapter_model.safetensors").unlink(), "holds no adapter: there is no adapter_model.safetensors"),
+    ],
+)
+def test_bad_adapters(two_servers, tmp_path, spoil, text):
+    with connect(two_servers, filled=90) as policy:
+        policy.save_adapter(tmp_path / "adapter")
+        spoil(tmp_path / "adapter")
+        before = {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
+        with pytest.raises(AdapterError, match=re.escape(text)):
+            policy.load_adapter(tmp_path / "adapter")
+        assert_equal_parameters(policy.trainable_parameters(), before)
+
+
+def test_an_adapter_of_another_model_or_rank_is_refused(two_servers, three_servers, tmp_path):
+    with connect(three_servers) as policy:
+        policy.save_adapter(tmp_path / "other model")
+    with connect(two_servers, LoraSettings(r=2)) as policy:
+        policy.save_adapter(tmp_path / "other rank")
+    with connect(two_servers) as policy:
+        with pytest.raises(AdapterError, match="does not fit: 8 tensors are unknown here.* made for base model 'tests/tiny-bloom.v1'"):
+            policy.load_adapter(tmp_path / "other model")
+        with pytest.raises(AdapterError, match=r"does not fit: .* has shape \(2, .*expected \(4, .* with r=2, .* this policy has r=4"):
+            policy.load_adapter(tmp_path / "other rank")
+
+
+@pytest.mark.parametrize(
+    ("change", "lora", "text"),
+    [
+        (lambda p: next(iter(p.values())).data.fill_(float("nan")), LoraSettings(r=4), "refused the adapter: block 0: the adapter has NaN"),
+        (lambda p: None, LoraSettings(r=1400), r"refused the adapter: .*--adapter_bytes_per_client"),
+    ],
+    ids=["NaN", "too large"],
+)
+def test_an_adapter_that_servers_refuse_is_not_pushed_again(two_servers, change, lora, text):
+    with connect(two_servers, lora, filled=91) as policy:
+        change(policy.adapter_parameters())
+        for work in (lambda: policy(TOKENS), lambda: greedy(policy, PROMPTS, 2)):
+            started = time.monotonic()
+            with pytest.raises(AdapterRejected, match=text):
+                work()
+            assert time.monotonic() - started < 5
+        with policy.adapter_disabled():
+            policy(TOKENS)
+
+
+def test_close_twice_and_errors_after_it(two_servers):
+    policy = connect(two_servers)
+    policy.close()
+    policy.close()
