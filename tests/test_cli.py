@@ -308,6 +308,7 @@ def test_ctrl_c_in_training_keeps_what_was_learned(out):
 
 
 @pytest.mark.swarm
+@pytest.mark.slow  # a minute; test_ppo compares the same training at a smaller size
 def test_demo_through_a_swarm_equals_the_local_one(out, local_demo):
     with started("demo", "--iterations", 2, "--out", out) as command:
         assert command.finish() == 0, command.said

@@ -83,7 +83,7 @@ def test_the_hook_may_be_installed_twice():
 CHANGES = {
     "petals 2.3": (
         "versions['petals'] = '2.3.0'",
-        "petals 2.3.0 is not the release that the mends were written for; .* pip install 'petals==2.2.0.post1'",
+        r"petals 2\.3\.0 is not the release that the mends were written for; .* pip install 'petals==2\.2\.0\.post1'",
     ),
     "hivemind without PeerID": (
         "import hivemind.p2p; del hivemind.p2p.PeerID",

@@ -291,7 +291,7 @@ def test_attempts_end_by_time(monkeypatch):
 
 def test_attempts_end_when_the_adapter_is_lost_again_and_again():
     tries = attempts(20)
-    with pytest.raises(RemoteFailure, match="does not keep the adapter .* larger --adapter_bytes"):
+    with pytest.raises(RemoteFailure, match=r"does not keep the adapter .* larger --adapter_bytes"):
         for _ in range(100):
             tries.lost_adapter()
 
@@ -394,7 +394,9 @@ def test_missing_blocks_and_stock_servers_are_named(router):
     with pytest.raises(BlocksUnavailable, match=r"no server holds block\(s\) 1, 3 of 'tiny'") as failure:
         route(router(("a", 0, 1), ("b", 2, 3)))
     assert failure.value.missing == (1, 3)
-    with pytest.raises(BlocksUnavailable, match="stock petals servers hold blocks 0..3 on server .*cannot train LoRA: start servers with"):
+    with pytest.raises(
+        BlocksUnavailable, match=r"stock petals servers hold blocks 0\.\.3 on server .*cannot train LoRA: start servers with"
+    ):
         route(router(("stock", 0, 4, 1.0, False)))
 
 

@@ -19,7 +19,7 @@ import os
 import sys
 from types import ModuleType
 
-from textrl_swarm.errors import IncompatibleLibrary, PetalsMissing
+from textrl_swarm.errors import IncompatibleLibrary, ModelError, PetalsMissing
 
 TESTED = {
     "petals": "2.2.0.post1",
@@ -239,7 +239,11 @@ def mend_server_modules() -> None:
 
     def load_file(model_name: str, filename: str, *, block_prefix: str | None = None, **kwargs):
         if os.path.isdir(model_name):  # petals would take a damaged file for a broken download and try again for ever
-            return from_pretrained._load_state_dict_from_local_file(os.path.join(model_name, filename), block_prefix=block_prefix)
+            path = os.path.join(model_name, filename)
+            try:
+                return from_pretrained._load_state_dict_from_local_file(path, block_prefix=block_prefix)
+            except Exception as error:
+                raise ModelError(f"{path} cannot be read: {error}") from error
         return from_hub(model_name, filename, block_prefix=block_prefix, **kwargs)
 
     from_pretrained._load_state_dict_from_repo_file = load_file
