@@ -44,7 +44,13 @@ DOORS: dict[str, tuple[str, ...]] = {
     "petals": ("swarm.",),
     "hivemind": ("swarm.",),
     "tensor_parallel": ("swarm.",),
-    "peft": ("adapters", "local_policy", "policy", "plain_check", "swarm.compat"),  # compat only puts back a name that petals looks for in peft
+    "peft": (
+        "adapters",
+        "local_policy",
+        "policy",
+        "plain_check",
+        "swarm.compat",
+    ),  # compat only puts back a name that petals looks for in peft
     "pfrl": ("agent", "actor", "env", "training"),
     "gym": ("agent", "actor", "env", "training"),
     "bitsandbytes": ("local_policy",),

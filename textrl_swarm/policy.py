@@ -209,7 +209,7 @@ def load_policy(
             model, initial_peers, dht_prefix, quantization, lora, dtype, device, seed, tokenizer=tokenizer, **swarm_options
         )
     if dht_prefix is not None:
-        raise ConfigError(f"dht_prefix={dht_prefix!r} names a model in a swarm: give initial_peers too, or leave it out to use this machine")
+        raise ConfigError(f"dht_prefix={dht_prefix!r} names a model in a swarm: give initial_peers too, or leave it out")
     from textrl_swarm.local_policy import load_local_policy
 
     return load_local_policy(model, quantization, lora, dtype, device, seed, tokenizer=tokenizer, **swarm_options)
