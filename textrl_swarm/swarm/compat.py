@@ -15,6 +15,7 @@ import importlib.abc
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 from types import ModuleType
@@ -83,11 +84,13 @@ class _MendingLoader(importlib.abc.Loader):
         _before_petals()
         from hivemind.utils.logging import HandlerMode, use_hivemind_log_handler
 
+        root_level = logging.root.level
         with _environment(PETALS_IGNORE_DEPENDENCY_VERSION="1", PETALS_LOGGING="False"), _explained_changes():
             self._loader.exec_module(module)
             importlib.import_module("petals.utils.convert_block")  # hangs a handler on the root logger, whatever PETALS_LOGGING says
         if "PETALS_LOGGING" not in os.environ:
-            use_hivemind_log_handler(HandlerMode.IN_HIVEMIND)  # the root logger is the application's
+            use_hivemind_log_handler(HandlerMode.IN_HIVEMIND)  # the root logger is the application's, and so is its level
+            logging.root.setLevel(root_level)
         _after_petals()
 
 
