@@ -5,6 +5,7 @@ Also a program: `python stock_client.py MODEL PEER...` prints the answers as one
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 
@@ -20,7 +21,9 @@ def talk(model_name: str, peers: list[str]) -> dict[str, list]:
 
     from textrl_swarm.base_model import default_dht_prefix
 
-    model = DistributedBloomForCausalLM.from_pretrained(model_name, initial_peers=peers, dht_prefix=default_dht_prefix(model_name))
+    model = DistributedBloomForCausalLM.from_pretrained(
+        model_name, initial_peers=peers, dht_prefix=default_dht_prefix(model_name), max_retries=5, request_timeout=20
+    )
     try:
         tokens = torch.tensor([[9, 8, 7, 30, 31], [50, 51, 52, 53, 54]])
         embeddings = model.transformer.word_embeddings(tokens).detach().requires_grad_()
@@ -61,4 +64,5 @@ def end(model) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(100)  # s; should it hang, say where
     print(json.dumps(talk(sys.argv[1], sys.argv[2:])))

@@ -301,7 +301,7 @@ def test_stock_petals_clients(two_servers, where):
     else:
         script = Path(__file__).parent / "stock_client.py"
         command = [sys.executable, str(script), two_servers.model, *two_servers.initial_peers]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(["timeout", "120", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         found = json.loads(done.stdout.splitlines()[-1])
     base = AutoModelForCausalLM.from_pretrained(two_servers.model, dtype=torch.float32).eval()

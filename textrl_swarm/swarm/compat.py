@@ -199,6 +199,7 @@ def _get_file_from_repo(path_or_repo: str, filename: str, use_auth_token=None, *
 
 
 def _after_petals() -> None:
+    import petals.client.inference_session as inference_session
     import petals.client.lm_head as lm_head
     import petals.client.remote_generation as remote_generation
     import petals.client.remote_sequential as remote_sequential
@@ -213,6 +214,7 @@ def _after_petals() -> None:
     lm_head.LMHead.__init__ = _lm_head_init
     remote_sequential.RemoteSequential.__init__ = _outside_meta_device(remote_sequential.RemoteSequential.__init__)
     _read_both_key_styles(bloom_model)
+    _close_once(inference_session._ServerInferenceSession)
     _mend_generation(remote_generation)
     auto_config._AutoDistributedBase.from_pretrained = _accept_token(auto_config._AutoDistributedBase.from_pretrained)
     bloom_config.DistributedBloomConfig.from_pretrained = _accept_token(bloom_config.DistributedBloomConfig.from_pretrained)
@@ -370,6 +372,19 @@ def _outside_meta_device(init):
             init(self, *args, **kwargs)
 
     return __init__
+
+
+def _close_once(session: type) -> None:
+    """A session whose closing failed would try again while the interpreter ends, when no event loop is left to do it, and hang for ever."""
+    close = _need("petals", session, "close")
+
+    def close_once(self) -> None:
+        try:
+            close(self)
+        finally:
+            self._outputs_stream, self.closed = None, True
+
+    session.close = close_once
 
 
 def _read_both_key_styles(bloom_model: ModuleType) -> None:
