@@ -216,3 +216,15 @@ def without() -> dict[str, str]:
 
 def _collected(lines: str) -> dict[str, str]:
     return {name: text for line in lines.splitlines() if line.startswith("{") for name, text in json.loads(line).items()}
+
+
+def test_servers_are_not_started_without_petals(monkeypatch, tmp_path):
+    from textrl_swarm.errors import PetalsMissing
+    from textrl_swarm.swarm import compat
+    from textrl_swarm.swarm.local import LocalSwarm
+    from textrl_swarm.tiny import random_bloom
+
+    model = random_bloom(tmp_path / "model")
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PetalsMissing, match="the swarm parts need petals, which is not installed; type: pip install"):
+        LocalSwarm(model)

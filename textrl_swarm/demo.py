@@ -153,7 +153,7 @@ def _policy(base_model: Path, settings: DemoSettings, console: Console) -> Itera
             swarm = stack.enter_context(LocalSwarm(base_model, settings.servers, settings.quantization))
         for server in swarm.servers:
             console.print(f"server (pid {server.pid}) holds blocks {server.span[0]}..{server.span[1] - 1}")
-        console.print(f"clients join at {swarm.initial_peers[0]} ({time.perf_counter() - started:.0f} s)")
+        console.print(f"clients join at {swarm.initial_peers[0]} ({time.perf_counter() - started:.0f} s)", soft_wrap=True)
         with _status(console, "joining the swarm"):
             policy = stack.enter_context(
                 load_policy(base_model, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix, lora=lora, seed=settings.seed)

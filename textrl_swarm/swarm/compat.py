@@ -140,6 +140,13 @@ def _explained_changes():
         raise
 
 
+def check_installed() -> None:
+    """Raises PetalsMissing, with the command to type, when petals or hivemind is not there. Imports nothing."""
+    for name in ("petals", "hivemind"):
+        if importlib.util.find_spec(name) is None:
+            raise PetalsMissing(f"the swarm parts need {name}, which is not installed; type: {INSTALL_COMMAND}")
+
+
 def require_petals() -> ModuleType:
     """Imports petals, mended.
 

@@ -28,6 +28,7 @@ import psutil
 from textrl_swarm.base_model import default_dht_prefix, read_config
 from textrl_swarm.config import QUANTIZATIONS
 from textrl_swarm.errors import ConfigError, LaunchError, ModelError
+from textrl_swarm.swarm.compat import check_installed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -178,7 +179,7 @@ class ServerGroup:
         start_timeout_s: until all blocks are online.
 
     Raises:
-        ModelError: before anything is started.
+        ModelError, PetalsMissing: before anything is started.
         LaunchError: on entering, when a server does not come online; all others are ended.
     """
 
@@ -191,6 +192,7 @@ class ServerGroup:
         initial_peers: Sequence[str] | None = None,
         start_timeout_s: float = 180.0,
     ):
+        check_installed()
         self.model, self._spans, self._options = str(model), spans, list(options)
         self._joined = list(initial_peers or [])
         self._start_timeout_s = start_timeout_s
