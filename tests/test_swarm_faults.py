@@ -197,6 +197,7 @@ def test_missing_blocks_are_named_when_a_policy_is_made(replicas):
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.slow  # another start of servers; the default run shall stay under ten minutes
 def test_the_only_server_comes_back(tiny_bloom):
     """Nobody is left to ask where the blocks are; the server must be found under its old address. In the end no process is left."""
     with nothing_left() as started, LocalSwarm(tiny_bloom(seed=4), num_servers=1) as swarm:
@@ -337,6 +338,7 @@ def test_a_server_that_cannot_start_says_why(tiny_bloom):
         LocalSwarm(tiny_bloom(seed=4), num_servers=2, server_options=["--no_such_option", "1"]).__enter__()
 
 
+@pytest.mark.slow  # another start of servers; the default run shall stay under ten minutes
 def test_damaged_weights_end_the_server(tiny_bloom, tmp_path):
     """Petals alone would ask the hub for the file again, every half minute, for ever."""
     directory = tmp_path / "damaged"
