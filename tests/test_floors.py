@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # The client side of the swarm stands on the handler and on nothing else of the server side: hivemind makes a client's stub from the
 # handler's class. The server side does not see the client side.
 FLOORS: dict[str, tuple[str, list[str]]] = {
-    "words": ("errors types config", []),
-    "parts": ("sampling returns losses value_head adapters base_model", ["words"]),
+    "words": ("errors types config files", []),
+    "parts": ("sampling returns losses value_head adapters base_model estimate", ["words"]),
     "swarm.common": ("swarm.__init__ swarm.compat swarm.protocol", ["parts"]),
     "swarm.adapter_store": ("swarm.adapter_store", ["swarm.common"]),
     "swarm.backend": ("swarm.backend", ["swarm.adapter_store"]),
@@ -29,13 +29,14 @@ FLOORS: dict[str, tuple[str, list[str]]] = {
     "swarm.routing": ("swarm.routing", ["swarm.rpc"]),
     "swarm.chain": ("swarm.chain swarm.autograd", ["swarm.routing"]),
     "swarm.session": ("swarm.session", ["swarm.chain"]),
-    "swarm.client": ("swarm.client", ["swarm.session"]),
+    "swarm.client": ("swarm.client swarm.survey", ["swarm.session"]),
     "swarm.local": ("swarm.local", ["swarm.server", "swarm.client"]),
     "policies": ("policy local_policy swarm_policy generation tiny", ["swarm.local"]),
-    "rollouts": ("rewards env rollout", ["policies"]),
+    "rollouts": ("rewards reward_models prompts env rollout", ["policies"]),
     "agents": ("ppo agent actor", ["rollouts"]),
-    "training": ("checkpoint training", ["agents"]),
-    "faces": ("demo plain_check serving cli __init__ __main__", ["training"]),
+    "training": ("checkpoint training trackers", ["agents"]),
+    "runs": ("run_config run export", ["training"]),
+    "faces": ("demo plain_check serving status train_command cli __init__ __main__", ["runs"]),
 }
 FLOOR_OF = {module: floor for floor, (modules, _) in FLOORS.items() for module in modules.split()}
 
