@@ -129,7 +129,20 @@ def load_tensors(directory: str | Path, expected: Mapping[str, Tensor], config: 
     return tensors
 
 
+def read_settings(directory: str | Path) -> LoraSettings:
+    """The settings with which a policy can take over an adapter. Raises AdapterError."""
+    config = _read_config(Path(directory))
+    targets, blocks = config.target_modules, config.layers_to_transform
+    if not targets or isinstance(targets, str):
+        raise AdapterError(f"the adapter in {directory} has target_modules={targets!r}; only a list of names of linear layers is supported")
+    if isinstance(blocks, int):
+        blocks = [blocks]
+    return LoraSettings(r=config.r, alpha=config.lora_alpha, targets=tuple(sorted(targets)), layers=len(blocks) if blocks else None)
+
+
 def _read_config(path: Path) -> LoraConfig:
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise AdapterError(f"{path} holds no adapter: there is no {ADAPTER_CONFIG}")
     try:
         config = PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

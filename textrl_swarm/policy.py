@@ -62,6 +62,7 @@ class Policy(ABC):
     num_servers: int = 0
 
     _adapter_on: bool = True
+    _reference: dict[str, Tensor] | None = None  # the ref policy's adapter; None = no adapter
 
     # ------------------------------------------------------------------ what each kind of policy provides
 
@@ -115,12 +116,38 @@ class Policy(ABC):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Inside, this is the ref policy: the same base model without the adapter. No second model anywhere."""
+        """Inside, this is the base model without the adapter. No second model anywhere."""
         before, self._adapter_on = self._adapter_on, False
         try:
             yield
         finally:
             self._adapter_on = before
+
+    def start_from(self, directory: str | Path) -> None:
+        """Takes over an adapter, and keeps a frozen copy of it as the ref policy, e.g. a supervised one: KL begins at 0.
+
+        Raises:
+            AdapterError: as `load_adapter`.
+        """
+        self.load_adapter(directory)
+        self._reference = {name: parameter.detach().clone() for name, parameter in self.adapter_parameters().items()}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, this is the ref policy: the adapter of `start_from`, or else the base model. For use without gradients."""
+        if self._reference is None:
+            with self.adapter_disabled():
+                yield
+            return
+        parameters = self.adapter_parameters()
+        trained = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self._reference[name]
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = trained[name]
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """All that an optimizer may change: the adapter by its PEFT names, and `value_head.*`."""
@@ -182,6 +209,7 @@ def load_policy(
     seed: int = 0,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    ref_adapter: str | Path | None = None,
     **swarm_options,
 ) -> Policy:
     """A policy on this machine or through a swarm.
@@ -191,25 +219,35 @@ def load_policy(
         initial_peers: addresses of servers, as `textrl-swarm serve` prints them: the blocks are theirs. None = this machine.
         dht_prefix: name under which the swarm announces the model; None = made from `model`.
         quantization: None, "8bit" or "4bit" (bitsandbytes); local only, servers quantise with their own option.
-        lora: which weights are trained.
+        lora: which weights are trained; None = those of `ref_adapter`, or else the defaults.
         dtype: of the local weights; None = the checkpoint's.
         device: None = CUDA when there is one (local), else the CPU.
         seed: of the adapter's and the value head's first values.
         tokenizer: instead of the one that belongs to `model`.
+        ref_adapter: directory of a PEFT LoRA adapter to start from, which is also the ref policy (default: the base model is).
         swarm_options: `timeouts=Timeouts(...)`, see swarm/rpc.py.
 
     Raises:
-        ModelError, ConfigError, AddressError, PetalsMissing, BlocksUnavailable, ServerMismatch.
+        ModelError, ConfigError, AddressError, AdapterError, PetalsMissing, BlocksUnavailable, ServerMismatch.
     """
-    lora = lora or LoraSettings()
+    if lora is None:
+        lora = LoraSettings() if ref_adapter is None else adapters.read_settings(ref_adapter)
     if initial_peers is not None or type(model).__name__.startswith("Distributed"):
         from textrl_swarm.swarm_policy import load_swarm_policy
 
-        return load_swarm_policy(
+        policy = load_swarm_policy(
             model, initial_peers, dht_prefix, quantization, lora, dtype, device, seed, tokenizer=tokenizer, **swarm_options
         )
-    if dht_prefix is not None:
+    elif dht_prefix is not None:
         raise ConfigError(f"dht_prefix={dht_prefix!r} names a model in a swarm: give initial_peers too, or leave it out")
-    from textrl_swarm.local_policy import load_local_policy
+    else:
+        from textrl_swarm.local_policy import load_local_policy
 
-    return load_local_policy(model, quantization, lora, dtype, device, seed, tokenizer=tokenizer, **swarm_options)
+        policy = load_local_policy(model, quantization, lora, dtype, device, seed, tokenizer=tokenizer, **swarm_options)
+    if ref_adapter is not None:
+        try:
+            policy.start_from(ref_adapter)
+        except BaseException:
+            policy.close()
+            raise
+    return policy

@@ -119,7 +119,7 @@ class PPO:
     def _score_with_ref(self, rollout: RolloutBatch) -> tuple[Tensor, _Scores, _Scores]:
         features = self.policy.features(rollout.tokens.to(self.policy.device))
         scores = self._score_all(features, rollout)
-        with self.policy.adapter_disabled():
+        with self.policy.reference():
             return features, scores, self._score_all(features, rollout)
 
     def _train(self, features: Tensor, rollout: RolloutBatch, old: _Scores, advantages: Tensor, returns: Tensor) -> dict[str, float]:

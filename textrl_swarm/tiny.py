@@ -11,15 +11,12 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import random
 import re
-import shutil
 import statistics
 import string
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +29,7 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from textrl_swarm.errors import ConfigError, ModelError
+from textrl_swarm.files import published
 
 logger = logging.getLogger(__name__)
 
@@ -206,24 +204,11 @@ def _require_usable(directory: Path) -> None:
 
 @contextmanager
 def _published(directory: Path) -> Iterator[Path]:
-    """A sibling to write to, renamed to `directory` at the end: whoever finds `directory` finds all of it.
-
-    A tiny model that is already there is replaced.
-    """
-    directory = directory.resolve()
+    """`files.published` that replaces a tiny model of ours and nothing else."""
     _require_usable(directory)
-    unique = f"{directory.name}.{uuid.uuid4().hex[:8]}"
-    staging, replaced = directory.with_name(f".{unique}.part"), directory.with_name(f".{unique}.old")
-    try:
-        staging.mkdir(parents=True)
+    with published(directory) as staging:
         yield staging
         _require_usable(directory)  # somebody may have put a file there in the meantime
-        if directory.exists():
-            os.replace(directory, replaced)
-        os.replace(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 # Models.

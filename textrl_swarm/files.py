@@ -1,0 +1,63 @@
+"""Writing so that a crash leaves either the old or the new, never half of one. Knows nothing about what is written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def published(directory: str | Path) -> Iterator[Path]:
+    """A sibling directory to write to, on the disk and renamed to `directory` at the end; what stood there is replaced.
+
+    Whoever finds `directory` finds all of it, also after a power cut. When the body raises, nothing has changed.
+    """
+    directory = Path(directory).resolve()
+    unique = f"{directory.name}.{uuid.uuid4().hex[:8]}"
+    staging, replaced = directory.with_name(f".{unique}.part"), directory.with_name(f".{unique}.old")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        for path in (*filter(Path.is_file, staging.rglob("*")), staging):
+            _to_disk(path)
+        if directory.exists():
+            os.replace(directory, replaced)
+        os.replace(staging, directory)
+        _to_disk(directory.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces a file's contents in one step."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        _to_disk(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
