@@ -33,6 +33,10 @@ class AdapterError(TextRLSwarmError):
     """An adapter directory is unusable, or was made for another model."""
 
 
+class CheckpointError(TextRLSwarmError):
+    """A run's directory cannot be continued or exported: damaged, of another model, changed, or without a finished iteration."""
+
+
 class PromptError(TextRLSwarmError, ValueError):
     """A prompt list is empty, or a prompt is empty, malformed or too long."""
 

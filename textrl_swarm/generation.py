@@ -7,6 +7,7 @@ Knows nothing about rewards or training.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -141,6 +142,11 @@ def encode_prompts(policy: Policy, prompts: Sequence[str] | Sequence[Sequence[in
     if len(prompts) == 0:
         raise PromptError("the prompt list is empty; give at least one prompt")
     return [_encode(policy, prompt, i) for i, prompt in enumerate(prompts)]
+
+
+def check_prompts(policy: Policy, prompts: Sequence[str] | Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+    """Raises PromptError when `generate` could not take one of these prompts."""
+    _check_lengths(policy, encode_prompts(policy, prompts), dataclasses.replace(sampling, num_samples=1))
 
 
 def _encode(policy: Policy, prompt: str | Sequence[int], index: int) -> list[int]:

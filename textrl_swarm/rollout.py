@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,15 @@ from textrl_swarm.config import SamplingConfig
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.policy import Policy
 from textrl_swarm.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses to P prompts, C samples each (B = P * C rows), before anybody judged them."""
+
+    items: tuple[dict, ...]  # (P,) the prompts' dicts
+    rollout: RolloutBatch
+    seconds: float  # of sampling
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,12 @@ class Collected:
 
 
 def collect(policy: Policy, env: TextRLEnv, num_prompts: int, sampling: SamplingConfig) -> Collected:
-    """Draws prompts, samples `env.compare_sample` responses to each, asks for the rewards.
+    """`sample_responses`, then `reward_responses`."""
+    return reward_responses(env, sample_responses(policy, env, num_prompts, sampling))
+
+
+def sample_responses(policy: Policy, env: TextRLEnv, num_prompts: int, sampling: SamplingConfig) -> Sampled:
+    """Draws prompts and samples `env.compare_sample` responses to each.
 
     `sampling.max_new_tokens` below `env.env_max_length` cuts episodes short; they get their final reward all the same.
     """
@@ -46,11 +61,18 @@ def collect(policy: Policy, env: TextRLEnv, num_prompts: int, sampling: Sampling
         sampling, num_samples=env.compare_sample, max_new_tokens=min(sampling.max_new_tokens, env.env_max_length)
     )
     rollout = policy.generate([env.encode(item) for item in items], sampling)
-    rewards, env_steps = score(env, items, rollout)
-    return Collected(rollout, rewards, tuple(items), env_steps, time.perf_counter() - started)
+    return Sampled(tuple(items), rollout, time.perf_counter() - started)
 
 
-def score(env: TextRLEnv, items: list[dict], rollout: RolloutBatch) -> tuple[Tensor, int]:
+def reward_responses(env: TextRLEnv, sampled: Sampled) -> Collected:
+    """Asks the user's function about sampled responses, which an error leaves as they are."""
+    started = time.perf_counter()
+    rewards, env_steps = score(env, sampled.items, sampled.rollout)
+    seconds = sampled.seconds + time.perf_counter() - started
+    return Collected(sampled.rollout, rewards, sampled.items, env_steps, seconds)
+
+
+def score(env: TextRLEnv, items: Sequence[dict], rollout: RolloutBatch) -> tuple[Tensor, int]:
     """Replays a rollout through `env.get_reward`, token by token, as if its samples had been chosen in an episode each.
 
     Returns:

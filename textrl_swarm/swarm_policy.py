@@ -112,7 +112,7 @@ class SwarmPolicy(Policy):
         return self._model.transformer.ln_f(hidden)
 
     def project(self, hidden: Tensor) -> Tensor:
-        return self._model.lm_head(hidden)
+        return self._model.lm_head(hidden.to(self._model.lm_head.weight.dtype))
 
     @contextmanager
     def session(self, rows: int, max_length: int) -> Iterator[_SwarmSession]:

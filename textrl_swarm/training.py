@@ -17,7 +17,7 @@ from pathlib import Path
 from textrl_swarm.agent import PPOAgent  # first: it silences gym's banner
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError
-from textrl_swarm.rollout import Collected, collect
+from textrl_swarm.rollout import Collected, Sampled, collect, reward_responses, sample_responses
 
 from pfrl.experiments.evaluator import Evaluator, save_agent  # isort: skip
 
@@ -34,21 +34,36 @@ class Iteration:
     seconds: float
 
 
-def train(agent: PPOAgent, env: TextRLEnv, *, iterations: int, prompts_per_iteration: int) -> Iterator[Iteration]:
+def train(
+    agent: PPOAgent,
+    env: TextRLEnv,
+    *,
+    iterations: int,
+    prompts_per_iteration: int,
+    start: int = 0,
+    sampled: Sampled | None = None,
+    on_sampled: Callable[[int, Sampled], None] | None = None,
+) -> Iterator[Iteration]:
     """Yields after each iteration; stop early by leaving the loop.
 
     Args:
-        iterations: how many.
+        iterations: how many in all.
         prompts_per_iteration: prompts per rollout; each gets `env.compare_sample` responses.
+        start: iterations that are already done.
+        sampled: responses for the first iteration, when it has them already.
+        on_sampled: called with the iteration's index and its responses before they are rewarded.
     """
-    for index in range(iterations):
-        started = time.perf_counter()
-        before = _bytes(agent)
-        collected = collect(agent.policy, env, prompts_per_iteration, agent.rollout_sampling())
+    for index in range(start, iterations):
+        started, before = time.perf_counter(), _bytes(agent)
+        if sampled is None:
+            sampled = sample_responses(agent.policy, env, prompts_per_iteration, agent.rollout_sampling())
+            if on_sampled is not None:
+                on_sampled(index, sampled)
+        collected, sampled = reward_responses(env, sampled), None
         metrics = dict(agent.learn(collected.rollout, collected.rewards))
         metrics["rollout_tokens_per_second"] = collected.tokens_per_second
-        for name, total, start in zip(("bytes_sent", "bytes_received"), _bytes(agent), before, strict=True):
-            metrics[name] = float(total - start)
+        for name, total, then in zip(("bytes_sent", "bytes_received"), _bytes(agent), before, strict=True):
+            metrics[name] = float(total - then)
         yield Iteration(index, collected, metrics, time.perf_counter() - started)
 
 
