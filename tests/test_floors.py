@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # The client side of the swarm stands on the handler and on nothing else of the server side: hivemind makes a client's stub from the
 # handler's class. The server side does not see the client side.
 FLOORS: dict[str, tuple[str, list[str]]] = {
-    "words": ("errors types config files", []),
+    "words": ("errors types config files display", []),
     "parts": ("sampling returns losses value_head adapters base_model estimate", ["words"]),
     "swarm.common": ("swarm.__init__ swarm.compat swarm.protocol", ["parts"]),
     "swarm.adapter_store": ("swarm.adapter_store", ["swarm.common"]),

@@ -1,0 +1,148 @@
+"""Run configurations: what is read, what is refused and with which words, and what survives a round trip."""
+
+from __future__ import annotations
+
+import pytest
+
+from textrl_swarm.config import LoraSettings
+from textrl_swarm.errors import ConfigError
+from textrl_swarm.run_config import RewardSection, differences, load_config
+
+LEAST = {"model": "./m", "prompts": ["The soup is"], "reward": "tasks:score", "output": "runs/x"}
+FULL = """
+model: ./my-bloom
+swarm:
+  initial_peers: [/ip4/127.0.0.1/tcp/1/p2p/a]
+lora: {r: 4, alpha: 8, targets: [dense], layers: 2}
+sampling: {max_new_tokens: 24, temperature: 0.7, num_samples: 2}
+ppo: {lr: 1e-3, target_kl: 0.1}
+prompts: prompts.jsonl
+reward:
+  - {model: ./classifier, label: positive, weight: 2}
+  - tasks:length
+train: {iterations: 5, report_to: []}
+output: runs/ü
+seed: 3
+"""
+
+
+def test_a_file_with_everything(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(FULL, encoding="utf-8")
+    config = load_config(path)
+    assert config.swarm.initial_peers == ("/ip4/127.0.0.1/tcp/1/p2p/a",)
+    assert config.lora == LoraSettings(r=4, alpha=8, targets=("dense",), layers=2)
+    assert config.ppo.lr == 1e-3  # YAML 1.1 reads 1e-3 as a text
+    assert config.reward == (RewardSection(model="./classifier", label="positive", weight=2), RewardSection(function="tasks:length"))
+    assert (config.sampling.num_samples, config.train.report_to, config.output) == (2, (), "runs/ü")
+
+
+def test_one_seed_for_everything():
+    config = load_config({**LEAST, "seed": 7})
+    assert (config.seed, config.ppo.seed, config.sampling.seed) == (7, 7, 7)
+
+
+def test_round_trip_through_plain_values(tmp_path):
+    config = load_config({**LEAST, "seed": 7, "ppo": {"lr": 1e-5}, "lora": {"layers": 3}})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(path) == load_config(config.to_dict()) == config
+
+
+def test_four_samples_unless_told_otherwise():
+    assert load_config(LEAST).sampling.num_samples == load_config({**LEAST, "sampling": {"top_k": 3}}).sampling.num_samples == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "expected"),
+    [
+        ("ppo.lr=3e-4", lambda c: c.ppo.lr, 3e-4),
+        ("lora.targets=[dense, query_key_value]", lambda c: c.lora.targets, ("dense", "query_key_value")),
+        ("quantization=8bit", lambda c: c.quantization, "8bit"),
+        ("train.reward_timeout_s=2.5", lambda c: c.train.reward_timeout_s, 2.5),
+        ("reward=other:score", lambda c: c.reward[0].function, "other:score"),
+        ("output=runs/a=b", lambda c: c.output, "runs/a=b"),
+        ("swarm=null", lambda c: c.swarm, None),
+    ],
+)
+def test_overrides(override, get, expected):
+    before = dict(LEAST)
+    assert get(load_config(LEAST, [override])) == expected
+    assert before == LEAST
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"modell": "x"}, "unknown key 'modell'; did you mean 'model'?"),
+        ({"lr": 1}, "unknown key 'lr'; did you mean 'ppo.lr'?"),
+        ({"ppo": {"learning_rat": 1}}, "unknown key 'ppo.learning_rat'; known: adam_eps"),
+        ({"ppo": {"epoch": 1}}, "unknown key 'ppo.epoch'; did you mean 'epochs'?"),
+        ({"lora": {"rank": 4}}, "unknown key 'lora.rank'"),
+        ({"reward": {"functon": "a:b"}}, "unknown key 'reward.0.functon'; did you mean 'function'?"),
+        ({"ppo": {"epochs": "four"}}, 'ppo.epochs: input should be a valid integer, unable to parse string as an integer, got "four"'),
+        ({"ppo": {"epochs": 0}}, "ppo: epochs must be a whole number >= 1, got 0"),
+        ({"ppo": 3}, "ppo: input should be a dictionary"),
+        ({"model": None}, "model: input should be a valid string, got null"),
+        ({"prompts": 3}, "prompts must be a list, a file, or a mapping with the key dataset; got 3"),
+        ({"prompts": []}, "prompts must be a list"),
+        ({"reward": 3}, "reward: input should be a list, got 3"),
+        ({"reward": []}, "reward is empty"),
+        ({"reward": {"label": "x"}}, 'give each reward either function: "module:name" or model: NAME'),
+        ({"reward": {"function": "a:b", "label": "x"}}, "label and with_prompt belong to a reward with model:"),
+        ({"swarm": {}}, "the key 'swarm.initial_peers' is missing"),
+        ({"swarm": {"initial_peers": "/ip4/1"}}, 'swarm.initial_peers: input should be a list, got "/ip4/1"'),
+        ({"swarm": {"initial_peers": ["a"]}, "quantization": "8bit"}, "servers of a swarm choose their own"),
+        ({"quantization": "3bit"}, "quantization: input should be '8bit' or '4bit', got \"3bit\""),
+        ({"sampling": {"seed": 1}}, "sampling.seed: a run has one seed; set the key `seed` instead"),
+        ({"sampling": {"temperature": 0}}, "temperature must be > 0"),
+        ({"train": {"report_to": ["tensorbord"]}}, "train.report_to.0: input should be 'tensorboard', 'wandb' or 'trackio'"),
+        ({"train": {"iterations": 0}}, "iterations must be a whole number >= 1, got 0"),
+        ({"train": {"reward_timeout_s": -1}}, "reward_timeout_s must be > 0 seconds or null, got -1"),
+    ],
+)
+def test_what_is_refused(changes, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config({**LEAST, **changes})
+    assert expected in str(caught.value)
+
+
+def test_every_complaint_is_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config({"model": 3, "prompts": ["a"], "ppo": {"epochs": "x"}})
+    assert all(key in str(caught.value) for key in ("model:", "ppo.epochs:", "'reward' is missing", "'output' is missing"))
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (None, "there is no configuration file"),
+        (b"model: [", "is not YAML"),
+        (b"- a\n- b", "must be a mapping"),
+        (b"", "must be a mapping"),
+        (b"model: \xff\xfe", "is not UTF-8 text"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, contents, expected):
+    (tmp_path / "other.yaml").write_text("model: m")
+    path = tmp_path / "run.yaml"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert expected in str(caught.value)
+    assert contents is not None or "other.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["ppo.lr", "=3", "ppo.lr=[1"])
+def test_overrides_that_are_refused(override):
+    with pytest.raises(ConfigError, match="--set"):
+        load_config(LEAST, [override])
+
+
+def test_differences_name_the_key_and_both_values():
+    old, new = load_config(LEAST).to_dict(), load_config({**LEAST, "ppo": {"lr": 1e-3}, "lora": {"r": 2}}).to_dict()
+    lines = differences(old, new)
+    assert lines[0].startswith('lora: null -> {"r": 2')
+    assert lines[1:] == ["ppo.lr: 0.0001 -> 0.001"]
+    assert differences(old, old) == []
