@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from textrl_swarm.errors import ConfigError, PromptError
-from textrl_swarm.rewards import RewardFunction, Rewards
+from textrl_swarm.rewards import RewardFunction, Rewards, SentenceReward, StepReward
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,19 @@ class TextRLEnv:
         max_length: most tokens per response.
         compare_sample: responses to the same prompt in one episode.
         unfreeze_layer_from_past: train only the last n blocks (0 = all); used by TextRLActor.
+        reward: instead of overriding `get_reward`: a step reward `f(input_item, predicted_list, finish)`, or a sentence reward
+            `f(items, texts)` that is asked once per rollout; rows come prompt by prompt, `compare_sample` samples each.
+        reward_timeout_s: a reward that takes longer is an error; None = wait for ever.
+
+    Attributes:
+        reward_on_finish_only: set it on a subclass whose `get_reward` gives nothing before the end; it is then asked once per episode.
 
     Raises:
         PromptError: no prompts, or one without text.
+        ConfigError: an impossible length, or a reward that takes the wrong parameters.
     """
+
+    reward_on_finish_only = False
 
     def __init__(
         self,
@@ -41,6 +50,9 @@ class TextRLEnv:
         max_length: int = 100,
         compare_sample: int = 2,
         unfreeze_layer_from_past: int = 0,
+        *,
+        reward: StepReward | SentenceReward | None = None,
+        reward_timeout_s: float | None = None,
     ):
         for name, value in (("max_length", max_length), ("compare_sample", compare_sample)):
             if not isinstance(value, int) or value < 1:
@@ -53,10 +65,15 @@ class TextRLEnv:
         self.stop_ids = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")} - {None}
         self.gen_stop_toks = [t for t in (getattr(tokenizer, "sep_token", None), getattr(tokenizer, "eos_token", None)) if t]
         self._rng = random.Random(0)
-        self._upcoming: list[dict] = []
-        self.rewards = RewardFunction(self.get_reward, compare_sample)
-        if type(self).get_reward is TextRLEnv.get_reward:
-            logger.warning("get_reward is not overridden: every reward is 0 and nothing will be learned; subclass TextRLEnv")
+        self._upcoming: list[int] = []  # indices into items
+        overridden = type(self).get_reward is not TextRLEnv.get_reward
+        if reward is not None and overridden:
+            raise ConfigError(f"give either reward= or a {type(self).__name__}.get_reward, not both")
+        self.rewards = RewardFunction(self.get_reward if reward is None else reward, compare_sample, reward_timeout_s)
+        if reward is None and not overridden:
+            logger.warning(
+                "get_reward is not overridden: every reward is 0 and nothing will be learned; subclass TextRLEnv or pass reward="
+            )
         self.reset()
 
     # ------------------------------------------------------------------ what users override
@@ -76,9 +93,13 @@ class TextRLEnv:
         """
         return [0.0] * self.compare_sample
 
-    def gat_obs_input(self, input_item: dict) -> str:
-        """The text given to the model (TextRL's spelling)."""
+    def get_obs_input(self, input_item: dict) -> str:
+        """The text given to the model."""
         return input_item["input"]
+
+    def gat_obs_input(self, input_item: dict) -> str:
+        """`get_obs_input` in TextRL's spelling; either may be overridden."""
+        return self.get_obs_input(input_item)
 
     # ------------------------------------------------------------------ gym's interface
 
@@ -96,7 +117,12 @@ class TextRLEnv:
 
         Returns:
             observation, rewards (one per sample), whether all samples have ended, {"predicted_str": the texts so far}.
+
+        Raises:
+            ConfigError: the episode has ended, or the action has another shape. RewardError.
         """
+        if all(self.predicted_end):
+            raise ConfigError("this episode has ended; call env.reset() for the next one")
         actions = np.asarray(action)
         if actions.size != self.compare_sample or not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0:
             raise ConfigError(f"an action has one token id per sample ({self.compare_sample}), got {action!r}")
@@ -108,8 +134,22 @@ class TextRLEnv:
             self.predicted[i].append(self.token_string(token))
             self.predicted_end[i] = token in self.stop_ids or len(self.predicted_ids[i]) >= self.env_max_length
         done = all(self.predicted_end)
-        rewards = self.rewards(self.input_item, [list(tokens) for tokens in self.predicted], done)
-        return self._observation(), rewards, done, {"predicted_str": [self.tokenizer.convert_tokens_to_string(t) for t in self.predicted]}
+        told = {"predicted_str": [self.tokenizer.convert_tokens_to_string(tokens) for tokens in self.predicted]}
+        return self._observation(), self._reward(done), done, told
+
+    def final_rewards(self) -> Rewards:
+        """What the samples so far are worth if they end here, for an episode that is cut short."""
+        return self._reward(True)
+
+    def _reward(self, done: bool) -> Rewards:
+        if self.rewards.is_sentence:
+            if not done:
+                return Rewards([0.0] * self.compare_sample)
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.predicted_ids]
+            return Rewards(self.rewards.of_sentences([self.input_item] * self.compare_sample, texts))
+        if self.reward_on_finish_only and not done:
+            return Rewards([0.0] * self.compare_sample)
+        return self.rewards(self.input_item, [list(tokens) for tokens in self.predicted], done)
 
     def seed(self, seed: int) -> None:
         """Fixes the order in which prompts are drawn."""
@@ -120,9 +160,19 @@ class TextRLEnv:
     def draw(self, count: int) -> list[dict]:
         """Prompts in random order, every one once before any comes again."""
         while len(self._upcoming) < count:
-            self._upcoming += self._rng.sample(self.items, len(self.items))
+            self._upcoming += self._rng.sample(range(len(self.items)), len(self.items))
         drawn, self._upcoming = self._upcoming[:count], self._upcoming[count:]
-        return drawn
+        return [self.items[i] for i in drawn]
+
+    def state_dict(self) -> dict:
+        """The order in which prompts will be drawn, as plain values."""
+        return {"upcoming": list(self._upcoming), "random": self._rng.getstate()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues the order of `state_dict`, from JSON too."""
+        version, numbers, gauss = state["random"]
+        self._rng.setstate((version, tuple(numbers), gauss))
+        self._upcoming = list(state["upcoming"])
 
     def encode(self, item: dict) -> list[int]:
         """Token ids of a prompt. Raises PromptError when there are none."""

@@ -73,7 +73,7 @@ def reward_responses(env: TextRLEnv, sampled: Sampled) -> Collected:
 
 
 def score(env: TextRLEnv, items: Sequence[dict], rollout: RolloutBatch) -> tuple[Tensor, int]:
-    """Replays a rollout through `env.get_reward`, token by token, as if its samples had been chosen in an episode each.
+    """What the user's reward says about a rollout: a sentence reward is asked once, a step reward as if each prompt had been an episode.
 
     Returns:
         rewards (B, T): what was given before the end on the token just chosen, what was given at the end on each sample's own last token;
@@ -81,22 +81,28 @@ def score(env: TextRLEnv, items: Sequence[dict], rollout: RolloutBatch) -> tuple
     """
     samples = env.compare_sample
     rewards = torch.zeros(rollout.response_mask.shape)
-    lengths = rollout.response_lengths.tolist()
-    env_steps = 0
+    lengths = rollout.response_lengths
+    last = lengths - 1
+    env_steps = int(lengths.view(len(items), samples).amax(dim=1).sum())
+    if env.rewards.is_sentence:
+        values = env.rewards.of_sentences([item for item in items for _ in range(samples)], rollout.texts)
+        rewards[torch.arange(len(rollout)), last] = torch.tensor(values)
+        return rewards, env_steps
     for p, item in enumerate(items):
-        rows = range(p * samples, (p + 1) * samples)
-        strings = []
-        for row in rows:
-            start = int(rollout.prompt_lengths[row])
-            strings.append([env.token_string(token) for token in rollout.tokens[row, start : start + lengths[row]].tolist()])
-        longest = max(lengths[row] for row in rows)
-        env_steps += longest
-        for step in range(longest):
+        rows = list(range(p * samples, (p + 1) * samples))
+        strings = [[env.token_string(token) for token in _response(rollout, row)] for row in rows]
+        longest = int(lengths[rows].max())
+        for step in range(longest - 1 if env.reward_on_finish_only else 0, longest):
             finish = step == longest - 1
             values = env.rewards(item, [tokens[: step + 1] for tokens in strings], finish)
             for row, value in zip(rows, values, strict=True):
                 if finish:
-                    rewards[row, lengths[row] - 1] += value
-                elif step < lengths[row]:
+                    rewards[row, last[row]] += value
+                elif step <= last[row]:
                     rewards[row, step] += value
     return rewards, env_steps
+
+
+def _response(rollout: RolloutBatch, row: int) -> list[int]:
+    start = int(rollout.prompt_lengths[row])
+    return rollout.tokens[row, start : start + int(rollout.response_lengths[row])].tolist()

@@ -1,0 +1,102 @@
+"""Reading prompts: a list, a text file, JSON Lines, JSON, or a dataset. Each becomes a dict with an "input"; other keys reach the reward.
+
+Knows nothing about models; errors name the file and the line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from textrl_swarm.errors import PromptError, closest
+
+_DATASET_KEYS = {"dataset", "config", "split", "column", "limit"}
+
+
+def load_prompts(source: Sequence[str | dict] | str | Path | Mapping[str, Any]) -> list[dict]:
+    """Prompts as a list of dicts.
+
+    Args:
+        source: a list of texts or dicts with an "input"; a file (.txt: one prompt per line; .jsonl: an object with an "input", or a text,
+            per line; .json: a list of those); or {"dataset": NAME, "split": "train", "column": "text", "limit": 100}, read with
+            `datasets.load_dataset`, whose rows keep all their columns.
+
+    Raises:
+        PromptError: nothing there, or something that is no prompt, and where.
+    """
+    if isinstance(source, Mapping):
+        return _from_dataset(source)
+    if isinstance(source, (str, Path)):
+        return _from_file(Path(source))
+    return _items(source, "the list of prompts", "prompt")
+
+
+def _items(entries: Sequence, where: str, unit: str, start: int = 0) -> list[dict]:
+    items = [_item(entry, f"{where}, {unit} {start + i}") for i, entry in enumerate(entries)]
+    if not items:
+        raise PromptError(f"{where} is empty; give at least one prompt")
+    return items
+
+
+def _item(entry: object, where: str) -> dict:
+    item = {"input": entry} if isinstance(entry, str) else entry
+    if not isinstance(item, dict):
+        raise PromptError(f'{where}: {entry!r} is neither a text nor an object with an "input"')
+    if "input" not in item:
+        raise PromptError(f'{where} has no "input"; it has {", ".join(map(repr, item)) or "no keys"}')
+    if not isinstance(item["input"], str) or not item["input"].strip():
+        raise PromptError(f"{where}: the input must be a text that is not empty, got {item['input']!r}")
+    return item
+
+
+def _from_file(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise PromptError(f"there is no prompts file {path}; for a dataset write prompts: {{dataset: {path}, column: text}}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise PromptError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    if path.suffix == ".json":
+        entries = _json(text, f"{path}")
+        if not isinstance(entries, list):
+            raise PromptError(f"{path} must hold a list of prompts, it holds a {type(entries).__name__}")
+        return _items(entries, str(path), "entry")
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise PromptError(f"{path} is empty; give at least one prompt")
+    if path.suffix in (".jsonl", ".ndjson"):
+        return [_item(_json(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines]
+    return [{"input": line} for _, line in lines]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise PromptError(f"{where}: not JSON ({error})") from error
+
+
+def _from_dataset(source: Mapping[str, Any]) -> list[dict]:
+    for key in source:
+        if key not in _DATASET_KEYS:
+            raise PromptError(f"unknown key {key!r} of prompts; {closest(str(key), _DATASET_KEYS)}")
+    if "dataset" not in source:
+        raise PromptError("prompts given as a mapping need the key dataset: a name, or a directory with data files")
+    import datasets
+
+    name, split, column = str(source["dataset"]), source.get("split", "train"), source.get("column", "input")
+    try:
+        rows = datasets.load_dataset(name, source.get("config"), split=split)
+    except Exception as error:  # datasets raises a dozen kinds of errors for a name that cannot be had
+        raise PromptError(f"dataset {name!r} (split {split!r}) cannot be loaded: {error}") from error
+    if column not in rows.column_names:
+        raise PromptError(f"dataset {name!r} has no column {column!r}; {closest(column, rows.column_names)}")
+    limit = source.get("limit")
+    if limit is not None:
+        if not isinstance(limit, int) or limit < 1:
+            raise PromptError(f"limit must be a whole number >= 1, got {limit!r}")
+        rows = rows.select(range(min(limit, len(rows))))
+    return _items([{**row, "input": row[column]} for row in rows], f"dataset {name!r}", "row")

@@ -1,0 +1,140 @@
+"""Rewards from Hugging Face classifiers: sentiment, toxicity, a trained reward model. Knows nothing about where prompts come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from textrl_swarm.errors import ConfigError, ModelError, closest
+
+if TYPE_CHECKING:
+    from transformers import Pipeline, PreTrainedTokenizerBase
+
+_DEFAULT_MAX_TOKENS = 512  # for models that do not say how long a text may be
+
+
+def reward_model(
+    model: str | Path | Pipeline,
+    label: str | int | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    with_prompt: bool = True,
+    batch_size: int = 16,
+    device: torch.device | str | None = None,
+    name: str | None = None,
+) -> RewardModel:
+    """A sentence reward that asks a sequence-classification model.
+
+    Args:
+        model: directory, hub id, or a text-classification pipeline.
+        label: whose probability is the reward: a name of the model's, "LABEL_1", or its index. None for models with one output, whose raw
+            score it then is.
+        tokenizer: instead of the model's own.
+        with_prompt: the model reads prompt and response, not the response alone.
+        batch_size: texts per forward.
+        device: None = CUDA when there is one; a pipeline's model stays where it is.
+        name: for logs and model cards; None = the model's and the label's.
+
+    Raises:
+        ModelError: no such model, or one that does not classify texts. ConfigError: an unknown or missing label.
+    """
+    if isinstance(model, (str, Path)):
+        classifier, tokenizer = _load(model, tokenizer)
+        classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    else:
+        classifier, tokenizer = getattr(model, "model", None), tokenizer or getattr(model, "tokenizer", None)
+        if classifier is None or tokenizer is None or not hasattr(classifier.config, "id2label"):
+            raise ModelError(f"{type(model).__name__} is neither a model's name nor a text-classification pipeline")
+    index = _label_index(classifier.config, label)
+    names = classifier.config.id2label
+    made_up = f"{Path(str(classifier.name_or_path)).name}[{'score' if index is None else names[index]}]"
+    return RewardModel(classifier, tokenizer, index, with_prompt, batch_size, name or made_up)
+
+
+def _load(model: str | Path, tokenizer):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = Path(model)
+    if (path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1) and not path.is_dir():
+        raise ModelError(f"there is no directory {model}")
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        classifier, found = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{str(model)!r} cannot be loaded as a sequence-classification model: {error}") from error
+    if found["missing_keys"]:  # transformers would go on with a random classifier
+        raise ModelError(f"{str(model)!r} is no trained classifier: its checkpoint lacks {', '.join(sorted(found['missing_keys'])[:3])}")
+    return classifier, tokenizer
+
+
+def _label_index(config, label: str | int | None) -> int | None:
+    names = {int(index): str(name) for index, name in config.id2label.items()}
+    listed = ", ".join(names.values())
+    if config.num_labels == 1:
+        if label is not None:
+            raise ConfigError(f"this model has one output, a score: leave label out (got {label!r})")
+        return None
+    if label is None:
+        raise ConfigError(f"this model has {config.num_labels} labels: say whose probability is the reward with label=; known: {listed}")
+    if isinstance(label, int) and not isinstance(label, bool):
+        if label not in names:
+            raise ConfigError(f"label {label} is not one of 0..{config.num_labels - 1} ({listed})")
+        return label
+    by_name = {**{f"LABEL_{index}": index for index in names}, **{name: index for index, name in names.items()}}
+    if label not in by_name:
+        raise ConfigError(f"this model has no label {label!r}; {closest(str(label), names.values())}")
+    return by_name[label]
+
+
+class RewardModel:
+    """A sentence reward; `reward_model` makes one.
+
+    Attributes:
+        name: for logs and model cards.
+    """
+
+    def __init__(self, classifier, tokenizer, index: int | None, with_prompt: bool, batch_size: int, name: str):
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be >= 1, got {batch_size}")
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise ModelError(f"the tokenizer of {name} has neither a padding token nor an end token")
+            tokenizer.pad_token = tokenizer.eos_token
+        if classifier.config.pad_token_id is None:  # decoders look for it to find a text's last token
+            classifier.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.truncation_side = "left"  # what is judged, the response, stands at the end
+        limits = (tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", None) or _DEFAULT_MAX_TOKENS)
+        self._max_tokens = min(limits) - _position_offset(classifier.config)
+        self._classifier, self._tokenizer, self._index = classifier.eval().requires_grad_(False), tokenizer, index
+        self._with_prompt, self._batch_size, self.name = with_prompt, batch_size, name
+
+    def __call__(self, items: Sequence[dict], texts: Sequence[str]) -> list[float]:
+        """One reward per response."""
+        return self.score([item["input"] + text for item, text in zip(items, texts, strict=True)] if self._with_prompt else list(texts))
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """One reward per text, for use inside `get_reward`: the label's probability, or the raw score of a model with one output."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: little padding
+        scores = [0.0] * len(texts)
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
+            for row, value in zip(rows, self._batch([texts[i] for i in rows]).tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    @torch.no_grad()
+    def _batch(self, texts: list[str]) -> Tensor:
+        inputs = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens)
+        if inputs["input_ids"].shape[1] == 0:  # nothing but empty texts, and a tokenizer that adds nothing
+            inputs = self._tokenizer([self._tokenizer.pad_token] * len(texts), return_tensors="pt")
+        logits = self._classifier(**inputs.to(self._classifier.device)).logits.float()
+        return logits[:, 0].cpu() if self._index is None else logits.softmax(dim=-1)[:, self._index].cpu()
+
+
+def _position_offset(config) -> int:
+    """RoBERTa and its kin count positions from pad_token_id + 1 on: their tables are that much longer than their texts."""
+    return (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
