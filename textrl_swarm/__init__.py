@@ -9,6 +9,7 @@ Importing this package opens no socket, writes no log line and loads no model li
 from __future__ import annotations
 
 import importlib
+import logging
 
 from textrl_swarm.swarm.compat import install_import_hook
 
@@ -28,6 +29,12 @@ _HOMES = {
     "PPO": "ppo",
     "RolloutBatch": "types",
     "LocalSwarm": "swarm.local",
+    "reward_model": "reward_models",
+    "CombinedReward": "rewards",
+    "rank_rewards": "rewards",
+    "group_baseline": "rewards",
+    "load_prompts": "prompts",
+    "load_config": "run_config",
     "TextRLSwarmError": "errors",
 }
 __all__ = sorted(_HOMES)
@@ -46,3 +53,5 @@ def __dir__() -> list[str]:
 
 
 install_import_hook()
+# bitsandbytes, which peft imports, says on some processors that an optional kernel of the hub is not installed: no news to a user.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))

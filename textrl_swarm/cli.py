@@ -1,4 +1,4 @@
-"""The command line: `textrl-swarm demo | serve`. Parses, calls the library, prints; errors of ours become one line and exit code 1."""
+"""The command line. Parses, calls the library, prints; errors of ours become one line and exit code 1."""
 
 from __future__ import annotations
 
@@ -34,6 +34,28 @@ def demo(
 
     summary = run_demo(DemoSettings(out, 0 if local else servers, quantization, iterations, seed), console)
     if summary["interrupted"]:
+        raise typer.Exit(130)
+
+
+@app.command(
+    epilog="Examples:  textrl-swarm train run.yaml  |  textrl-swarm train run.yaml --dry-run  |  "
+    "textrl-swarm train run.yaml --set ppo.lr=3e-4 --set output=runs/b",
+)
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with model, prompts, reward and output; the README has one.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value instead of the file's, e.g. ppo.lr=3e-4.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole configuration and what it needs; start nothing.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Continue a run although its configuration or prompts changed.")
+    ] = False,
+) -> None:
+    """Train from a file. The same command continues a run that was stopped or killed."""
+    with console.status("loading torch, transformers and peft ..."):
+        from textrl_swarm.run_config import load_config
+        from textrl_swarm.train_command import train_command
+
+    summary = train_command(load_config(config, overrides or ()), console, dry_run=dry_run, accept_changes=accept_changes)
+    if summary is None and not dry_run:
         raise typer.Exit(130)
 
 

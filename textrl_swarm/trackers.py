@@ -34,18 +34,18 @@ class Trackers:
     def __init__(self, run: Path, report_to: Sequence[str], start: int, config: Mapping[str, Any]):
         self._reporters = [(name, _imported(name)) for name in report_to if name in _LIKE_WANDB]
         for name in (METRICS, SAMPLES):
-            _keep_before(run / name, start)
+            _keep_up_to(run / name, start)
         self._metrics, self._samples = ((run / name).open("a", encoding="utf-8") for name in (METRICS, SAMPLES))
         self._tensorboard = None
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         for _, module in self._reporters:
             module.init(project="textrl-swarm", name=run.name, config=dict(config), resume="allow")
 
     def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
-        """One line of numbers per iteration (counted from 0)."""
+        """One line of numbers per iteration (counted from 1)."""
         _write(self._metrics, {"iteration": iteration, **values})
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -84,8 +84,8 @@ def _write(file, values: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _keep_before(path: Path, start: int) -> None:
-    """Drops lines of iterations from `start` on, and a line that a crash cut short."""
+def _keep_up_to(path: Path, start: int) -> None:
+    """Drops lines of iterations after `start`, and a line that a crash cut short."""
     if not path.is_file():
         return
     kept = []
@@ -94,6 +94,6 @@ def _keep_before(path: Path, start: int) -> None:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry["iteration"] < start:
+        if entry["iteration"] <= start:
             kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,215 @@
+"""A training run in a directory: built from a configuration, continued where it ended, every iteration on the disk before the next begins.
+
+    config.yaml  metrics.jsonl  samples.jsonl  tensorboard/  checkpoints/  pending_rollout.pt  adapter/ (at the end)  summary.json
+
+Knows nothing about terminals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+
+from textrl_swarm.adapters import ADAPTER_WEIGHTS
+from textrl_swarm.agent import PPOAgent
+from textrl_swarm.base_model import read_config
+from textrl_swarm.checkpoint import load_newest, load_pending, save_checkpoint, save_pending
+from textrl_swarm.env import TextRLEnv
+from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError
+from textrl_swarm.files import published, sha256, write_text
+from textrl_swarm.generation import check_prompts
+from textrl_swarm.policy import Policy, load_policy
+from textrl_swarm.prompts import load_prompts
+from textrl_swarm.reward_models import reward_model
+from textrl_swarm.rewards import CombinedReward, load_reward
+from textrl_swarm.rollout import Sampled
+from textrl_swarm.run_config import RewardSection, RunConfig, differences
+from textrl_swarm.trackers import Trackers
+from textrl_swarm.training import Iteration, train
+
+CONFIG, ADAPTER, SUMMARY, LOCK = "config.yaml", "adapter", "summary.json", ".lock"
+# May differ when a run is continued: they do not change what is learned, or only how long.
+_FREE = ("output", "train.iterations", "train.samples_every", "train.keep_checkpoints", "train.report_to", "train.reward_timeout_s",
+         "swarm.initial_peers")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Ingredients:
+    """What a configuration names, read and checked: cheap, and before any large model is loaded."""
+
+    prompts: list[dict]
+    reward: Callable
+
+
+def read_ingredients(config: RunConfig) -> Ingredients:
+    """Raises ConfigError, ModelError, PromptError, RewardError, AdapterError."""
+    read_config(config.model)
+    if config.ref_adapter is not None and not (Path(config.ref_adapter) / ADAPTER_WEIGHTS).is_file():
+        raise AdapterError(f"ref_adapter: {config.ref_adapter} holds no adapter: there is no {ADAPTER_WEIGHTS}")
+    prompts = load_prompts(config.prompts)
+    parts = [(_reward(part, config.device), part.weight) for part in config.reward]
+    reward = parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else CombinedReward(*parts)
+    return Ingredients(prompts, reward)
+
+
+def _reward(part: RewardSection, device: str | None) -> Callable:
+    if part.function is not None:
+        return load_reward(part.function)
+    return reward_model(part.model, part.label, with_prompt=part.with_prompt, device=device)
+
+
+@contextlib.contextmanager
+def open_policy(config: RunConfig) -> Iterator[Policy]:
+    """The policy that a configuration describes."""
+    swarm = {} if config.swarm is None else {"initial_peers": list(config.swarm.initial_peers), "dht_prefix": config.swarm.dht_prefix}
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    with load_policy(
+        config.model, **swarm, quantization=config.quantization, lora=config.lora, dtype=dtype, device=config.device, seed=config.seed,
+        ref_adapter=config.ref_adapter,
+    ) as policy:  # fmt: skip
+        yield policy
+
+
+class Run:
+    """One run: `iterations()` does what is left to do, `finish()` writes the adapter and a summary.
+
+    Args:
+        config: of the run; `config.output` may hold the same run, which is then continued.
+        policy: made by `open_policy`.
+        accept_changes: continue although the configuration or the prompts changed.
+
+    Raises:
+        PromptError: a prompt that does not fit the model.
+        CheckpointError: the directory holds something else, or a run that cannot be continued.
+    """
+
+    def __init__(self, config: RunConfig, ingredients: Ingredients, policy: Policy, *, accept_changes: bool = False):
+        self.config, self.policy, self.directory = config, policy, Path(config.output)
+        self.env = TextRLEnv(
+            None, policy.tokenizer, ingredients.prompts, max_length=config.sampling.max_new_tokens,
+            compare_sample=config.sampling.num_samples, reward=ingredients.reward, reward_timeout_s=config.train.reward_timeout_s,
+        )  # fmt: skip
+        self.env.seed(config.seed)
+        check_prompts(policy, [self.env.encode(item) for item in self.env.items], config.sampling)
+        self.agent = PPOAgent(policy, config.ppo, config.sampling)
+        self._reward, self._inputs = ingredients.reward, _inputs(config, ingredients)
+        changed = changes(config)
+        torch.manual_seed(config.seed)
+        self.start = load_newest(self.directory, self.agent, self.env, self._inputs, accept_changes=accept_changes)
+        self._pending = None if changed else load_pending(self.directory, self.start, self.env)
+        write_text(self.directory / CONFIG, config.to_yaml())
+        self.done = self.start
+        self.started = time.perf_counter()
+        self.last: dict[str, float] = {}
+
+    def iterations(self, on_sampled: Callable[[], None] = lambda: None) -> Iterator[Iteration]:
+        """Yields after each iteration that was left to do; it is then on the disk. `on_sampled` is called between sampling and update."""
+        settings = self.config.train
+
+        def keep(index: int, sampled: Sampled) -> None:
+            save_pending(self.directory, index, sampled)
+            on_sampled()
+
+        with Trackers(self.directory, settings.report_to, self.start, self.config.to_dict()) as trackers:
+            for iteration in train(
+                self.agent, self.env, iterations=settings.iterations, prompts_per_iteration=settings.prompts_per_iteration,
+                start=self.start, sampled=self._pending, on_sampled=keep,
+            ):  # fmt: skip
+                parts = {f"reward/{name}": mean for name, mean in getattr(self._reward, "parts", {}).items()}
+                self.last = {**iteration.metrics, **parts, "seconds": iteration.seconds}
+                done = iteration.index + 1
+                trackers.metrics(done, self.last)
+                if self.shows_samples(iteration.index):
+                    trackers.samples(done, samples(iteration))
+                save_checkpoint(self.directory, done, self.agent, self.env, self._inputs, keep=settings.keep_checkpoints)
+                self.done = done
+                yield iteration
+
+    def shows_samples(self, index: int) -> bool:
+        """Whether the samples of this iteration are kept: the first, every n-th, the last."""
+        every = self.config.train.samples_every
+        return every > 0 and (index % every == 0 or index + 1 == self.config.train.iterations)
+
+    def finish(self) -> dict:
+        """Writes `adapter/` and `summary.json`; returns the summary."""
+        with published(self.directory / ADAPTER) as staging:
+            self.policy.save_adapter(staging)
+        summary = {
+            "iterations": self.done,
+            "adapter": str(self.directory / ADAPTER),
+            "base_model": self.policy.base_model,
+            "seconds": time.perf_counter() - self.started,
+            "last": self.last,
+        }
+        write_text(self.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def samples(iteration: Iteration, limit: int = 8) -> list[dict]:
+    """Prompt, response and score of some responses of an iteration: the first of each of the first prompts."""
+    collected = iteration.collected
+    each = len(collected.rollout) // len(collected.items)
+    return [
+        {"prompt": item["input"], "response": collected.rollout.texts[p * each], "score": float(collected.scores[p * each])}
+        for p, item in enumerate(collected.items[:limit])
+    ]
+
+
+def changes(config: RunConfig) -> list[str]:
+    """What differs from the configuration of the run in the same directory, a line per key; none when there is no such run.
+
+    Raises:
+        CheckpointError: the directory holds a file instead, or a configuration that is not ours.
+    """
+    directory = Path(config.output)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"output: {directory} is a file; name a directory")
+    path = directory / CONFIG
+    if not path.is_file():
+        return []
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        lines = differences(before, config.to_dict())
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is not the configuration of a run ({error}); move it away or name another output") from error
+    return [line for line in lines if not line.startswith(tuple(f"{name}:" for name in _FREE))]
+
+
+def require_unchanged(config: RunConfig) -> None:
+    """Raises CheckpointError with what changed since the run in the same directory began."""
+    changed = changes(config)
+    if changed:
+        raise CheckpointError(
+            f"{config.output} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
+            "restore it, name another output, or go on from the last checkpoint all the same with --accept-changes"
+        )
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps a second process from training in the same directory. Raises ConfigError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process is training in {directory}; wait for it, or name another output") from error
+        yield
+
+
+def _inputs(config: RunConfig, ingredients: Ingredients) -> dict[str, str]:
+    """Digests of what the configuration only names. Not of the reward's code: mending it is a reason to continue."""
+    text = json.dumps(ingredients.prompts, sort_keys=True, default=str)
+    inputs = {"prompts": hashlib.sha256(text.encode()).hexdigest()}
+    if config.ref_adapter is not None:
+        inputs["ref_adapter"] = sha256(Path(config.ref_adapter) / ADAPTER_WEIGHTS)
+    return inputs
