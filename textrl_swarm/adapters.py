@@ -15,14 +15,38 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_swarm.config import LoraSettings
-from textrl_swarm.errors import AdapterError, ConfigError, closest
+from textrl_swarm.errors import AdapterError, ConfigError, ModelError, closest
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 VALUE_HEAD_WEIGHTS = "value_head.safetensors"
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks and its path in the model."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no list of {count} transformer blocks; such models are not supported")
+    return found[0]
+
+
+def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts."""
+    layers = {}
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            layers[path] = (module.in_features, module.out_features)
+        elif is_conv1d(module):
+            layers[path] = tuple(module.weight.shape)
+    return layers
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
 
 
 def choose_targets(linears: Mapping[str, tuple[int, int]], targets: tuple[str, ...] | None) -> dict[str, tuple[int, int]]:

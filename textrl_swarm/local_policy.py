@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from textrl_swarm.adapters import choose_targets, initial_tensor, lora_config
+from textrl_swarm.adapters import choose_targets, find_blocks, initial_tensor, is_conv1d, linear_layers, lora_config
 from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings
 from textrl_swarm.errors import ConfigError, ModelError
@@ -115,14 +115,14 @@ class LocalPolicy(Policy):
             raise ModelError(f"{type(model).__name__} has no output embeddings; pass a model for causal language modelling")
         self.hidden_size, self.vocab_size = head.weight.shape[1], head.weight.shape[0]
         self.max_length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
-        blocks_path, blocks = _find_blocks(model)
-        linears = _linear_layers(blocks[0])
+        blocks_path, blocks = find_blocks(model)
+        linears = linear_layers(blocks[0])
         if not linears:
             raise ModelError(f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to")
         self.peft_config = lora_config(
             lora, choose_targets(linears, lora.targets), len(blocks), blocks_path.rsplit(".", 1)[-1], self.base_model
         )
-        self.peft_config.fan_in_fan_out = any(_is_conv1d(module) for module in blocks[0].modules())  # or PEFT sets it, with a warning
+        self.peft_config.fan_in_fan_out = any(is_conv1d(module) for module in blocks[0].modules())  # or PEFT sets it, with a warning
         self._was_training, self._was_trainable = model.training, [p for p in model.parameters() if p.requires_grad]
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws from the global generator; ours replace them
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -202,27 +202,3 @@ class _LocalSession:
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether no number differs by more than `tolerance` times the largest."""
     return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks and its path in the model."""
-    count = getattr(model.config, "num_hidden_layers", None)
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not found:
-        raise ModelError(f"{type(model).__name__} has no list of {count} transformer blocks; such models are not supported")
-    return found[0]
-
-
-def _linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts."""
-    layers = {}
-    for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
-            layers[path] = (module.in_features, module.out_features)
-        elif _is_conv1d(module):
-            layers[path] = tuple(module.weight.shape)
-    return layers
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
