@@ -1,0 +1,209 @@
+"""Estimates against what they estimate: models, adapters, saved tensors and the counters of a real iteration; and against published figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, CONFIGS, tiny_model
+from transformers import AutoConfig, BloomConfig
+
+from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
+from textrl_swarm.errors import ConfigError, ModelError
+from textrl_swarm.estimate import (
+    GIB, PRECISIONS, activation_bytes, block_bytes, blocks_that_fit, estimate_run, model_sizes, server_memory_bytes,
+)  # fmt: skip
+from textrl_swarm.policy import load_policy
+from textrl_swarm.ppo import PPO
+
+BLOOM_176B = BloomConfig(vocab_size=250880, hidden_size=14336, n_layer=70, n_head=112, dtype="bfloat16")
+BLOOMZ_7B1 = BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32, dtype="bfloat16")
+
+
+def run(config, lora=None, **changes):
+    settings = {"quantization": None, "swarm_servers": 0, "responses": 64, "prompt_tokens": 32, "response_tokens": 48, "epochs": 4}
+    return estimate_run(config, lora or LoraSettings(), **{**settings, **changes})
+
+
+# ------------------------------------------------------------------------------------------ parameters
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("lora", [LoraSettings(r=3), LoraSettings(r=2, layers=2)], ids=["all", "last two blocks"])
+def test_parameters_are_those_of_the_real_policy(architecture, lora):
+    model = tiny_model(architecture)
+    total = model.num_parameters()
+    with load_policy(model, lora=lora) as policy:
+        trained = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
+        adapter = sum(parameter.numel() for parameter in policy.adapter_parameters().values())
+    estimate = run(model.config, lora)
+    assert estimate.trainable_parameters == trained
+    assert estimate.adapter_bytes == 4 * adapter
+    assert estimate.total_parameters == total
+
+
+def test_named_targets_count_alone():
+    config = tiny_model("bloom").config  # query_key_value is 32 -> 96
+    assert run(config, LoraSettings(r=5, targets=("query_key_value",))).adapter_bytes == 4 * 3 * 5 * (32 + 96)
+
+
+def test_the_published_sizes_of_bloom_176b():
+    sizes = model_sizes(BLOOM_176B)
+    assert sizes.total == 176_247_271_424  # its model card
+    assert sizes.num_blocks * block_bytes(sizes, "bfloat16") + 2 * sizes.outside == pytest.approx(352e9, rel=2e-3)
+    assert run(BLOOM_176B).adapter_bytes / 2 == pytest.approx(257e6, rel=1e-3)  # fp16; all four linears, r = 8
+    assert run(BLOOM_176B, LoraSettings(targets=("query_key_value",))).adapter_bytes / 2 == pytest.approx(64e6, rel=5e-3)
+    assert model_sizes(BLOOMZ_7B1).total == 7_069_016_064
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_weights_are_those_of_the_loaded_model(tiny_bloom, quantization):
+    pytest.importorskip("bitsandbytes")
+    directory = tiny_bloom(seed=1, hidden=64)
+    with load_policy(directory, quantization=quantization, device="cpu") as policy:
+        stored = 0
+        for name, tensor in policy._model.state_dict().items():  # with the scales of quantised layers
+            if ".lora_" not in name and not name.endswith(("lm_head.weight", "quant_map", "weight_format")) and "quant_state" not in name:
+                stored += tensor.nbytes
+    estimate = run(AutoConfig.from_pretrained(directory), quantization=quantization)
+    assert estimate.weight_bytes == stored
+
+
+@pytest.mark.parametrize(
+    ("architecture", "least", "most"), [("bloom", 0.8, 1.05), ("gpt2", 0.9, 1.15), ("gpt_neox", 0.5, 1.0), ("llama", 0.5, 1.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_about_what_autograd_keeps(architecture, least, most, dtype):
+    """Models whose attention is one fused operation keep no attention weights, and so less."""
+    rows, length = 3, 40
+    model = tiny_model(architecture).to(dtype)
+    with load_policy(model) as policy:
+        kept: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = policy.hidden_states(policy.features(torch.ones(rows, length, dtype=torch.int64)))
+        del hidden
+    expected = activation_bytes(model_sizes(model.config), LoraSettings(), rows, length, dtype.itemsize)
+    assert least < sum(kept.values()) / expected < most
+
+
+def test_a_server_has_room_for_weights_caches_adapters_and_a_backward():
+    sizes = model_sizes(BLOOM_176B)
+    by_hand = 2 * (2 * sizes.block + 2 * 14336 * 4096 * 2) + 5 + 2 * GIB
+    assert server_memory_bytes(sizes, 2, "bfloat16", adapter_bytes=5) == by_hand
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_blocks_that_fit_fit_and_one_more_does_not(precision):
+    sizes = model_sizes(BLOOM_176B)
+    blocks = blocks_that_fit(sizes, 40 * GIB, precision)
+    assert server_memory_bytes(sizes, blocks, precision) <= 40 * GIB < server_memory_bytes(sizes, blocks + 1, precision)
+
+
+def test_as_many_blocks_as_there_are_or_none():
+    sizes = model_sizes(BLOOMZ_7B1)
+    assert blocks_that_fit(sizes, 1000 * GIB, "8bit") == 30
+    assert blocks_that_fit(sizes, GIB, "8bit") == 0
+
+
+def test_a_client_of_a_swarm_holds_no_blocks():
+    local, client = run(BLOOM_176B), run(BLOOM_176B, swarm_servers=10)
+    assert local.weight_bytes > 350e9
+    assert client.weight_bytes == pytest.approx(2 * 250880 * 14336, rel=1e-3)
+    assert local.bytes_sent == local.bytes_received == 0
+
+
+def test_less_is_kept_with_quantised_weights_fewer_adapted_blocks_and_smaller_minibatches():
+    full = run(BLOOMZ_7B1)
+    assert run(BLOOMZ_7B1, quantization="8bit").weight_bytes < 0.6 * full.weight_bytes
+    assert run(BLOOMZ_7B1, quantization="4bit").weight_bytes < 0.4 * full.weight_bytes
+    assert run(BLOOMZ_7B1, LoraSettings(layers=3)).working_bytes < 0.3 * full.working_bytes
+    assert run(BLOOMZ_7B1, minibatch_size=8).working_bytes < 0.3 * full.working_bytes
+
+
+# ------------------------------------------------------------------------------------------ bytes on the wire
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize(
+    ("lora", "minibatch_size"), [(LoraSettings(r=4), 4), (LoraSettings(r=4, layers=1), 64)], ids=["all blocks", "last block"]
+)
+def test_bytes_are_those_of_a_real_iteration(two_servers, lora, minibatch_size):
+    """The second iteration, when the servers already have the adapter of the first, over full-length responses."""
+    prompts, sampling = [[5, 6, 7, 8, 9, 10, 11]] * 3, SamplingConfig(max_new_tokens=12, num_samples=2, seed=0)
+    with load_policy(two_servers.model, initial_peers=two_servers.initial_peers, lora=lora) as policy:
+        policy.tokenizer = None  # no end token: every response has full length
+        ppo = PPO(policy, PPOConfig(epochs=2, minibatch_size=minibatch_size, lr=1e-2))
+        for _ in range(2):
+            before = {"sent": policy.traffic.sent.copy(), "received": policy.traffic.received.copy()}
+            rollout = policy.generate(prompts, sampling)
+            ppo.update(rollout, torch.rand(rollout.response_mask.shape))
+        sent, received = policy.traffic.sent - before["sent"], policy.traffic.received - before["received"]
+    config = AutoConfig.from_pretrained(two_servers.model)
+    estimate = run(config, lora, swarm_servers=2, responses=6, prompt_tokens=7, response_tokens=12, epochs=2, minibatch_size=minibatch_size)
+    assert rollout.response_mask.all()
+    assert dict(sent) == estimate.sent
+    assert dict(received) == estimate.received
+
+
+def test_micro_batches_are_those_of_the_chain():
+    from textrl_swarm import estimate
+
+    chain = pytest.importorskip("textrl_swarm.swarm.chain")
+    assert estimate._MICRO_BATCH_TOKENS == chain._MICRO_BATCH_TOKENS
+
+
+def test_activations_per_token_are_the_bounds_worked_out_by_hand():
+    """BLOOM-176B, 4 epochs, 3 servers, 16 bits: about 26 hidden states per hop and token, 15 of them up."""
+    estimate = run(BLOOM_176B, swarm_servers=3, prompt_tokens=1, response_tokens=960, responses=1, wire_bytes=2)
+    state = 14336 * 2 * 3 * 961
+    assert estimate.sent["activations"] / state == pytest.approx(15, rel=0.01)
+    activations_back = estimate.received["activations"] + estimate.received["gradients"] - 4 * estimate.adapter_bytes
+    assert activations_back / state == pytest.approx(26 - 15 - 4 / 3, rel=0.01)  # the first hop returns no gradient
+
+
+def test_adapting_only_the_last_blocks_spares_the_network():
+    full, few = (run(BLOOM_176B, LoraSettings(layers=layers), swarm_servers=10) for layers in (None, 10))
+    assert few.bytes_sent < 0.5 * full.bytes_sent
+    assert few.bytes_received < 0.4 * full.bytes_received
+    assert few.round_trips < full.round_trips
+
+
+def test_the_network_takes_at_least_bytes_over_bandwidth_and_round_trips():
+    estimate = run(BLOOM_176B, swarm_servers=2)
+    fast, slow = estimate.network_seconds(bits_per_second=8e6, rtt_s=0.032)
+    waiting = estimate.round_trips * 0.05
+    assert fast == pytest.approx(max(estimate.bytes_sent, estimate.bytes_received) / 1e6 + waiting)
+    assert slow == pytest.approx((estimate.bytes_sent + estimate.bytes_received) / 1e6 + waiting)
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(ModelError, match="t5"):
+        run(AutoConfig.for_model("t5"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dtype": "float8"}, "unknown precision 'float8'; did you mean 'float32'?"),
+        ({"lora": LoraSettings(targets=("dence",))}, "did you mean 'dense'?"),
+        ({"lora": LoraSettings(layers=4)}, "the model has 3 blocks"),
+        ({"swarm_servers": 4}, "3 blocks can be split over 1 to 3 servers, not 4"),
+    ],
+)
+def test_errors_say_what_is_known(changes, told):
+    with pytest.raises(ConfigError) as caught:
+        run(AutoConfig.for_model(*CONFIGS["bloom"][:1], **CONFIGS["bloom"][1]), **changes)
+    assert told in str(caught.value)
