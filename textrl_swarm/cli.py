@@ -83,6 +83,35 @@ def serve(
     run_servers(model, servers, peers, options, console)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples:  textrl-swarm status --initial-peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo...  |  "
+    "textrl-swarm status --initial-peers ADDRESS ADDRESS --dht-prefix bigscience/bloom-petals --json",
+)
+def status(
+    context: typer.Context,
+    initial_peers: Annotated[
+        list[str], typer.Option("--initial-peers", "--initial_peers", help="Address of a server of the swarm; several may follow.")
+    ],
+    dht_prefix: Annotated[
+        str | None, typer.Option("--dht-prefix", "--dht_prefix", help="Name of the one model to show; default: all that are announced.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", min=1, help="Seconds for everything together.")] = 60,
+) -> None:
+    """Show which blocks of a swarm are held by whom, how fast, which can train, and what is missing.
+
+    Exit code: 0 when all blocks of the models shown can be trained, 3 when some cannot, 1 after an error.
+    """
+    peers, rest = _split_addresses(initial_peers, context.args)
+    if rest:
+        raise typer.BadParameter(f"unexpected argument: {rest[0]}")
+    from textrl_swarm.status import status_command
+
+    if not status_command(peers, dht_prefix, console, as_json=as_json, timeout_s=timeout_s):
+        raise typer.Exit(3)
+
+
 def _split_addresses(peers: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
     """petals lets several addresses follow one --initial_peers; those arrive among the other arguments.
 

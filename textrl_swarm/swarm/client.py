@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hivemind.dht import DHT
@@ -64,7 +64,7 @@ def load_client_model(name: str, initial_peers: Sequence[str], dht_prefix: str, 
     from petals import DistributedBloomForCausalLM
 
     addresses = check_addresses(initial_peers)
-    try:
+    with joining(addresses):
         return DistributedBloomForCausalLM.from_pretrained(
             name,
             initial_peers=addresses,
@@ -73,6 +73,13 @@ def load_client_model(name: str, initial_peers: Sequence[str], dht_prefix: str, 
             show_route=False,
             dtype=dtype or "auto",
         )
+
+
+@contextlib.contextmanager
+def joining(addresses: Sequence[str]) -> Iterator[None]:
+    """Turns hivemind's ways to say that none of the initial peers answered into an AddressError."""
+    try:
+        yield
     except (P2PDaemonError, concurrent.futures.TimeoutError, TimeoutError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "initial_peers" not in str(error):
             raise  # about the weights, not about the swarm
@@ -101,7 +108,7 @@ class SwarmClient:
     def __init__(self, dht: DHT, p2p: P2P, dht_prefix: str, fingerprint: ModelFingerprint, timeouts: Timeouts, *, owns_dht: bool = True):
         self.traffic = Traffic()
         self.fingerprint = fingerprint
-        self._close = weakref.finalize(self, _shut_down, dht, p2p) if owns_dht else lambda: None
+        self._close = weakref.finalize(self, shut_down, dht, p2p) if owns_dht else lambda: None
         self._calls = ServerCalls(p2p, timeouts, self.traffic)
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
         self.chain = BlockChain(self.router, self._calls)
@@ -139,7 +146,8 @@ class SwarmClient:
         self._close()
 
 
-def _shut_down(dht: DHT, p2p: P2P) -> None:
+def shut_down(dht: DHT, p2p: P2P) -> None:
+    """Ends a client node's process and daemon; never raises."""
     with contextlib.suppress(Exception):  # whatever state the daemons are in, they shall go
         RemoteExpertWorker.run_coroutine(p2p.shutdown(), return_future=True).result(timeout=5)
     with contextlib.suppress(Exception):

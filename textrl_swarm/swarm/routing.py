@@ -7,6 +7,7 @@ Knows nothing about tensors or adapters.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -182,17 +183,18 @@ class Router:
         return BlocksUnavailable(message, tuple(missing))
 
     def _other_models(self) -> list[str]:
-        found = self.dht.get("_petals.models", latest=True)
-        if found is None or not isinstance(found.value, dict):
-            return []
-        names = []
+        return [name for name in announced_models(self.dht) if name != self.dht_prefix]
+
+
+def announced_models(dht: DHT, timeout_s: float | None = None) -> dict[str, ModelInfo]:
+    """Name -> what servers announce about a model; entries that make no sense are left out, for anyone can write some."""
+    found = dht.get("_petals.models", latest=True, return_future=True).result(timeout_s)
+    models = {}
+    if found is not None and isinstance(found.value, dict):
         for name, entry in found.value.items():
-            try:
-                ModelInfo.from_dict(entry.value)
-            except (TypeError, ValueError):
-                continue
-            names.append(name)
-        return [name for name in names if name != self.dht_prefix]
+            with contextlib.suppress(TypeError, ValueError):
+                models[str(name)] = ModelInfo.from_dict(entry.value)
+    return models
 
 
 async def _greet_initial_peers(dht: DHT, node: DHTNode) -> None:
