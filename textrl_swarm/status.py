@@ -65,12 +65,12 @@ def _plain(model: ModelReport) -> dict:
 
 def show_model(model: ModelReport, address: str, console: Console) -> None:
     """Coverage, servers and a verdict, within 80 columns but for commands to copy."""
-    where = f", {model.repository}" if model.repository else ""
-    console.print(f"[bold]{escape(model.dht_prefix)}[/]: {_count(model.num_blocks, 'block')}{escape(where)}", soft_wrap=True)
+    name, where = _shown(model.dht_prefix, console), _shown(f", {model.repository}" if model.repository else "", console)
+    console.print(f"[bold]{name}[/]: {_count(model.num_blocks, 'block')}{where}", soft_wrap=True)
     console.print()
     _show_coverage(model, console)
     console.print()
-    console.print(_server_table(model.servers))
+    console.print(_server_table(model.servers, console))
     console.print()
     for line in _verdict(model, address):
         console.print(line, soft_wrap=line.startswith("    "))
@@ -101,15 +101,21 @@ def _digit(copies: int) -> str:
     return str(copies) if copies < 10 else "+"
 
 
-def _server_table(servers: Sequence[ServerReport]) -> Table:
+def _shown(foreign: str, console: Console) -> str:
+    """A stranger's text in what this terminal can show."""
+    return escape(foreign.encode(console.encoding, "replace").decode(console.encoding))
+
+
+def _server_table(servers: Sequence[ServerReport], console: Console) -> Table:
+    dots = "..." if console.options.ascii_only else "…"
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading, right in (("server", 0), ("blocks", 0), ("weights", 0), ("state", 0), ("answers", 1), ("a token", 1), ("cache left", 1)):
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", max_width=18)
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True, overflow="crop", max_width=18)
     for server in servers:
         table.add_row(
-            escape(f"…{server.peer_id[-6:]} {(server.name or '')[:10]}".rstrip()),
+            _shown(f"{dots}{server.peer_id[-6:]} {(server.name or '')[:8]}".rstrip(), console),
             f"{server.start}..{server.stop - 1}",
-            escape(_weights(server)),
+            _shown(_weights(server), console),
             _state(server),
             _ms(server.answer_ms),
             _ms(server.token_ms),
@@ -146,9 +152,10 @@ def _verdict(model: ModelReport, address: str) -> list[str]:
         ]
     else:
         lines = [f"[red]Nothing can run now[/]: nobody holds {_ranges_text(model.missing)}."]
-        others = [r for r in model.untrainable if r not in model.missing]
-        if others:
-            lines.append(f"Only servers that run stock petals, and cannot train, hold {_ranges_text(others)}.")
+        copies, trainable = model.copies(training=False), model.copies(training=True)
+        stock = [(block, block + 1) for block in range(model.num_blocks) if copies[block] and not trainable[block]]
+        if stock:
+            lines.append(f"Only servers that run stock petals, and cannot train, hold {_ranges_text(stock)}.")
     loading = [(s.start, s.stop) for s in model.servers if s.state == "joining"]
     if loading:
         lines.append(f"Being loaded: {_ranges_text(loading)}.")
