@@ -45,6 +45,10 @@ REFUSED = [
     *[case(SamplingConfig, f"seed must be a whole number or None, got {value!r}", seed=value) for value in (1.0, "0", True)],
     *[whole(PPOConfig, name, value) for name in ("epochs", "minibatch_size", "adaptive_kl_horizon") for value in (0, 1.5, None)],
     *[
+        case(PPOConfig, f"lr_decay_updates must be a whole number >= 1 or None, got {value!r}", lr_decay_updates=value)
+        for value in (0, 1.5, True)
+    ],
+    *[
         finite(PPOConfig, name, value)
         for name in (
             "lr", "gamma", "gae_lambda", "clip_range", "value_coef", "entropy_coef", "kl_coef", "max_grad_norm", "weight_decay", "adam_eps",
@@ -69,7 +73,7 @@ REFUSED = [
     *[finite(PPOConfig, name, value) for name in ("value_clip_range", "adaptive_kl_target", "target_kl") for value in (NAN, "x")],
     *[
         case(PPOConfig, f"{name} must be True or False, got {value!r}", **{name: value})
-        for name in ("whiten_advantages", "whiten_rewards")
+        for name in ("bootstrap_truncated", "whiten_advantages", "whiten_rewards")
         for value in ("no", None, 0)
     ],
     *[case(PPOConfig, f"seed must be a whole number, got {value!r}", seed=value) for value in (None, 0.5, "0")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import logging
 
 import numpy as np
@@ -288,3 +289,86 @@ def test_a_rollout_asks_what_its_episodes_would_ask():
     asked, env.asked = env.asked, []
     score(env, [PROMPTS[1]], rollout_of(env, [PROMPTS[1]], responses))
     assert env.asked == asked
+
+
+# ------------------------------------------------------------------------------------------ a reward that is passed in
+
+
+def test_a_step_reward_instead_of_a_subclass(caplog):
+    reward = lambda item, predicted, finish: [finish, 2]  # noqa: E731
+    env = TextRLEnv(None, character_tokenizer(), PROMPTS, max_length=2, compare_sample=2, reward=reward)
+    assert not caplog.records
+    env.reset()
+    assert list(env.step([5, 6])[1]) == [0.0, 2.0]
+    assert list(env.step([5, 6])[1]) == [1.0, 2.0]
+
+
+def test_a_sentence_reward_is_asked_once_when_the_episode_is_done():
+    asked = []
+
+    def reward(items, texts):
+        asked.append((list(items), list(texts)))
+        return [1.0, 2.0]
+
+    tokenizer = character_tokenizer()
+    env = TextRLEnv(None, tokenizer, PROMPTS, max_length=2, compare_sample=2, reward=reward)
+    env.reset("a")
+    a, b, end = *tokenizer.convert_tokens_to_ids(["a", "b"]), tokenizer.eos_token_id
+    assert list(env.step([a, b])[1]) == [0.0, 0.0] and asked == []
+    assert list(env.step([end, b])[1]) == [1.0, 2.0]
+    assert asked == [([{"input": "a"}] * 2, ["a", "bb"])]
+
+
+def test_rewards_given_twice_or_of_no_form_are_refused():
+    class Mine(TextRLEnv):
+        def get_reward(self, input_item, predicted_list, finish):
+            return 0
+
+    with pytest.raises(ConfigError, match=r"either reward= or a Mine\.get_reward, not both"):
+        Mine(None, character_tokenizer(), PROMPTS, reward=lambda items, texts: texts)
+    with pytest.raises(ConfigError, match="wrong parameters"):
+        TextRLEnv(None, character_tokenizer(), PROMPTS, reward=lambda text: 0)
+
+
+def test_a_reward_for_the_end_only_is_not_asked_before():
+    class Ends(TextRLEnv):
+        reward_on_finish_only = True
+        asked = 0
+
+        def get_reward(self, input_item, predicted_list, finish):
+            assert finish
+            self.asked += 1
+            return 3
+
+    env = Ends(None, character_tokenizer(), PROMPTS, max_length=3, compare_sample=1)
+    env.reset()
+    assert [float(env.step([7])[1]) for _ in range(3)] == [0.0, 0.0, 3.0]
+    assert env.asked == 1
+
+
+def test_a_step_after_the_end_is_refused():
+    env = TextRLEnv(None, character_tokenizer(), PROMPTS, max_length=1, compare_sample=1, reward=lambda item, predicted, finish: 1)
+    env.reset()
+    env.step([7])
+    with pytest.raises(ConfigError, match=r"this episode has ended; call env\.reset\(\)"):
+        env.step([7])
+
+
+@pytest.mark.parametrize("name", ["gat_obs_input", "get_obs_input"])
+def test_the_text_given_to_the_model_may_be_overridden_in_either_spelling(name):
+    cls = type("Asks", (TextRLEnv,), {name: lambda self, item: item["input"] + "?"})
+    tokenizer = character_tokenizer()
+    env = cls(None, tokenizer, ["soup"], reward=lambda items, texts: [0.0] * len(texts))
+    assert env.encode({"input": "soup"}) == tokenizer("soup?")["input_ids"]
+
+
+def test_the_order_of_prompts_continues_from_its_state():
+    def make():
+        env = TextRLEnv(None, character_tokenizer(), [f"p{chr(97 + i)}" for i in range(7)], reward=lambda items, texts: [0.0] * len(texts))
+        env.seed(3)
+        return env
+
+    one, other = make(), make()
+    one.draw(5)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert one.draw(23) == other.draw(23) != make().draw(23)

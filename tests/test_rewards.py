@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, RewardError
-from textrl_swarm.rewards import RewardFunction, Rewards
+from textrl_swarm.rewards import (
+    CombinedReward,
+    RewardFunction,
+    Rewards,
+    group_baseline,
+    is_sentence_reward,
+    load_reward,
+    rank_rewards,
+)
 
 ITEM = {"input": "the soup is", "extra": 3}
 PREDICTED = [["a"], ["b"]]
@@ -156,3 +166,201 @@ def test_rewards_add_up_as_in_the_loops_of_textrl_and_pfrl():
     assert score == 4.0 and isinstance(score, float)
     assert float(rewards) == 2.0
     assert sum(rewards) == 4.0 and len(rewards) == 2 and rewards[1] == 3.0
+
+
+# ------------------------------------------------------------------------------------------ the two forms
+
+
+def lengths(items, texts):
+    return [float(len(text)) for text in texts]
+
+
+class Callable:
+    name = "mine"
+
+    def __call__(self, items, texts):
+        return [1.0] * len(texts)
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (lambda item, predicted, finish: 0, False),
+        (lambda *args: 0, False),
+        (lambda item, predicted, finish=True: 0, True),  # two are enough, so two it is
+        (lengths, True),
+        (lambda items, texts, scale=2.0: texts, True),
+        (Callable(), True),
+        (TextRLEnv.get_reward.__get__(object()), False),
+    ],
+)
+def test_forms_are_told_apart_by_their_parameters(reward, sentence):
+    assert is_sentence_reward(reward) is sentence
+
+
+@pytest.mark.parametrize("reward", [lambda: 0, lambda item: 0, lambda a, b, c, d: 0, lambda *, items, texts: 0, 5, "len", None])
+def test_any_other_parameters_are_refused_with_both_forms(reward):
+    with pytest.raises(ConfigError) as caught:
+        RewardFunction(reward, 2)
+    assert "f(input_item, predicted_list, finish)" in str(caught.value) and "f(items, texts)" in str(caught.value)
+
+
+ITEMS = [{"input": "the soup is"}] * 2 + [{"input": "my phone was"}] * 2
+
+
+def test_a_sentence_reward_gets_everything_at_once_and_gives_floats():
+    seen = []
+
+    def reward(items, texts):
+        seen.append((items, texts))
+        return np.array([len(text) for text in texts])
+
+    found = RewardFunction(reward, 2).of_sentences(ITEMS, ["a", "bb", "ccc", ""])
+    assert found == [1.0, 2.0, 3.0, 0.0] and all(type(value) is float for value in found)
+    assert seen == [(ITEMS, ["a", "bb", "ccc", ""])]
+
+
+def test_a_sentence_reward_that_raises_names_the_response_it_fails_on():
+    def reward(items, texts):
+        return [1 / len(text) for text in texts]
+
+    with pytest.raises(RewardError, match=r"reward raised ZeroDivisionError.*for prompt 'my phone was', sample 1 \(''\)"):
+        RewardFunction(reward, 2).of_sentences(ITEMS, ["a", "bb", "ccc", ""])
+
+
+def test_one_that_raises_for_many_only_says_so():
+    def reward(items, texts):
+        if len(texts) > 1:
+            raise MemoryError("too many")
+        return [0.0]
+
+    with pytest.raises(RewardError, match=r"raised MemoryError\('too many'\) for 4 responses"):
+        RewardFunction(reward, 2).of_sentences(ITEMS, list("abcd"))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([1.0], "returned 1 rewards for 4 responses"),
+        (0.5, "returned 0.5 (float) for 4 responses"),
+        ([0, 0, math.nan, 0], "returned nan for prompt 'my phone was', sample 0 ('c')"),
+        ([0, "1", 0, 0], "returned '1' (str) for prompt 'the soup is', sample 1 ('b')"),
+        (None, "returned None (NoneType)"),
+    ],
+)
+def test_what_a_sentence_reward_may_not_return(value, told):
+    with pytest.raises(RewardError) as caught:
+        RewardFunction(lambda items, texts: value, 2).of_sentences(ITEMS, list("abcd"))
+    assert told in str(caught.value) and "one finite number per response" in str(caught.value)
+
+
+def test_a_reward_that_takes_too_long():
+    released = threading.Event()
+
+    def slow(items, texts):
+        released.wait(30)
+        return [0.0] * len(texts)
+
+    try:
+        with pytest.raises(RewardError, match=r"slow took longer than reward_timeout_s=0\.05 for 4 responses"):
+            RewardFunction(slow, 2, timeout_s=0.05).of_sentences(ITEMS, list("abcd"))
+    finally:
+        released.set()
+
+
+def test_within_the_time_nothing_changes():
+    def raising(item, predicted, finish):
+        raise KeyError("label")
+
+    assert list(RewardFunction(lambda *_: [1, 2], 2, timeout_s=30)(ITEM, PREDICTED, True)) == [1.0, 2.0]
+    with pytest.raises(RewardError, match=r"raised KeyError\('label'\)"):
+        RewardFunction(raising, 2, timeout_s=30)(ITEM, PREDICTED, True)
+
+
+# ------------------------------------------------------------------------------------------ by name
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = "def score(items, texts):\n    return [7.0] * len(texts)\n\ndef one(x):\n    pass\n\nPI = 3\n"
+    (tmp_path / "tasks_of_this_test.py").write_text(source)
+    (tmp_path / "broken_of_this_test.py").write_text("import nothing_like_this\n")
+    (tmp_path / "raises.py").write_text("1 / 0\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "my-reward.py").write_text("def score(items, texts):\n    return [8.0] * len(texts)\n")
+    return tmp_path
+
+
+def test_rewards_by_name(here):
+    assert load_reward("tasks_of_this_test:score")([], ["a"]) == [7.0]
+    assert load_reward("deep/my-reward.py:score")([], ["a"]) == [8.0]
+    assert load_reward(f"{here}/deep/my-reward.py:score")([], ["a"]) == [8.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("tasks_of_this_test", 'a reward is named "module:function" or "path/to/file.py:function"'),
+        ("tasks_of_this_test:", "a reward is named"),
+        (":score", "a reward is named"),
+        ("tasks_of_this_test:scor", "has no 'scor'; did you mean 'score'?"),
+        ("tasks_of_this_test:PI", "3 is not callable"),
+        ("tasks_of_this_test:one", "one(x) has the wrong parameters"),
+        ("not_there_at_all:score", "there is no module 'not_there_at_all' here"),
+        ("broken_of_this_test:score", "importing broken_of_this_test failed: ModuleNotFoundError"),
+        ("raises.py:score", "importing raises.py failed: ZeroDivisionError"),
+        ("deep/nothing.py:score", "there is no file deep/nothing.py"),
+    ],
+)
+def test_names_that_lead_to_no_reward(here, spec, told):
+    with pytest.raises(ConfigError) as caught:
+        load_reward(spec)
+    assert told in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ several at once, and relative ones
+
+
+def test_a_weighted_sum_that_remembers_its_parts():
+    reward = CombinedReward((lengths, 0.5), (Callable(), -2))
+    assert reward(ITEMS[:2], ["abcd", ""]) == [0.5 * 4 - 2, -2.0]
+    assert reward.parts == {"lengths": 2.0, "mine": 1.0}
+    assert reward.name == "0.5 * lengths + -2 * mine"
+    assert is_sentence_reward(reward)
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([], "at least one"),
+        ([(lengths, "2")], "weight of lengths"),
+        ([(lengths, math.inf)], "weight of lengths"),
+        ([(lambda item, predicted, finish: 0, 1)], "asked after every token"),
+        ([(5, 1)], "not callable"),
+    ],
+)
+def test_sums_that_are_refused(parts, told):
+    with pytest.raises(ConfigError, match=told):
+        CombinedReward(*parts)
+
+
+def test_a_part_that_fails_is_named():
+    def failing(items, texts):
+        return [math.nan] * len(texts)
+
+    with pytest.raises(RewardError, match="failing returned nan"):
+        CombinedReward((lengths, 1), (failing, 1))(ITEMS[:1], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([3, 1, 2], [1, -1, 0]), ([5, 5], [0, 0]), ([1, 9, 9], [-1, 0.5, 0.5]), ([4], [0]), ([], []), ([1e9, -1e9, 0, 0], [1, -1, 0, 0])],
+)
+def test_ranks(scores, expected):
+    assert rank_rewards(scores) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("scores", "expected"), [([1, 2, 6], [-3, -1.5, 4.5]), ([2, 2], [0, 0]), ([3], [3]), ([], [])])
+def test_group_baseline_leaves_the_own_score_out(scores, expected):
+    assert group_baseline(scores) == pytest.approx(expected)

@@ -103,10 +103,12 @@ class PPOConfig:
     """
 
     lr: float = 1e-4  # AdamW learning rate of adapter and value head; LoRA wants about 10x that of full training (arXiv 2106.09685)
+    lr_decay_updates: int | None = None  # lr falls linearly to 0 over this many updates (arXiv 1909.08593); None = constant
     epochs: int = 4  # passes over each rollout (arXiv 1909.08593)
     minibatch_size: int = 64  # responses per optimizer step; more than the rollout has = the whole rollout
     gamma: float = 1.0  # discount per token (arXiv 1909.08593)
     gae_lambda: float = 0.95  # generalised advantage estimation, arXiv 1506.02438
+    bootstrap_truncated: bool = False  # True: a response cut at the length limit is worth the value of its last state on top of its rewards
     clip_range: float = 0.2  # the policy's ratio is clipped to 1 +- this (arXiv 1707.06347)
     value_clip_range: float | None = 0.2  # new values move at most this far from the old ones; None = no clipping
     value_coef: float = 0.1  # weight of the value loss (arXiv 1909.08593)
@@ -130,6 +132,8 @@ class PPOConfig:
         for name in ("epochs", "minibatch_size", "adaptive_kl_horizon"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, f"{name} must be a whole number >= 1, got {value!r}")
+        ok = self.lr_decay_updates is None or (_is_int(self.lr_decay_updates) and self.lr_decay_updates >= 1)
+        _require(ok, f"lr_decay_updates must be a whole number >= 1 or None, got {self.lr_decay_updates!r}")
         for name in ("lr", "clip_range", "max_grad_norm", "adam_eps"):
             _require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)!r}")
         for name in ("value_coef", "entropy_coef", "kl_coef", "weight_decay"):
@@ -140,5 +144,5 @@ class PPOConfig:
             if getattr(self, name) is not None:
                 _require_numbers(self, name)
                 _require(getattr(self, name) > 0, f"{name} must be > 0 or None, got {getattr(self, name)!r}")
-        _require_bools(self, "whiten_advantages", "whiten_rewards")
+        _require_bools(self, "bootstrap_truncated", "whiten_advantages", "whiten_rewards")
         _require(_is_int(self.seed), f"seed must be a whole number, got {self.seed!r}")

@@ -55,6 +55,8 @@ class PPO:
         self._parameters = list(policy.trainable_parameters().values())
         make_optimizer = make_optimizer or self._adamw
         self.optimizer = make_optimizer(self._parameters)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         self.kl_coef = self.config.kl_coef
         self.num_updates = 0  # rollouts trained on
         self.num_steps = 0  # optimizer steps taken
@@ -85,7 +87,8 @@ class PPO:
             shaped = shaped_rewards(rewards, old.logprobs, ref.logprobs, mask, kl_coef=self.kl_coef)
             if config.whiten_rewards:
                 shaped = whiten(shaped, mask, shift_mean=False)
-            bootstrap = torch.where(rollout.terminated, torch.zeros(()), old.final_values)
+            cut = ~rollout.terminated & config.bootstrap_truncated
+            bootstrap = torch.where(cut, old.final_values, torch.zeros(()))
             advantages, returns = estimate_advantages(shaped, old.values, bootstrap, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
             if config.whiten_advantages:
                 advantages = whiten(advantages, mask)
@@ -100,6 +103,7 @@ class PPO:
             "sampler_kl": float(masked_mean(rollout.old_logprobs - old.logprobs, mask)),
             "response_tokens": float(mask.sum(dim=1).float().mean()),
             "terminated": float(rollout.terminated.float().mean()),
+            "lr": self._set_lr(),
         }
         metrics.update(self._train(features, rollout, old, advantages, returns))
         if config.adaptive_kl_target is not None and math.isfinite(kl):
@@ -154,6 +158,14 @@ class PPO:
             "skipped_steps": float(self.num_skipped - skipped_before),
             "stopped_early": float(stopped_early),
         }
+
+    def _set_lr(self) -> float:
+        """Of this update: a function of the number of updates before it, so that nothing about it needs to be saved."""
+        decay = self.config.lr_decay_updates
+        factor = 1.0 if decay is None else max(0.0, 1 - self.num_updates / decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return self.optimizer.param_groups[0]["lr"]
 
     def _optimizer_step(self, loss: Tensor) -> float | None:
         """Backward, clip, step. Returns the gradient norm before clipping; None when the step was skipped, for a loss or gradient that

@@ -106,6 +106,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.start = load_newest(self.directory, self.agent, self.env, self._inputs, accept_changes=accept_changes)
         self._pending = None if changed else load_pending(self.directory, self.start, self.env)
+        self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / CONFIG, config.to_yaml())
         self.done = self.start
         self.started = time.perf_counter()

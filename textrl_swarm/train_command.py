@@ -16,6 +16,7 @@ from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.display import status
 from textrl_swarm.errors import ModelError, RewardError
+from textrl_swarm.estimate import RunEstimate, estimate_run
 from textrl_swarm.run import Run, locked, open_policy, read_ingredients, require_unchanged, samples
 from textrl_swarm.run_config import RunConfig
 from textrl_swarm.training import Iteration
@@ -117,24 +118,35 @@ def _table(iteration: Iteration) -> Table:
 def _show_plan(config: RunConfig, prompts: list[dict], console: Console) -> None:
     """The configuration with every default, and what an iteration will need."""
     console.print(escape(config.to_yaml()), end="", soft_wrap=True)
-    ppo, sampling = config.ppo, config.sampling
     lora = config.lora or (read_settings(config.ref_adapter) if config.ref_adapter else LoraSettings())
-    responses = config.train.prompts_per_iteration * sampling.num_samples
-    from textrl_swarm.estimate import estimate_run
+    model, tokens = read_config(config.model), _mean_tokens(config.model, prompts)
+    responses = config.train.prompts_per_iteration * config.sampling.num_samples
 
-    estimate = estimate_run(
-        read_config(config.model), lora, quantization=config.quantization, swarm_servers=1 if config.swarm else 0, responses=responses,
-        prompt_tokens=_mean_tokens(config.model, prompts), response_tokens=sampling.max_new_tokens, epochs=ppo.epochs, dtype=config.dtype,
-    )  # fmt: skip
+    def estimate(servers: int) -> RunEstimate:
+        return estimate_run(
+            model, lora, quantization=config.quantization, swarm_servers=servers, responses=responses, prompt_tokens=tokens,
+            response_tokens=config.sampling.max_new_tokens, epochs=config.ppo.epochs, minibatch_size=config.ppo.minibatch_size,
+            wire_bytes=4 if str(model.dtype or "float32").endswith("float32") else 2, dtype=config.dtype,
+        )  # fmt: skip
+
+    first = estimate(1 if config.swarm else 0)
+    share = first.trainable_parameters / first.total_parameters
+    rows = {
+        "prompts": f"{len(prompts):,}, of {tokens} tokens on average",
+        "responses per iteration": f"{responses:,}, of at most {config.sampling.max_new_tokens} tokens",
+        "trainable parameters": f"{first.trainable_parameters:,} of {first.total_parameters:,} ({share:.2%})",
+        "memory on this machine": f"about {decimal(first.memory_bytes)}" + (", the blocks are the servers'" if config.swarm else ""),
+    }
+    if config.swarm is None:
+        rows["bytes per iteration"] = "none: the model is on this machine"
+    for servers in (1, 2, 4, 8) if config.swarm else ():
+        if servers <= model.num_hidden_layers:
+            needs = estimate(servers)
+            rows[f"bytes per iteration, {servers} server(s)"] = (
+                f"{decimal(needs.bytes_sent)} sent, {decimal(needs.bytes_received)} received"
+            )
     table = Table(title="estimates", title_justify="left", show_header=False)
-    for name, value in (
-        ("prompts", f"{len(prompts):,}"),
-        ("responses per iteration", f"{responses:,}"),
-        ("trainable parameters", f"{estimate.trainable_parameters:,} of {estimate.total_parameters:,}"),
-        ("memory on this machine", decimal(estimate.memory_bytes)),
-        ("sent per iteration", decimal(estimate.bytes_sent) if config.swarm else "nothing: the model is on this machine"),
-        ("received per iteration", decimal(estimate.bytes_received) if config.swarm else "nothing"),
-    ):
+    for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
 

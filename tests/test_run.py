@@ -1,0 +1,400 @@
+"""Runs in a directory: what they write, that a killed one ends with the same adapter, and what they refuse to continue."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import character_tokenizer, tiny_model
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from textrl_swarm.checkpoint import PENDING, checkpoints
+from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ModelError, PromptError, RewardError
+from textrl_swarm.run import Run, locked, open_policy, read_ingredients
+from textrl_swarm.run_config import RunConfig, load_config
+from textrl_swarm.train_command import train_command
+
+REWARDS = """
+import random
+import numpy, torch
+
+def vowels(items, texts):
+    noise = random.random() + numpy.random.rand() + float(torch.rand(()))  # of the global generators, which a resumed run continues
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) + 1e-3 * noise for text in texts]
+
+def per_token(input_item, predicted_list, finish):
+    return [float("a" in tokens[-1]) for tokens in predicted_list]
+"""
+
+
+@pytest.fixture(autouse=True)
+def rewards_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tasks.py").write_text(REWARDS)
+
+
+@pytest.fixture
+def configure(tiny_bloom):
+    """Changes to the least configuration -> RunConfig."""
+
+    def get(output: str = "runs/a", *overrides: str, **changes) -> RunConfig:
+        values = {
+            "model": str(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48)), "prompts": ["the soup", "my phone", "a"],
+            "reward": "tasks.py:vowels", "output": output, "sampling": {"max_new_tokens": 5, "num_samples": 2},
+            "ppo": {"lr": 1e-2, "epochs": 2, "minibatch_size": 3, "adaptive_kl_target": 1.0}, "lora": {"r": 2},
+            "train": {"iterations": 5, "prompts_per_iteration": 2, "samples_every": 2, "report_to": []},
+        }  # fmt: skip
+        return load_config({**values, **changes}, overrides)
+
+    return get
+
+
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+
+
+def train(config: RunConfig, **options) -> str:
+    """Runs the command; returns what it said."""
+    console = Console(file=io.StringIO(), width=200)
+    train_command(config, console, **options)
+    return console.file.getvalue()
+
+
+def trained(output: str) -> dict[str, torch.Tensor]:
+    adapter = Path(output, "adapter")
+    return {**load_file(adapter / "adapter_model.safetensors"), **load_file(adapter / "value_head.safetensors")}
+
+
+def lines(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same_run(a: str, b: str) -> None:
+    one, other = trained(a), trained(b)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    measured = [
+        [(line["iteration"], line["score"], line["kl"], line["policy_loss"]) for line in lines(f"{run}/metrics.jsonl")] for run in (a, b)
+    ]
+    assert measured[0] == measured[1]
+
+
+# ------------------------------------------------------------------------------------------ what a run writes
+
+
+def test_files_of_a_run(configure):
+    said = train(configure(train={"iterations": 5, "prompts_per_iteration": 2, "samples_every": 2, "report_to": ["tensorboard"]}))
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "adapter", "summary.json"} <= set(
+        os.listdir("runs/a")
+    )
+    assert PENDING not in os.listdir("runs/a")
+    assert (
+        load_config("runs/a/config.yaml").to_dict()
+        == configure(train={"iterations": 5, "prompts_per_iteration": 2, "samples_every": 2, "report_to": ["tensorboard"]}).to_dict()
+    )
+    assert [line["iteration"] for line in lines("runs/a/metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert {line["iteration"] for line in lines("runs/a/samples.jsonl")} == {1, 3, 5}
+    assert {"prompt", "response", "score"} <= lines("runs/a/samples.jsonl")[0].keys()
+    assert [path.name for path in checkpoints(Path("runs/a"))] == ["iteration_000004", "iteration_000005"]
+    assert list(Path("runs/a/tensorboard").iterdir())
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert (summary["iterations"], summary["adapter"]) == (5, "runs/a/adapter")
+    assert "iteration 5/5  score" in said and "samples of iteration 1" in said and "adapter in runs/a/adapter" in said
+
+
+def test_a_second_time_there_is_nothing_left_to_do(configure):
+    train(configure())
+    before = trained("runs/a")
+    assert "continuing runs/a after iteration 5 of 5" in train(configure())
+    after = trained("runs/a")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(lines("runs/a/metrics.jsonl")) == 5
+
+
+# ------------------------------------------------------------------------------------------ continuing
+
+
+def test_a_run_that_is_continued_ends_as_one_that_was_not_interrupted(configure):
+    seeded()
+    train(configure("runs/whole"))
+    seeded()
+    train(configure("runs/parts", "train.iterations=2"))
+    random.random(), np.random.rand(), torch.rand(3)  # another process would begin with other numbers
+    train(configure("runs/parts", "train.iterations=3"))
+    train(configure("runs/parts"))
+    assert_same_run("runs/whole", "runs/parts")
+
+
+_KILLED = """
+import os, sys
+from rich.console import Console
+from textrl_swarm import checkpoint, ppo, run, train_command
+from textrl_swarm.run_config import load_config
+import random, numpy
+random.seed(0); numpy.random.seed(0)
+where, at = sys.argv[2], int(sys.argv[3])
+calls = 0
+def deadly(function):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return call
+module, name = {"update": (ppo.PPO, "_optimizer_step"), "saving": (checkpoint, "sha256"), "pending": (run, "save_pending"),
+                "renaming": (os, "replace")}[where]
+setattr(module, name, deadly(getattr(module, name)))
+train_command.train_command(load_config(sys.argv[1]), Console())
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "at"), [("update", 7), ("saving", 8), ("renaming", 6), ("pending", 3)], ids=["update", "saving", "renaming", "sampled"]
+)
+def test_a_run_that_was_killed_ends_as_one_that_was_not(configure, where, at):
+    seeded()
+    train(configure("runs/whole", "train.iterations=4"))
+    Path("run.yaml").write_text(configure("runs/killed", "train.iterations=4").to_yaml())
+    killed = subprocess.run([sys.executable, "-c", _KILLED, "run.yaml", where, str(at)], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    assert len(checkpoints(Path("runs/killed"))) > 0 and not Path("runs/killed/adapter").exists()
+    assert "continuing" in train(configure("runs/killed", "train.iterations=4"))
+    assert_same_run("runs/whole", "runs/killed")
+
+
+def test_responses_that_were_sampled_are_not_sampled_again(configure, monkeypatch):
+    """A failing reward loses nothing: once it is mended, the same responses are scored."""
+    seeded()
+    train(configure("runs/whole", "train.iterations=2"))
+    seeded()
+    train(configure("runs/b", "train.iterations=1"))
+    Path("tasks.py").write_text(REWARDS.replace("return [sum", "return [1 / 0 or sum"))
+    with pytest.raises(RewardError, match=r"ZeroDivisionError[\s\S]*the responses of iteration 2 are kept in runs/b: mend the reward"):
+        train(configure("runs/b", "train.iterations=2"))
+    assert Path("runs/b", PENDING).is_file()
+    Path("tasks.py").write_text(REWARDS)
+    with monkeypatch.context() as patched:
+        patched.setattr("textrl_swarm.training.sample_responses", lambda *_: pytest.fail("sampled again"))
+        train(configure("runs/b", "train.iterations=2"))
+    assert_same_run("runs/whole", "runs/b")
+
+
+def test_a_torn_pending_rollout_is_sampled_again(configure, caplog):
+    seeded()
+    train(configure("runs/whole", "train.iterations=2"))
+    seeded()
+    train(configure("runs/b", "train.iterations=1"))
+    Path("runs/b", PENDING).write_bytes(b"PK\x03\x04 torn")
+    train(configure("runs/b", "train.iterations=2"))
+    assert "are sampled again" in caplog.text
+    assert_same_run("runs/whole", "runs/b")
+
+
+def test_ctrl_c_says_how_to_continue(configure, monkeypatch):
+    update, calls = Run.shows_samples, []
+
+    def interrupted(self, index):
+        calls.append(index)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return update(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "shows_samples", interrupted)
+        said = train(configure())
+    assert "stopped: 2 of 5 iterations are saved in runs/a; the same command continues there" in said
+    assert "continuing runs/a after iteration 2 of 5" in train(configure())
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_changed_configuration_is_refused_with_what_changed(configure):
+    train(configure("runs/a", "train.iterations=1"))
+    changed = configure("runs/a", "ppo.lr=0.5", "sampling.top_k=3")
+    with pytest.raises(CheckpointError) as caught:
+        train(changed)
+    assert "ppo.lr: 0.01 -> 0.5" in str(caught.value) and "sampling.top_k: 0 -> 3" in str(caught.value)
+    assert "--accept-changes" in str(caught.value) and "iterations" not in str(caught.value)
+    assert "continuing runs/a after iteration 1" in train(changed, accept_changes=True)
+    assert load_config("runs/a/config.yaml").ppo.lr == 0.5
+
+
+def test_changed_prompts_are_noticed(configure):
+    Path("prompts.txt").write_text("the soup\nmy phone\n")
+    train(configure("runs/a", "train.iterations=1", "prompts=prompts.txt"))
+    Path("prompts.txt").write_text("the soup\n")
+    with pytest.raises(CheckpointError, match="the contents of prompts changed"):
+        train(configure("runs/a", "prompts=prompts.txt"))
+    assert "after iteration 1" in train(configure("runs/a", "prompts=prompts.txt"), accept_changes=True)
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(configure, tiny_bloom, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48), model)
+    train(configure("runs/a", "train.iterations=1", f"model={model}"))
+    shutil.rmtree(model)
+    shutil.copytree(tiny_bloom(seed=6, layers=2, hidden=32, vocab=48), model)  # the same shapes, other weights
+    with pytest.raises(CheckpointError, match="was trained on another base model"):
+        train(configure("runs/a", f"model={model}"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "state"])
+def test_a_damaged_checkpoint_is_passed_over(configure, damage, caplog):
+    seeded()
+    train(configure("runs/whole"))
+    seeded()
+    train(configure("runs/b", "train.iterations=4"))
+    newest = checkpoints(Path("runs/b"))[-1]
+    weights = newest / "adapter_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "missing":
+        (newest / "learner.pt").unlink()
+    elif damage == "flipped":
+        save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    else:
+        (newest / "state.json").write_text('{"iteration": 4, "fi')
+    assert "continuing runs/b after iteration 3 of 5" in train(configure("runs/b"))
+    assert "is damaged" in caplog.text
+    assert_same_run("runs/whole", "runs/b")
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(configure):
+    train(configure("runs/a", "train.iterations=2"))
+    for checkpoint in checkpoints(Path("runs/a")):
+        (checkpoint / "learner.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="all checkpoints in runs/a/checkpoints are damaged; move runs/a away"):
+        train(configure())
+
+
+def test_a_checkpoint_under_another_name_while_it_is_written_does_not_count(configure):
+    train(configure("runs/a", "train.iterations=1"))
+    shutil.copytree("runs/a/checkpoints/iteration_000001", "runs/a/checkpoints/.iteration_000002.12345678.part")
+    assert "after iteration 1" in train(configure("runs/a", "train.iterations=2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"model": "./nowhere"}, ModelError, "there is no directory nowhere"),
+        ({"prompts": "prompts.jsonl"}, PromptError, "there is no prompts file"),
+        ({"reward": "tasks.py:vowel"}, ConfigError, "did you mean 'vowels'?"),
+        ({"reward": "task.py:vowels"}, ConfigError, "there is no file task.py"),
+        ({"reward": {"model": "./nowhere", "label": "x"}}, ModelError, "there is no directory"),
+        ({"reward": ["tasks.py:per_token", "tasks.py:vowels"]}, ConfigError, "asked after every token"),
+        ({"ref_adapter": "nowhere"}, AdapterError, "ref_adapter: nowhere holds no adapter"),
+        ({"train": {"report_to": ["wandb"]}}, ConfigError, "pip install wandb"),
+        ({"output": "tasks.py"}, CheckpointError, "tasks.py is a file"),
+        ({"swarm": {"initial_peers": ["nonsense"]}}, Exception, "not a peer's address"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(configure, changes, error, told):
+    with pytest.raises(error) as caught:
+        train(configure(**changes))
+    assert told in str(caught.value)
+    assert not checkpoints(Path("runs/a"))
+
+
+def test_a_prompt_that_is_too_long_is_told_before_anything_is_trained(configure, tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")  # 64 positions
+    character_tokenizer().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(PromptError, match="prompt 1 has 60 tokens; with max_new_tokens=5 that makes 65"):
+        train(configure(model=str(tmp_path / "gpt2"), prompts=["a", "a" * 60]))
+    assert not checkpoints(Path("runs/a"))
+
+
+def test_one_process_at_a_time(configure):
+    with locked(Path("runs/a")), pytest.raises(ConfigError, match="another process is training in runs/a"):
+        train(configure())
+    train(configure("runs/a", "train.iterations=1"))
+
+
+def test_a_directory_with_another_config_yaml(configure):
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/config.yaml").write_text("- nothing of ours")
+    with pytest.raises(CheckpointError, match="is not the configuration of a run"):
+        train(configure())
+
+
+# ------------------------------------------------------------------------------------------ the rest of a configuration
+
+
+def test_a_ref_adapter_makes_the_kl_begin_at_zero(configure):
+    train(configure("runs/sft", "train.iterations=2"))
+    train(configure("runs/a", "train.iterations=2", ref_adapter="runs/sft/adapter"))
+    kl = [line["kl"] for line in lines("runs/a/metrics.jsonl")]
+    assert kl[0] == 0 and kl[1] != 0
+    weights = Path("runs/sft/adapter/adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(CheckpointError, match="the contents of ref_adapter changed"):
+        train(configure("runs/a", ref_adapter="runs/sft/adapter"))
+
+
+def test_rewards_that_are_summed_are_logged_apart(configure):
+    Path("tasks.py").write_text(REWARDS + "\ndef shortness(items, texts):\n    return [-float(len(t)) for t in texts]\n")
+    parts = [{"function": "tasks.py:vowels", "weight": 2}, {"function": "tasks.py:shortness", "weight": 0.5}]
+    train(configure("runs/a", "train.iterations=1", reward=parts))
+    (line,) = lines("runs/a/metrics.jsonl")
+    assert line["score"] == pytest.approx(2 * line["reward/vowels"] + 0.5 * line["reward/shortness"], abs=1e-5)
+    assert line["reward/shortness"] < 0
+
+
+def test_a_reward_that_is_asked_after_every_token(configure):
+    train(configure("runs/a", "train.iterations=1", reward="tasks.py:per_token"))
+    assert len(lines("runs/a/metrics.jsonl")) == 1
+
+
+def test_a_slow_reward_ends_the_run_with_its_responses_kept(configure):
+    Path("tasks.py").write_text("import time\ndef slow(items, texts):\n    time.sleep(60)\n")
+    with pytest.raises(RewardError, match=r"took longer than reward_timeout_s=0\.1 [\s\S]*are kept in runs/a"):
+        train(configure(reward="tasks.py:slow", train={"reward_timeout_s": 0.1, "report_to": []}))
+
+
+@pytest.mark.parametrize("settings", [{"quantization": "8bit"}, {"dtype": "bfloat16"}], ids=str)
+def test_other_precisions(configure, settings):
+    train(configure("runs/a", "train.iterations=2", **settings))
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in trained("runs/a").values())
+
+
+@pytest.mark.swarm
+def test_through_a_swarm_the_run_ends_with_the_same_adapter(configure, two_servers):
+    configs = {
+        "runs/here": configure("runs/here", "train.iterations=2", model=two_servers.model),
+        "runs/there": configure(
+            "runs/there", "train.iterations=2", model=two_servers.model, swarm={"initial_peers": list(two_servers.initial_peers)}
+        ),
+    }
+    for config in configs.values():
+        seeded()
+        said = train(config)
+    assert "on 2 server(s) of a swarm" in said
+    one, other = trained("runs/here"), trained("runs/there")
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+    assert lines("runs/there/metrics.jsonl")[0]["bytes_sent"] > 0
+
+
+def test_dry_run_starts_nothing(configure):
+    said = train(configure(), dry_run=True)
+    assert "max_new_tokens: 5" in said and "trainable parameters" in said
+    assert not Path("runs").exists()
+
+
+def test_samples_are_the_first_of_each_prompt(configure):
+    config = configure("runs/a", "train.iterations=1")
+    with open_policy(config) as policy:
+        run = Run(config, read_ingredients(config), policy)
+        (iteration,) = run.iterations()
+    rows = lines("runs/a/samples.jsonl")
+    assert [row["response"] for row in rows] == [iteration.collected.rollout.texts[0], iteration.collected.rollout.texts[2]]
