@@ -473,3 +473,86 @@ def shut_down(manager) -> None:
     RemoteExpertWorker.run_coroutine(manager.state.p2p.shutdown())
     manager.dht.shutdown()
     manager.dht.join()
+
+
+# ------------------------------------------------------------------------------------------ several environments, cut episodes
+
+
+def test_several_environments_at_once(monkeypatch):
+    """pfrl's BatchAgent: every environment has its own episodes, and an update waits for the end of one."""
+    actor = make_actor(samples=2, often_ending=True)
+    agent = actor.agent_ppo(update_interval=12, epochs=1)
+    fill(agent.policy, 1)
+    envs = [actor.env, make_actor(samples=2, often_ending=True).env]
+    seen, played, used = learned_from(agent, monkeypatch), [], []
+    obs = [env.reset(prompt) for env, prompt in zip(envs, PROMPTS, strict=False)]
+    while not seen:
+        steps = [env.step(action) for env, action in zip(envs, agent.batch_act(obs), strict=True)]
+        obs, rewards, dones, _ = zip(*steps, strict=True)
+        played += [row for env, done in zip(envs, dones, strict=True) if done for row in env._observation()]
+        used += [len(env.predicted_ids[0]) for env, done in zip(envs, dones, strict=True) if done]
+        agent.batch_observe(obs, rewards, dones, [False, False])
+        obs = [env.reset() if done else o for env, o, done in zip(envs, obs, dones, strict=True)]
+    ((rollout, _),) = seen
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+    assert [row[:n].tolist() for row, n in zip(rollout.tokens, lengths, strict=True)] == played
+    assert sum(used) >= 12 > 0 and len({tuple(row[:3]) for row in played}) > 1
+
+
+def test_an_episode_that_is_cut_short_gets_its_final_reward(monkeypatch):
+    """TextRL gave none when max_episode_len came before max_length: finish was never True."""
+    actor = make_actor(samples=2)
+    agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
+    monkeypatch.setattr(env.rewards, "_reward", lambda item, predicted, finish: [len(p) if finish else 100 for p in predicted])
+    seen = learned_from(agent, monkeypatch)
+    obs = env.reset()
+    for t in range(3):
+        obs, reward, done, _ = env.step(agent.act(obs))
+        assert not done, "ended by itself: choose another seed"
+        agent.observe(obs, reward, done, t == 2)
+    ((rollout, rewards),) = seen
+    assert rewards.tolist() == [[100.0, 100.0, 3.0]] * 2
+    assert not rollout.terminated.any()
+
+
+def test_an_agent_without_an_environment_keeps_what_was_earned(monkeypatch):
+    actor = make_actor(samples=1)
+    agent, env = PPOAgent(actor.policy, update_interval=1), actor.env
+    seen = learned_from(agent, monkeypatch)
+    obs = env.reset()
+    obs, _, _, _ = env.step(agent.act(obs))
+    agent.observe(obs, 5.0, False, True)
+    assert seen[0][1].tolist() == [[5.0]]
+
+
+def test_an_episode_longer_than_its_session_is_an_error_that_says_so():
+    actor = make_actor(samples=1)
+    agent, env = PPOAgent(actor.policy, sampling=SamplingConfig(max_new_tokens=2)), actor.env
+    obs = env.reset()
+    for _ in range(2):
+        obs, reward, done, _ = env.step(agent.act(obs))
+        assert not done
+        agent.observe(obs, reward, done, False)
+    with pytest.raises(ConfigError, match=r"goes on after 2 tokens.*SamplingConfig\(max_new_tokens"):
+        agent.act(obs)
+
+
+def test_a_directory_of_textrl_itself_is_told_apart(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(AdapterError, match=r"was saved by TextRL itself \(model\.pt"):
+        make_actor().agent_ppo().load(str(tmp_path))
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop])
+def test_an_optimizer_of_the_users_is_made_anew_for_the_adapter(cls):
+    theirs = cls([torch.nn.Parameter(torch.zeros(3))], lr=0.0123, weight_decay=0.01)
+    agent = make_actor(optimizer=theirs).agent_ppo(update_interval=5, epochs=1)
+    ours = agent.ppo.optimizer
+    assert type(ours) is cls and ours is not theirs
+    assert (ours.param_groups[0]["lr"], ours.param_groups[0]["weight_decay"]) == (0.0123, 0.01)
+    assert {id(p) for p in ours.param_groups[0]["params"]} == {id(p) for p in agent.policy.trainable_parameters().values()}
+
+
+def test_an_optimizer_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="optimizer must be a name"):
+        make_actor(optimizer=3)

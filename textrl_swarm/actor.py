@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +16,8 @@ from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.policy import Policy, load_policy
 
+logger = logging.getLogger(__name__)
+
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
@@ -24,8 +28,9 @@ class TextRLActor:
         env: prompts and reward.
         model: a transformers model (plain or quantised), a petals Distributed* model, a directory or hub id, or a Policy.
         tokenizer: of the model.
-        optimizer: "adamw", "adam", "sgd", or a function from a list of parameters to a torch optimizer.
-        gpu_id: index of the CUDA device for a model given by name; None = CUDA when there is one.
+        optimizer: "adamw", "adam", "sgd", a function from a list of parameters to a torch optimizer, or a torch optimizer, whose class and
+            settings (learning rate included) are taken for the adapter's parameters, which did not exist when it was made.
+        gpu_id: index of the CUDA device for a model given by name; -1 = the CPU, None = CUDA when there is one.
         unfreeze_layer_from_past: train LoRA on the last n blocks only; 0 = all (or the environment's setting).
         act_deterministically: `predict` and evaluation take the most likely token.
         temperature, top_k, top_p, repetition_penalty: of sampling, see SamplingConfig.
@@ -39,7 +44,7 @@ class TextRLActor:
         env: TextRLEnv,
         model: nn.Module | Policy | str,
         tokenizer=None,
-        optimizer: str | Callable[[list], torch.optim.Optimizer] = "adamw",
+        optimizer: str | Callable[[list], torch.optim.Optimizer] | torch.optim.Optimizer = "adamw",
         gpu_id: int | None = None,
         unfreeze_layer_from_past: int = 0,
         act_deterministically: bool = True,
@@ -57,6 +62,8 @@ class TextRLActor:
             )
         if isinstance(optimizer, str) and optimizer not in _OPTIMIZERS:
             raise ConfigError(f"unknown optimizer {optimizer!r}; {closest(optimizer, _OPTIMIZERS)}")
+        if not isinstance(optimizer, (str, torch.optim.Optimizer)) and not callable(optimizer):
+            raise ConfigError(f"optimizer must be a name ({', '.join(_OPTIMIZERS)}), a function or a torch optimizer, got {optimizer!r}")
         self.env, self.optimizer, self.act_deterministically, self.seed = env, optimizer, act_deterministically, seed
         self.sampling = SamplingConfig(
             max_new_tokens=env.env_max_length, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
@@ -67,7 +74,7 @@ class TextRLActor:
             lora = LoraSettings(layers=layers or None)
         elif layers:
             raise ConfigError("give either lora=LoraSettings(layers=n) or unfreeze_layer_from_past=n, not both")
-        device = None if gpu_id is None else f"cuda:{gpu_id}"
+        device = None if gpu_id is None else "cpu" if gpu_id < 0 else f"cuda:{gpu_id}"
         self.policy = model if isinstance(model, Policy) else load_policy(model, lora=lora, device=device, seed=seed, tokenizer=tokenizer)
         self.agent: PPOAgent | None = None
 
@@ -94,6 +101,7 @@ class TextRLActor:
             update_interval=update_interval,
             act_deterministically=self.act_deterministically,
             make_optimizer=self._make_optimizer(config),
+            final_rewards=self.env.final_rewards,
         )
         return self.agent
 
@@ -102,6 +110,11 @@ class TextRLActor:
             return None  # the learner's own
         if isinstance(self.optimizer, str):
             return lambda parameters: _OPTIMIZERS[self.optimizer](parameters, lr=config.lr)
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            cls, accepted = type(self.optimizer), inspect.signature(type(self.optimizer)).parameters
+            settings = {name: value for name, value in self.optimizer.param_groups[0].items() if name in accepted and name != "params"}
+            logger.info("%s with lr=%g is made anew for the adapter and the value head", cls.__name__, settings["lr"])
+            return lambda parameters: cls(parameters, **settings)
         return self.optimizer
 
     def predict(self, input_item: str | dict | Sequence[str]) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from textrl_swarm.adapters import ADAPTER_CONFIG
 from textrl_swarm.config import PPOConfig, SamplingConfig
 from textrl_swarm.errors import AdapterError, ConfigError
 from textrl_swarm.generation import sample_next, stop_ids
@@ -23,13 +24,13 @@ from textrl_swarm.ppo import PPO
 from textrl_swarm.types import RolloutBatch
 
 with contextlib.redirect_stderr(io.StringIO()):  # gym, which pfrl imports, prints that it is unmaintained
-    from pfrl.agent import Agent
+    from pfrl.agent import BatchAgent
 
 LEARNER_STATE = "learner.pt"
 
 
-class PPOAgent(Agent):
-    """Collects episodes of `act` and `observe`, trains after `update_interval` env steps.
+class PPOAgent(BatchAgent):
+    """Collects episodes of `act` and `observe` (or `batch_act`, `batch_observe`), trains after `update_interval` env steps.
 
     Args:
         policy: what acts and is trained.
@@ -37,6 +38,8 @@ class PPOAgent(Agent):
         sampling: of actions in training, and of evaluation unless `act_deterministically`.
         update_interval: env steps (one token of each sample) between updates; an update waits for the end of an episode.
         act_deterministically: evaluation takes the most likely token.
+        make_optimizer: parameters -> torch optimizer; None = AdamW.
+        final_rewards: asks the environment what an episode is worth that is cut short (`reset` without `done`); None = what it earned.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class PPOAgent(Agent):
         update_interval: int = 10,
         act_deterministically: bool = True,
         make_optimizer: Callable[[list], torch.optim.Optimizer] | None = None,
+        final_rewards: Callable[[], list[float]] | None = None,
     ):
         if update_interval < 1:
             raise ConfigError(f"update_interval must be >= 1 env steps, got {update_interval}")
@@ -58,17 +62,31 @@ class PPOAgent(Agent):
         self.metrics: dict[str, float] = {}  # of the last update
         self._stop = stop_ids(policy)
         self._draws = {mode: torch.Generator().manual_seed(self.ppo.config.seed) for mode in (True, False)}  # by training mode, as below
-        self._acting = {True: self._new_episode(), False: self._new_episode()}  # by training mode: evaluation may interrupt an episode
+        self._final_rewards = final_rewards
+        self._acting: dict[tuple[bool, int], _Episode] = {}  # by training mode (evaluation may interrupt an episode) and environment
         self._finished: list[_Episode] = []
 
     # ------------------------------------------------------------------ pfrl's interface
 
-    def act(self, obs: list[list[int]]) -> np.ndarray:
-        """(C,) token ids, the next one of each of the C samples in the observation (lists of token ids)."""
-        episode = self._acting[self.training]
-        if not episode.continues(obs):  # the last one was left without observe(..., reset=True)
-            episode.close()
-            episode = self._acting[self.training] = self._new_episode()
+    def batch_act(self, batch_obs: Sequence[list[list[int]]]) -> list[np.ndarray]:
+        """For each environment (C,) token ids: the next one of each of the C samples in its observation (lists of token ids)."""
+        return [self._act(obs, i) for i, obs in enumerate(batch_obs)]
+
+    def batch_observe(self, batch_obs: Sequence, batch_reward: Sequence, batch_done: Sequence[bool], batch_reset: Sequence[bool]) -> None:
+        """Takes the consequences of the last actions; `reset` without `done` means that an episode was cut short."""
+        for i, (reward, done, reset) in enumerate(zip(batch_reward, batch_done, batch_reset, strict=True)):
+            self._observe(reward, bool(done), bool(reset), i)
+        ended = any(batch_done) or any(batch_reset)
+        if ended and sum(len(episode.rewards) for episode in self._finished) >= self.update_interval:
+            finished, self._finished = self._finished, []
+            self.learn(*_as_rollout(finished, self.sampling.temperature))
+
+    def _act(self, obs: list[list[int]], env: int) -> np.ndarray:
+        episode = self._acting.get((self.training, env))
+        if episode is None or not episode.continues(obs):  # the last one may have been left without observe(..., reset=True)
+            if episode is not None:
+                episode.close()
+            episode = self._acting[self.training, env] = _Episode(self.policy, self.sampling.max_new_tokens)
         with torch.no_grad():
             hidden = episode.advance(obs)
             deterministic = not self.training and self.act_deterministically
@@ -78,23 +96,18 @@ class PPOAgent(Agent):
         episode.chose(chosen, logprobs, values)
         return chosen.numpy()
 
-    def observe(self, obs: list[list[int]], reward, done: bool, reset: bool) -> None:
-        """Takes the consequences of the last action; `reset` without `done` means that the episode was cut short."""
-        episode = self._acting[self.training]
+    def _observe(self, reward, done: bool, reset: bool, env: int) -> None:
+        episode = self._acting.get((self.training, env))
+        if episode is None or not episode.chosen:
+            raise ConfigError("observe() without act(): call agent.act(obs) first")
+        if reset and not done and self.training and self._final_rewards is not None:
+            reward = self._final_rewards()  # instead of what the last token earned as one in the middle
         episode.rewarded(reward, self._stop)
-        if not (done or reset):
-            return
-        if self.training and episode.rewards:
-            self._finished.append(episode)
-        episode.close()
-        self._acting[self.training] = self._new_episode()
-        if sum(len(e.rewards) for e in self._finished) >= self.update_interval:
-            finished, self._finished = self._finished, []
-            rollout, rewards = _as_rollout(finished, self.sampling.temperature)
-            self.learn(rollout, rewards)
-
-    def _new_episode(self) -> _Episode:
-        return _Episode(self.policy, self.sampling.max_new_tokens)
+        if done or reset:
+            if self.training:
+                self._finished.append(episode)
+            episode.close()
+            del self._acting[self.training, env]
 
     def rollout_sampling(self) -> SamplingConfig:
         """Of the next whole rollout. With a seed its random numbers depend on that and on the number of updates alone."""
@@ -115,9 +128,13 @@ class PPOAgent(Agent):
         """What `save` wrote; an adapter alone is enough. Raises AdapterError with the checkpoints that exist nearby."""
         path = Path(dirname)
         if not path.is_dir():
-            near = sorted(child.name for child in path.parent.glob("*") if (child / "adapter_config.json").is_file())
+            near = sorted(child.name for child in path.parent.glob("*") if (child / ADAPTER_CONFIG).is_file())
             hint = f"{path.parent} has {', '.join(near)}" if near else f"{path.parent} has no checkpoints"
             raise AdapterError(f"there is no checkpoint {path}; {hint}")
+        if (path / "model.pt").is_file() and not (path / ADAPTER_CONFIG).is_file():
+            raise AdapterError(
+                f"{path} was saved by TextRL itself (model.pt holds an output layer, no adapter); train again with this package"
+            )
         self.policy.load_adapter(path)
         state_path = path / LEARNER_STATE
         if state_path.is_file():
@@ -164,6 +181,11 @@ class _Episode:
             self.prompt, self.ended = list(obs[0]), torch.zeros(len(obs), dtype=torch.bool)
             self._session = self._resources.enter_context(self._policy.session(len(obs), len(self.prompt) + self._max_new_tokens))
             new = torch.tensor(obs)
+        elif len(self.chosen) >= self._max_new_tokens:
+            raise ConfigError(
+                f"this episode goes on after {self._max_new_tokens} tokens, the sampling's max_new_tokens; "
+                "make the agent with SamplingConfig(max_new_tokens=...) as large as the environment's max_length"
+            )
         else:
             new = self.chosen[-1][:, None]
         return self._session.step(new.to(self._policy.device))[:, -1]
@@ -176,8 +198,6 @@ class _Episode:
 
     def rewarded(self, reward, stop: Tensor) -> None:
         """Rewards of the last action: a number, or one per sample."""
-        if not self.chosen:
-            raise ConfigError("observe() without act(): call agent.act(obs) first")
         count = len(self.chosen[-1])
         rewards = [float(r) for r in reward] if hasattr(reward, "__len__") else [float(reward)] * count
         self.rewards.append(rewards if len(rewards) == count else rewards * count)
