@@ -228,10 +228,11 @@ def _import_file(path: Path):
     if not path.is_file():
         raise ConfigError(f"there is no file {path} ({Path.cwd()} is the current directory)")
     spec = importlib.util.spec_from_file_location(f"textrl_swarm_reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise ConfigError(f"importing {path} failed: {error!r}") from error
     return module
 
