@@ -144,6 +144,7 @@ def choose(choices: Sequence[Choice], free: dict[str, int], *, quantizes: bool, 
 
 
 def toy(args: argparse.Namespace) -> Choice:
+    torch.set_num_threads(1)  # more are slower for matrices this small
     model = random_bloom(Path(args.output) / "base_model", layers=2, hidden=32, vocab=64)
     args.reward = args.reward or f"{__file__}:vowels"
     args.set = ["sampling.max_new_tokens=12", "ppo.lr=1e-2", *args.set]
