@@ -15,6 +15,9 @@ from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, from_di
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.policy import Policy, load_policy
+from textrl_swarm.swarm.compat import lend_tokenizer_name
+
+lend_tokenizer_name()
 
 logger = logging.getLogger(__name__)
 

@@ -94,6 +94,14 @@ def _quantization_config(quantization: str, device: torch.device):
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
+def _is_no_mask_notice(record: logging.LogRecord) -> bool:
+    """transformers recommends an attention mask when it sees padding; ours is on the right of a causal model, where none is needed."""
+    return "We strongly recommend passing in an `attention_mask`" not in str(record.msg)
+
+
+logging.getLogger("transformers.modeling_utils").addFilter(_is_no_mask_notice)
+
+
 def _is_no_cast_notice(record: logging.LogRecord) -> bool:
     """bitsandbytes says at every 8-bit matrix product that it computes in fp16: thousands of lines per rollout."""
     return "inputs will be cast from" not in str(record.msg)

@@ -114,6 +114,14 @@ def install_import_hook() -> None:
         sys.meta_path.insert(0, _PetalsFinder())
 
 
+def lend_tokenizer_name() -> None:
+    """`from transformers import BloomTokenizerFast`, as petals' and TextRL's examples have it: transformers 5 dropped the name alone."""
+    import transformers
+
+    if not hasattr(transformers, "BloomTokenizerFast"):
+        transformers.BloomTokenizerFast = transformers.PreTrainedTokenizerFast
+
+
 @contextlib.contextmanager
 def _environment(**variables: str):
     """Environment variables for the time of one import; the user's own values win and everything is put back."""
