@@ -143,10 +143,14 @@ def test_less_is_kept_with_quantised_weights_fewer_adapted_blocks_and_smaller_mi
 
 @pytest.mark.swarm
 @pytest.mark.parametrize(
-    ("lora", "minibatch_size"), [(LoraSettings(r=4), 4), (LoraSettings(r=4, layers=1), 64)], ids=["all blocks", "last block"]
+    ("lora", "minibatch_size", "micro_batch_tokens"),
+    [(LoraSettings(r=4), 4, 1024), (LoraSettings(r=4), 6, 40), (LoraSettings(r=4, layers=1), 64, 1024)],
+    ids=["all blocks", "micro-batches of two", "last block"],
 )
-def test_bytes_are_those_of_a_real_iteration(two_servers, lora, minibatch_size):
+def test_bytes_are_those_of_a_real_iteration(two_servers, monkeypatch, lora, minibatch_size, micro_batch_tokens):
     """The second iteration, when the servers already have the adapter of the first, over full-length responses."""
+    monkeypatch.setattr("textrl_swarm.estimate._MICRO_BATCH_TOKENS", micro_batch_tokens)
+    monkeypatch.setattr("textrl_swarm.swarm.chain._MICRO_BATCH_TOKENS", micro_batch_tokens)
     prompts, sampling = [[5, 6, 7, 8, 9, 10, 11]] * 3, SamplingConfig(max_new_tokens=12, num_samples=2, seed=0)
     with load_policy(two_servers.model, initial_peers=two_servers.initial_peers, lora=lora) as policy:
         policy.tokenizer = None  # no end token: every response has full length

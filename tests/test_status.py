@@ -108,6 +108,8 @@ def test_coverage_has_a_column_for_each_block():
 def test_coverage_of_many_blocks_shows_the_worst_of_each_column():
     shown = screen(model(140, server(0, 139), server(0, 60)))
     assert bar(shown) == ("█" * 69 + "·", "2" * 30 + "1" * 39 + "0")
+    assert bar(screen(model(70, server(0, 70)))) == ("█" * 70, "1" * 70)
+    assert bar(screen(model(71, server(0, 71)))) == ("█" * 36, "1" * 36)
     assert "a column is 2 blocks" in shown
     assert shown.splitlines()[2].split() == ["block", *map(str, range(0, 140, 20))]
 
@@ -182,7 +184,9 @@ class Node:
             assert self.dht.store(f"{name}.{block}", info.to_tuple(), get_dht_time() + 300, subkey=peer_id)
 
     def serve_stock(self) -> str:
-        """Begins to answer like a stock server; returns its peer id."""
+        """Begins to answer like a stock server, if it did not yet; returns its peer id."""
+        if self._p2p is not None:
+            return str(self.dht.peer_id)
         self._p2p = RemoteExpertWorker.run_coroutine(self.dht.replicate_p2p())
         RemoteExpertWorker.run_coroutine(TransformerConnectionHandler().add_p2p_handlers(self._p2p))
         return str(self.dht.peer_id)
@@ -298,6 +302,12 @@ def test_a_gap_is_exit_code_3(node, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "nobody holds blocks 0..2" in shown
     assert f"textrl-swarm serve MODEL --block_indices 0:3 --initial-peers {node.addresses[0]}" in shown
+
+
+def test_blocks_that_stock_servers_hold_are_a_gap_too(node, monkeypatch):
+    node.announce_model("stock", 2)
+    node.announce_server("stock", node.serve_stock(), range(0, 2))
+    assert status_here(monkeypatch, "--initial-peers", node.addresses[0], "--dht-prefix", "stock") == 3
 
 
 def test_an_error_is_exit_code_1_and_leaves_standard_output_empty(node, monkeypatch, capsys):
