@@ -503,7 +503,7 @@ def test_an_episode_that_is_cut_short_gets_its_final_reward(monkeypatch):
     """TextRL gave none when max_episode_len came before max_length: finish was never True."""
     actor = make_actor(samples=2)
     agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
-    monkeypatch.setattr(env.rewards, "_reward", lambda item, predicted, finish: [len(p) if finish else 100 for p in predicted])
+    monkeypatch.setattr(env.reward_function, "_reward", lambda item, predicted, finish: [len(p) if finish else 100 for p in predicted])
     seen = learned_from(agent, monkeypatch)
     obs = env.reset()
     for t in range(3):

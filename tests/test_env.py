@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -52,6 +54,7 @@ def make(cls=Quiet, prompts=PROMPTS, **settings) -> TextRLEnv:
         (["abc"], {"input": "abc", "extra": []}),
         (["abc", "a reference"], {"input": "abc", "extra": ["a reference"]}),
         (("abc", 5), {"input": "abc", "extra": [5]}),
+        (collections.UserDict(input="abc", key=1), {"input": "abc", "key": 1}),
     ],
 )
 def test_formats_of_a_prompt(entry, item):
@@ -64,7 +67,23 @@ def test_formats_of_a_prompt(entry, item):
 
 @pytest.mark.parametrize(
     "prompts",
-    [[], (), "a text", {"input": "abc"}, [""], [{"input": ""}], [{"output": "abc"}], [{"input": 3}], [[]], [[1, 2]], [None], ["abc", 7]],
+    [
+        [],
+        (),
+        "a text",
+        {"input": "abc"},
+        [""],
+        [{"input": ""}],
+        [{"output": "abc"}],
+        [{"input": 3}],
+        [[]],
+        [[1, 2]],
+        [None],
+        ["abc", 7],
+        None,
+        5,
+        iter(()),
+    ],
     ids=repr,
 )
 def test_what_is_no_prompt(prompts):
@@ -330,6 +349,57 @@ def test_rewards_given_twice_or_of_no_form_are_refused():
         TextRLEnv(None, character_tokenizer(), PROMPTS, reward=lambda text: 0)
 
 
+def test_a_sentence_reward_is_asked_once_per_rollout_and_lands_on_the_last_tokens():
+    asked = []
+
+    def reward(items, texts):
+        asked.append((items, texts))
+        return [1.0, 2.0, 3.0, 4.0]
+
+    env = TextRLEnv(None, TOKENIZER, PROMPTS, max_length=3, compare_sample=2, reward=reward)
+    rollout = rollout_of(env, PROMPTS[:2], [[A, EOS], [A, B, C], [EOS], [B, B, EOS]])
+    rollout = dataclasses.replace(rollout, texts=("a", "abc", "", "bb"))
+    rewards, env_steps = score(env, PROMPTS[:2], rollout)
+    assert rewards.tolist() == [[0, 1, 0], [0, 0, 2], [3, 0, 0], [0, 0, 4]] and env_steps == 6
+    assert asked == [([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, ["a", "abc", "", "bb"])]  # prompt by prompt
+
+
+@pytest.mark.parametrize(
+    ("signature", "told"),
+    [("self, input_item, predicted_list", "pass a function (items, texts) as reward="), ("self, input_item", "wrong parameters")],
+)
+def test_a_get_reward_with_other_parameters_is_refused(signature, told):
+    scope: dict = {}
+    exec(f"def get_reward({signature}): return 0", scope)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        make(type("Mine", (TextRLEnv,), {"get_reward": scope["get_reward"]}))
+
+
+def test_get_reward_is_asked_after_every_token_with_a_default_for_finish_too():
+    class Mine(TextRLEnv):
+        def get_reward(self, input_item, predicted_list, finish=False):
+            return [len(tokens) + 10 * finish for tokens in predicted_list]
+
+    env = make(Mine, max_length=2)
+    assert [list(env.step([A, B])[1]) for _ in range(2)] == [[1.0, 1.0], [12.0, 12.0]]
+
+
+def test_what_users_keep_on_their_env_and_assign_to_it_is_theirs():
+    class Mine(TextRLEnv):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.rewards = []
+
+        def get_reward(self, input_item, predicted_list, finish):
+            self.rewards.append(finish)
+            return 1
+
+    env = make(Mine, max_length=2, compare_sample=1)
+    assert list(env.step([A])[1]) == [1.0] and env.rewards == [False]
+    env.get_reward = lambda input_item, predicted_list, finish: 5
+    assert list(env.step([A])[1]) == [5.0]
+
+
 def test_a_reward_for_the_end_only_is_not_asked_before():
     class Ends(TextRLEnv):
         reward_on_finish_only = True
@@ -372,3 +442,11 @@ def test_the_order_of_prompts_continues_from_its_state():
     one.draw(5)
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert one.draw(23) == other.draw(23) != make().draw(23)
+
+
+def test_the_order_of_more_prompts_than_there_are_now_passes_over_those_that_are_gone():
+    env, fewer = make(prompts=["a", "b", "c", "d"]), make(prompts=["a", "b"])
+    env.seed(0)
+    env.draw(1)
+    fewer.load_state_dict(env.state_dict())
+    assert {item["input"] for item in fewer.draw(20)} == {"a", "b"}

@@ -102,7 +102,7 @@ def test_it_is_a_sentence_reward_with_or_without_the_prompt(tmp_path):
     assert reward_model(directory, "positive", with_prompt=False)(items, ["good", "bad"]) == reward.score(["good", "bad"])
     assert "positive" in reward.name and reward_model(directory, "positive", name="mine").name == "mine"
     env = TextRLEnv(None, character_tokenizer(), items, max_length=4, reward=reward)
-    assert env.rewards.of_sentences(items, ["a", "b"]) == reward(items, ["a", "b"])
+    assert env.reward_function.of_sentences(items, ["a", "b"]) == reward(items, ["a", "b"])
 
 
 @pytest.mark.parametrize(

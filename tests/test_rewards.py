@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 
 import numpy as np
@@ -50,6 +51,7 @@ def ask(value, samples: int = 2, finish: bool = True) -> list[float]:
         ([np.float64(1), torch.tensor(2)], [1.0, 2.0]),
         ([np.bool_(True), np.int64(4)], [1.0, 4.0]),
         ([torch.tensor([0.5]), np.array([[2]])], [0.5, 2.0]),
+        (map(float, "12"), [1.0, 2.0]),
     ],
     ids=repr,
 )
@@ -72,6 +74,8 @@ def test_one_sample(value, caplog):
         ([], "0 rewards for 2 samples"),
         (np.zeros(5), "5 rewards for 2 samples"),
         (math.nan, "returned nan"),
+        (1e39, "returned 1e+39"),  # infinite as float32
+        (10**400, "returned 1000"),
         ([0.0, math.inf], "returned inf for sample 1"),
         (-math.inf, "returned -inf"),
         (torch.tensor([math.nan, 0.0]), "returned nan for sample 0"),
@@ -102,7 +106,7 @@ def test_a_function_that_raises(error, finish):
     def get_reward(item, predicted, finish):
         raise error
 
-    with pytest.raises(RewardError, match=r"get_reward raised .* for prompt 'the soup is'") as caught:
+    with pytest.raises(RewardError, match=r"get_reward raised .* for prompt 'the soup is'.*; see test_rewards\.py, line \d+$") as caught:
         RewardFunction(get_reward, 2)(ITEM, PREDICTED, finish)
     assert caught.value.__cause__ is error
     assert type(error).__name__ in str(caught.value)
@@ -146,7 +150,7 @@ def test_a_reward_that_is_unset_at_the_end_is_an_error():
 
 
 def test_what_is_the_same_for_every_sample_is_mentioned_once(caplog):
-    function = RewardFunction(lambda *_: [1], 3)
+    function = RewardFunction(lambda *_: [1], 3, name="get_reward")
     for _ in range(3):
         assert list(function(ITEM, PREDICTED, False)) == [1.0] * 3
     assert [record.message for record in caplog.records] == ["get_reward returned a list of one for 3 samples; every sample gets it"]
@@ -187,7 +191,8 @@ class Callable:
     [
         (lambda item, predicted, finish: 0, False),
         (lambda *args: 0, False),
-        (lambda item, predicted, finish=True: 0, True),  # two are enough, so two it is
+        (lambda item, predicted, finish=True: 0, False),  # two would do, but nothing else has a finish
+        (lambda items, *texts: 0, False),
         (lengths, True),
         (lambda items, texts, scale=2.0: texts, True),
         (Callable(), True),
@@ -198,7 +203,14 @@ def test_forms_are_told_apart_by_their_parameters(reward, sentence):
     assert is_sentence_reward(reward) is sentence
 
 
-@pytest.mark.parametrize("reward", [lambda: 0, lambda item: 0, lambda a, b, c, d: 0, lambda *, items, texts: 0, 5, "len", None])
+class Made:
+    def __init__(self, items, texts):
+        pass
+
+
+@pytest.mark.parametrize(
+    "reward", [lambda: 0, lambda item: 0, lambda a, b, c, d: 0, lambda *, items, texts: 0, 5, "len", None, Made, Callable]
+)
 def test_any_other_parameters_are_refused_with_both_forms(reward):
     with pytest.raises(ConfigError) as caught:
         RewardFunction(reward, 2)
@@ -218,14 +230,24 @@ def test_a_sentence_reward_gets_everything_at_once_and_gives_floats():
     found = RewardFunction(reward, 2).of_sentences(ITEMS, ["a", "bb", "ccc", ""])
     assert found == [1.0, 2.0, 3.0, 0.0] and all(type(value) is float for value in found)
     assert seen == [(ITEMS, ["a", "bb", "ccc", ""])]
+    RewardFunction(reward, 2).of_sentences(tuple(ITEMS[:1]), ("a",))
+    assert seen[-1] == (ITEMS[:1], ["a"])  # lists: pipelines of transformers take nothing else for several texts
 
 
-def test_a_sentence_reward_that_raises_names_the_response_it_fails_on():
+@pytest.mark.parametrize("guilty", [[0], [1], [2], [3], [1, 3], [0, 1, 2, 3]])
+def test_a_sentence_reward_that_raises_names_the_first_response_it_fails_on_alone(guilty):
+    asked = []
+
     def reward(items, texts):
-        return [1 / len(text) for text in texts]
+        asked.append(len(texts))
+        return [1 / (len(text) - 1) for text in texts]
 
-    with pytest.raises(RewardError, match=r"reward raised ZeroDivisionError.*for prompt 'my phone was', sample 1 \(''\)"):
-        RewardFunction(reward, 2).of_sentences(ITEMS, ["a", "bb", "ccc", ""])
+    texts = ["a" if i in guilty else f"good {i}" for i in range(4)]
+    prompt, sample = ITEMS[guilty[0]]["input"], guilty[0] % 2
+    with pytest.raises(RewardError, match=rf"reward raised ZeroDivisionError.*for prompt '{prompt}', sample {sample} \('a'\)") as caught:
+        RewardFunction(reward, 2).of_sentences(ITEMS, texts)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert asked[0] == 4 and sum(asked[1:]) <= 4
 
 
 def test_one_that_raises_for_many_only_says_so():
@@ -234,7 +256,7 @@ def test_one_that_raises_for_many_only_says_so():
             raise MemoryError("too many")
         return [0.0]
 
-    with pytest.raises(RewardError, match=r"raised MemoryError\('too many'\) for 4 responses"):
+    with pytest.raises(RewardError, match=r"reward raised MemoryError\('too many'\) for 4 responses"):
         RewardFunction(reward, 2).of_sentences(ITEMS, list("abcd"))
 
 
@@ -262,10 +284,18 @@ def test_a_reward_that_takes_too_long():
         return [0.0] * len(texts)
 
     try:
-        with pytest.raises(RewardError, match=r"slow took longer than reward_timeout_s=0\.05 for 4 responses"):
+        with pytest.raises(RewardError, match=r"slow took longer than reward_timeout_s=0\.05 for 4 responses; make it faster"):
             RewardFunction(slow, 2, timeout_s=0.05).of_sentences(ITEMS, list("abcd"))
+        (hanging,) = (thread for thread in threading.enumerate() if thread.name == "reward")
+        assert hanging.daemon, "a reward that hangs for ever would keep the interpreter from ending"
     finally:
         released.set()
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf, "5", True])
+def test_timeouts_that_are_refused(timeout_s):
+    with pytest.raises(ConfigError, match="reward_timeout_s must be > 0 seconds"):
+        RewardFunction(lengths, 2, timeout_s)
 
 
 def test_within_the_time_nothing_changes():
@@ -283,12 +313,19 @@ def test_within_the_time_nothing_changes():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     source = "def score(items, texts):\n    return [7.0] * len(texts)\n\ndef one(x):\n    pass\n\nPI = 3\n"
     (tmp_path / "tasks_of_this_test.py").write_text(source)
     (tmp_path / "broken_of_this_test.py").write_text("import nothing_like_this\n")
     (tmp_path / "raises.py").write_text("1 / 0\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "deep_of_this_test.py").write_text(
+        "def later(items, texts):\n    import tasks_of_this_test as t\n    return [t.PI] * len(texts)\n"
+    )
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "my-reward.py").write_text("def score(items, texts):\n    return [8.0] * len(texts)\n")
+    (tmp_path / "deep" / "neighbour_of_this_test.py").write_text("EIGHT = 8.0\n")
+    imports = "from neighbour_of_this_test import EIGHT\n\n"
+    (tmp_path / "deep" / "my-reward.py").write_text(f"{imports}def score(items, texts):\n    return [EIGHT] * len(texts)\n")
     return tmp_path
 
 
@@ -296,6 +333,7 @@ def test_rewards_by_name(here):
     assert load_reward("tasks_of_this_test:score")([], ["a"]) == [7.0]
     assert load_reward("deep/my-reward.py:score")([], ["a"]) == [8.0]
     assert load_reward(f"{here}/deep/my-reward.py:score")([], ["a"]) == [8.0]
+    assert load_reward("deep_of_this_test:later")([], ["a"]) == [3]
 
 
 @pytest.mark.parametrize(
@@ -308,9 +346,15 @@ def test_rewards_by_name(here):
         ("tasks_of_this_test:PI", "3 is not callable"),
         ("tasks_of_this_test:one", "one(x) has the wrong parameters"),
         ("not_there_at_all:score", "there is no module 'not_there_at_all' here"),
+        ("task_of_this_test:score", "installed packages; did you mean 'tasks_of_this_test'?"),
         ("broken_of_this_test:score", "importing broken_of_this_test failed: ModuleNotFoundError"),
         ("raises.py:score", "importing raises.py failed: ZeroDivisionError"),
+        ("ends.py:score", "importing ends.py failed: SystemExit(3)"),
+        ("ends:score", "importing ends failed: SystemExit(3)"),
         ("deep/nothing.py:score", "there is no file deep/nothing.py"),
+        ("deep/my-rewards.py:score", "did you mean 'my-reward.py'?"),
+        ("deep/my-reward:score", "did you mean 'my-reward.py'?"),
+        (5, "a reward is named"),
     ],
 )
 def test_names_that_lead_to_no_reward(here, spec, told):
@@ -338,6 +382,8 @@ def test_a_weighted_sum_that_remembers_its_parts():
         ([(lengths, math.inf)], "weight of lengths"),
         ([(lambda item, predicted, finish: 0, 1)], "asked after every token"),
         ([(5, 1)], "not callable"),
+        ([lengths], "is a pair"),
+        ([(lengths,)], "is a pair"),
     ],
 )
 def test_sums_that_are_refused(parts, told):
@@ -349,8 +395,21 @@ def test_a_part_that_fails_is_named():
     def failing(items, texts):
         return [math.nan] * len(texts)
 
-    with pytest.raises(RewardError, match="failing returned nan"):
+    with pytest.raises(RewardError, match=r"failing returned nan for prompt 'the soup is', response 0 of 1 \('a'\)"):
         CombinedReward((lengths, 1), (failing, 1))(ITEMS[:1], ["a"])
+
+
+def test_the_response_on_which_a_part_fails_is_named_and_searched_once():
+    asked = []
+
+    def failing(items, texts):
+        asked.append(len(texts))
+        return [1 / len(text) for text in texts]
+
+    function = RewardFunction(CombinedReward((lengths, 1), (failing, 1)), 2)
+    with pytest.raises(RewardError, match=r"failing raised ZeroDivisionError.* for prompt 'my phone was', response 3 of 4 \(''\)"):
+        function.of_sentences(ITEMS, ["a", "bb", "ccc", ""])
+    assert asked[0] == 4 and sum(asked[1:]) <= 4
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from textrl_swarm.errors import ConfigError, PromptError
-from textrl_swarm.rewards import RewardFunction, Rewards, SentenceReward, StepReward
+from textrl_swarm.rewards import RewardFunction, Rewards, SentenceReward, StepReward, is_sentence_reward
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class TextRLEnv:
         reward_timeout_s: a reward that takes longer is an error; None = wait for ever.
 
     Attributes:
+        reward_function: asks the reward and checks what it returns.
         reward_on_finish_only: set it on a subclass whose `get_reward` gives nothing before the end; it is then asked once per episode.
 
     Raises:
@@ -69,7 +70,12 @@ class TextRLEnv:
         overridden = type(self).get_reward is not TextRLEnv.get_reward
         if reward is not None and overridden:
             raise ConfigError(f"give either reward= or a {type(self).__name__}.get_reward, not both")
-        self.rewards = RewardFunction(self.get_reward if reward is None else reward, compare_sample, reward_timeout_s)
+        if overridden and is_sentence_reward(self.get_reward):
+            raise ConfigError(
+                f"{type(self).__name__}.get_reward takes (input_item, predicted_list, finish); pass a function (items, texts) as reward="
+            )
+        name = "get_reward" if reward is None else None
+        self.reward_function = RewardFunction(self._get_reward if reward is None else reward, compare_sample, reward_timeout_s, name=name)
         if reward is None and not overridden:
             logger.warning(
                 "get_reward is not overridden: every reward is 0 and nothing will be learned; subclass TextRLEnv or pass reward="
@@ -92,6 +98,9 @@ class TextRLEnv:
             a number, or a list with one per sample.
         """
         return [0.0] * self.compare_sample
+
+    def _get_reward(self, input_item: dict, predicted_list: list[list[str]], finish: bool):
+        return self.get_reward(input_item, predicted_list, finish)  # looked up at each call: notebooks assign env.get_reward
 
     def get_obs_input(self, input_item: dict) -> str:
         """The text given to the model."""
@@ -142,14 +151,14 @@ class TextRLEnv:
         return self._reward(True)
 
     def _reward(self, done: bool) -> Rewards:
-        if self.rewards.is_sentence:
+        if self.reward_function.is_sentence:
             if not done:
                 return Rewards([0.0] * self.compare_sample)
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.predicted_ids]
-            return Rewards(self.rewards.of_sentences([self.input_item] * self.compare_sample, texts))
+            return Rewards(self.reward_function.of_sentences([self.input_item] * self.compare_sample, texts))
         if self.reward_on_finish_only and not done:
             return Rewards([0.0] * self.compare_sample)
-        return self.rewards(self.input_item, [list(tokens) for tokens in self.predicted], done)
+        return self.reward_function(self.input_item, [list(tokens) for tokens in self.predicted], done)
 
     def seed(self, seed: int) -> None:
         """Fixes the order in which prompts are drawn."""
@@ -169,10 +178,10 @@ class TextRLEnv:
         return {"upcoming": list(self._upcoming), "random": self._rng.getstate()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues the order of `state_dict`, from JSON too."""
+        """Continues the order of `state_dict`, from JSON too. Prompts that there are no longer are passed over."""
         version, numbers, gauss = state["random"]
         self._rng.setstate((version, tuple(numbers), gauss))
-        self._upcoming = list(state["upcoming"])
+        self._upcoming = [i for i in state["upcoming"] if i < len(self.items)]
 
     def encode(self, item: dict) -> list[int]:
         """Token ids of a prompt. Raises PromptError when there are none."""
@@ -188,14 +197,16 @@ class TextRLEnv:
         return [self._prompt_ids + ids for ids in self.predicted_ids]
 
 
-def _items(observation_input: Sequence) -> list[dict]:
-    if isinstance(observation_input, (str, bytes, dict)) or len(observation_input) == 0:
+def _items(observation_input: Iterable) -> list[dict]:
+    listed = isinstance(observation_input, Iterable) and not isinstance(observation_input, (str, bytes, Mapping))
+    entries = list(observation_input) if listed else []
+    if not entries:
         raise PromptError(
             f"observation_input must be a list with at least one prompt, e.g. [{{'input': 'The soup is'}}], got {observation_input!r}"
         )
     items = []
-    for i, entry in enumerate(observation_input):
-        item = {"input": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, dict) else None
+    for i, entry in enumerate(entries):
+        item = {"input": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else None
         if item is None and isinstance(entry, Sequence) and len(entry) > 0 and isinstance(entry[0], str):
             item = {"input": entry[0], "extra": list(entry[1:])}
         if item is None or not isinstance(item.get("input"), str) or item["input"] == "":

@@ -6,6 +6,7 @@ once per rollout for all responses together. Knows nothing about models or token
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -13,7 +14,8 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from textrl_swarm.errors import ConfigError, RewardError, TextRLSwarmError, closest
@@ -28,6 +30,7 @@ FORMS = (
     "or f(items, texts), asked once for all responses of a rollout"
 )
 _SHOWN = 60  # characters of a text in a message
+_LARGEST = 3.4e38  # rewards are kept as float32
 
 
 class Rewards(list):
@@ -41,18 +44,23 @@ class Rewards(list):
 
 
 def is_sentence_reward(reward: Callable) -> bool:
-    """Tells the two forms apart by the number of positional parameters. Raises ConfigError when it is neither."""
+    """Tells the two forms apart by the number of positional parameters; one called `finish` makes a step reward, with a default too.
+
+    Raises ConfigError when it is neither.
+    """
     if not callable(reward):
         raise ConfigError(f"{reward!r} is not callable; {FORMS}")
+    if inspect.isclass(reward):
+        raise ConfigError(f"{_name(reward)} is a class; give an object of it, made with {_name(reward)}(...); {FORMS}")
     try:
         signature = inspect.signature(reward)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the parameters of {_name(reward)} cannot be read ({error}); {FORMS}") from error
     kinds = [parameter.kind for parameter in signature.parameters.values()]
-    if _takes(signature, 2) and inspect.Parameter.VAR_POSITIONAL not in kinds:
-        return True
-    if _takes(signature, 3):
+    if _takes(signature, 3) and (not _takes(signature, 2) or inspect.Parameter.VAR_POSITIONAL in kinds or "finish" in signature.parameters):
         return False
+    if _takes(signature, 2):
+        return True
     raise ConfigError(f"{_name(reward)}{signature} has the wrong parameters; {FORMS}")
 
 
@@ -71,13 +79,22 @@ class RewardFunction:
 
     Args:
         reward: a step reward or a sentence reward.
-        num_samples: responses to one prompt.
+        num_samples: responses to one prompt; None = not known, for sentence rewards only.
         timeout_s: of one call; None = wait for ever.
+        name: for messages; None = the reward's own.
+
+    Raises:
+        ConfigError: the reward takes other parameters, or an impossible timeout.
     """
 
-    def __init__(self, reward: StepReward | SentenceReward, num_samples: int, timeout_s: float | None = None):
+    def __init__(
+        self, reward: StepReward | SentenceReward, num_samples: int | None, timeout_s: float | None = None, *, name: str | None = None
+    ):
         self.is_sentence = is_sentence_reward(reward)
+        if timeout_s is not None and (not _is_number(timeout_s) or isinstance(timeout_s, bool) or not 0 < timeout_s < math.inf):
+            raise ConfigError(f"reward_timeout_s must be > 0 seconds, or None to wait for ever; got {timeout_s!r}")
         self._reward, self._num_samples, self._timeout_s = reward, num_samples, timeout_s
+        self._name = name or _name(reward)
         self._said: set[str] = set()
 
     def __call__(self, item: dict, predicted: list[list[str]], finish: bool) -> Rewards:
@@ -89,12 +106,13 @@ class RewardFunction:
         samples = ", ".join(repr(_short("".join(tokens))) for tokens in predicted)
         where = f"for prompt {_short(item.get('input'))!r} (samples so far: {samples})"
         try:
-            value = self._call(where, item, predicted, finish)
-        except RewardError as error:
-            unset = error.__cause__
-            if finish or not isinstance(unset, UnboundLocalError):
-                raise
-            self._say_once(f"get_reward left {unset.name or 'its result'} unset before the end of a response; that counts as 0")
+            value = self._within_time(where, item, predicted, finish)
+        except TextRLSwarmError:
+            raise
+        except Exception as error:
+            if finish or not isinstance(error, UnboundLocalError):
+                raise self._raised(error, where) from error
+            self._say_once(f"{self._name} left {error.name or 'its result'} unset before the end of a response; that counts as 0")
             value = [0.0] * self._num_samples
         return Rewards(self._per_sample(value, where))
 
@@ -104,33 +122,57 @@ class RewardFunction:
         Raises:
             RewardError: the function raised, or returned something else; names the prompt and sample that it fails on alone, if any does.
         """
-        places = [
-            f"for prompt {_short(item.get('input'))!r}, sample {i % self._num_samples} ({_short(text)!r})"
-            for i, (item, text) in enumerate(zip(items, texts, strict=True))
-        ]
+        items, texts = list(items), list(texts)  # lists, because tokenizers and pipelines take no tuples
+        places = [self._place(i, item, text, len(texts)) for i, (item, text) in enumerate(zip(items, texts, strict=True))]
         together = f"for {len(texts)} responses"
         try:
-            value = _plain(self._call(together, items, texts))
-        except RewardError as error:
-            if isinstance(error.__cause__, Exception):  # it raised, and did not take too long: which response is it?
-                for item, text, place in zip(items, texts, places, strict=True):
-                    self._call(place, [item], [text])
+            value = _plain(self._within_time(together, items, texts))
+        except TextRLSwarmError:  # it took too long, or is a sum and its part has said where it failed
             raise
+        except Exception as error:
+            guilty, cause = self._guilty(error, items, texts)
+            raise self._raised(cause, together if guilty is None else places[guilty]) from cause
         if not isinstance(value, list):
-            raise self._error(f"returned {value!r} ({type(value).__name__})", together)
+            raise self._error(f"returned {_short(repr(value))} ({type(value).__name__})", together)
         if len(value) != len(texts):
             raise self._error(f"returned {len(value)} rewards", together)
         return [self._number(reward, place) for reward, place in zip(value, places, strict=True)]
+
+    def _place(self, i: int, item: dict, text: str, count: int) -> str:
+        sample = f"response {i} of {count}" if self._num_samples is None else f"sample {i % self._num_samples}"
+        return f"for prompt {_short(item.get('input'))!r}, {sample} ({_short(text)!r})"
+
+    def _guilty(self, error: Exception, items: list[dict], texts: list[str]) -> tuple[int | None, Exception]:
+        """The first response that raises when it is asked about alone, and what it raises; None when it takes several.
+
+        Halves are asked, so that the search costs no more than asking about all responses once more.
+        """
+        start, stop = 0, len(texts)
+        while stop - start > 1:
+            middle = (start + stop) // 2
+            found = self._failure(items[start:middle], texts[start:middle])
+            start, stop = (middle, stop) if found is None else (start, middle)
+        alone = self._failure(items[start:stop], texts[start:stop])
+        return (None, error) if alone is None else (start, alone)
+
+    def _failure(self, items: list[dict], texts: list[str]) -> Exception | None:
+        try:
+            self._within_time("", items, texts)
+        except TextRLSwarmError:  # too slow is another matter
+            return None
+        except Exception as error:
+            return error
+        return None
 
     def _per_sample(self, value: object, where: str) -> list[float]:
         value, count = _plain(value), self._num_samples
         if _is_number(value) or (isinstance(value, list) and len(value) == 1):
             if count > 1:
                 got = "a list of one" if isinstance(value, list) else "one number"
-                self._say_once(f"get_reward returned {got} for {count} samples; every sample gets it")
+                self._say_once(f"{self._name} returned {got} for {count} samples; every sample gets it")
             value = (value if isinstance(value, list) else [value]) * count
         if not isinstance(value, list):
-            raise self._error(f"returned {value!r} ({type(value).__name__})", where)
+            raise self._error(f"returned {_short(repr(value))} ({type(value).__name__})", where)
         if len(value) != count:
             raise self._error(f"returned {len(value)} rewards for {count} samples ({_short(repr(value))})", where)
         return [self._number(reward, f"for sample {i} {where}") for i, reward in enumerate(value)]
@@ -140,18 +182,10 @@ class RewardFunction:
             numbers = reward.reshape(-1).tolist()
             reward = numbers[0] if len(numbers) == 1 else numbers
         if not _is_number(reward):
-            raise self._error(f"returned {reward!r} ({type(reward).__name__})", where)
-        if not math.isfinite(reward):
-            raise self._error(f"returned {reward}", where)
+            raise self._error(f"returned {_short(repr(reward))} ({type(reward).__name__})", where)
+        if not -_LARGEST <= reward <= _LARGEST:  # nan neither
+            raise self._error(f"returned {_short(reward)}", where)
         return float(reward)
-
-    def _call(self, where: str, *arguments):
-        try:
-            return self._within_time(where, *arguments)
-        except TextRLSwarmError:
-            raise
-        except Exception as error:
-            raise self._error(f"raised {error!r}", where) from error
 
     def _within_time(self, where: str, *arguments):
         if self._timeout_s is None:
@@ -168,7 +202,9 @@ class RewardFunction:
         thread.start()
         thread.join(self._timeout_s)
         if not outcome:
-            raise self._error(f"took longer than reward_timeout_s={self._timeout_s:g}", where)
+            raise RewardError(
+                f"{self._name} took longer than reward_timeout_s={self._timeout_s:g} {where}; make it faster or allow more seconds"
+            )
         succeeded, result = outcome[0]
         if not succeeded:
             raise result
@@ -180,8 +216,12 @@ class RewardFunction:
             if self.is_sentence
             else f"a finite number, or a list with one per sample ({self._num_samples})"
         )
-        name = _name(self._reward) if self.is_sentence else "get_reward"
-        return RewardError(f"{name} {what} {where}; return {wanted}")
+        return RewardError(f"{self._name} {what} {where}; return {wanted}")
+
+    def _raised(self, error: Exception, where: str) -> RewardError:
+        theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        line = f"; see {Path(theirs[0].filename).name}, line {theirs[0].lineno}" if theirs else ""
+        return RewardError(f"{self._name} raised {error!r} {where}{line}")
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
@@ -193,15 +233,17 @@ class RewardFunction:
 
 
 def load_reward(spec: str) -> StepReward | SentenceReward:
-    """The callable behind "package.module:name" or "path/to/file.py:name". Modules are also looked for in the current directory.
+    """The callable behind "package.module:name" or "path/to/file.py:name".
+
+    Modules are looked for in the current directory first; a file may import its neighbours.
 
     Raises:
         ConfigError: no such module, file or name (with the closest there is), it cannot be imported, or it is no reward.
     """
-    place, colon, name = spec.rpartition(":")
+    place, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not colon or not place or not name:
         raise ConfigError(f'a reward is named "module:function" or "path/to/file.py:function", got {spec!r}')
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    module = _import_file(Path(place).expanduser()) if place.endswith(".py") or "/" in place else _import_module(place)
     if not hasattr(module, name):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ConfigError(f"{place} has no {name!r}; {closest(name, known)}")
@@ -211,30 +253,49 @@ def load_reward(spec: str) -> StepReward | SentenceReward:
 
 
 def _import_module(name: str):
-    sys.path.insert(0, str(Path.cwd()))
+    here = Path.cwd()
     try:
-        return importlib.import_module(name)
+        with _neighbours(here):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ConfigError(f"there is no module {error.name!r} here ({Path.cwd()}) or among the installed packages") from error
+            near = _near(name, [path.stem for path in here.glob("*.py")])
+            raise ConfigError(f"there is no module {error.name!r} here ({here}) or among the installed packages{near}") from error
         raise ConfigError(f"importing {name} failed: {error!r}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # scripts end with sys.exit
         raise ConfigError(f"importing {name} failed: {error!r}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
 
 
 def _import_file(path: Path):
     if not path.is_file():
-        raise ConfigError(f"there is no file {path} ({Path.cwd()} is the current directory)")
+        near = _near(path.name, [found.name for found in path.parent.glob("*.py")])
+        raise ConfigError(f"there is no file {path} ({Path.cwd()} is the current directory){near}")
     spec = importlib.util.spec_from_file_location(f"textrl_swarm_reward_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up by name
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _neighbours(path.resolve().parent):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ConfigError(f"importing {path} failed: {error!r}") from error
     return module
+
+
+@contextlib.contextmanager
+def _neighbours(directory: Path) -> Iterator[None]:
+    """Modules of a directory come first during an import, as with `python -m`, and last from then on, for imports inside functions."""
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the module may have changed the path itself
+            sys.path.remove(str(directory))
+        if str(directory) not in sys.path:
+            sys.path.append(str(directory))
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    return f"; {closest(name, known)}" if known else ""
 
 
 class CombinedReward:
@@ -255,9 +316,12 @@ class CombinedReward:
     def __init__(self, *parts: tuple[SentenceReward, float]):
         if not parts:
             raise ConfigError("a combined reward needs at least one (reward, weight)")
-        self._parts: list[tuple[str, SentenceReward, float]] = []
+        self._parts: list[tuple[str, RewardFunction, float]] = []
         self.parts: dict[str, float] = {}
-        for reward, weight in parts:
+        for part in parts:
+            if not isinstance(part, Sequence) or len(part) != 2:
+                raise ConfigError(f"each part of a combined reward is a pair (reward, weight), got {part!r}")
+            reward, weight = part
             if not _is_number(weight) or not math.isfinite(weight):
                 raise ConfigError(f"the weight of {_name(reward)} must be a finite number, got {weight!r}")
             if not is_sentence_reward(reward):
@@ -267,13 +331,13 @@ class CombinedReward:
                 )
             names = [name for name, _, _ in self._parts]
             name = _name(reward)
-            self._parts.append((name if name not in names else f"{name}_{len(names)}", reward, float(weight)))
+            self._parts.append((name if name not in names else f"{name}_{len(names)}", RewardFunction(reward, None), float(weight)))
         self.name = " + ".join(f"{weight:g} * {name}" for name, _, weight in self._parts)
 
     def __call__(self, items: Sequence[dict], texts: Sequence[str]) -> list[float]:
         total = [0.0] * len(texts)
         for name, reward, weight in self._parts:
-            values = RewardFunction(reward, 1).of_sentences(items, texts)
+            values = reward.of_sentences(items, texts)
             self.parts[name] = sum(values) / max(1, len(values))
             total = [before + weight * value for before, value in zip(total, values, strict=True)]
         return total
@@ -282,7 +346,8 @@ class CombinedReward:
 def rank_rewards(scores: Sequence[float]) -> list[float]:
     """Ranks of one prompt's samples, evenly spaced from -1 (lowest) to 1 (highest); equal scores share the mean of their ranks.
 
-    Only the order counts, so that one prompt's large scores do not drown another's. A single sample gets 0.
+    Only the order counts, so that one prompt's large scores do not drown another's. A single sample gets 0. In `get_reward`, end with
+    `return rank_rewards(scores)`; in a sentence reward, take `compare_sample` rows at a time: they come prompt by prompt.
     """
     if len(scores) < 2:
         return [0.0] * len(scores)
@@ -292,7 +357,7 @@ def rank_rewards(scores: Sequence[float]) -> list[float]:
 
 
 def group_baseline(scores: Sequence[float]) -> list[float]:
-    """Each score minus the mean of the other samples of the same prompt.
+    """Each score minus the mean of the other samples of the same prompt; used as `rank_rewards` is.
 
     Source: Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, equation 8 (RLOO). A single sample keeps its score.
     """
@@ -315,7 +380,7 @@ def _plain(value: object) -> object:
     """A list where there is a sequence, of numpy or torch too; anything else as it is."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else value
+    return list(value) if isinstance(value, (Sequence, Iterator)) and not isinstance(value, (str, bytes)) else value
 
 
 def _is_number(value: object) -> bool:

@@ -84,8 +84,8 @@ def score(env: TextRLEnv, items: Sequence[dict], rollout: RolloutBatch) -> tuple
     lengths = rollout.response_lengths
     last = lengths - 1
     env_steps = int(lengths.view(len(items), samples).amax(dim=1).sum())
-    if env.rewards.is_sentence:
-        values = env.rewards.of_sentences([item for item in items for _ in range(samples)], rollout.texts)
+    if env.reward_function.is_sentence:
+        values = env.reward_function.of_sentences([item for item in items for _ in range(samples)], rollout.texts)
         rewards[torch.arange(len(rollout)), last] = torch.tensor(values)
         return rewards, env_steps
     for p, item in enumerate(items):
@@ -94,7 +94,7 @@ def score(env: TextRLEnv, items: Sequence[dict], rollout: RolloutBatch) -> tuple
         longest = int(lengths[rows].max())
         for step in range(longest - 1 if env.reward_on_finish_only else 0, longest):
             finish = step == longest - 1
-            values = env.rewards(item, [tokens[: step + 1] for tokens in strings], finish)
+            values = env.reward_function(item, [tokens[: step + 1] for tokens in strings], finish)
             for row, value in zip(rows, values, strict=True):
                 if finish:
                     rewards[row, last[row]] += value
