@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -151,6 +151,21 @@ def load_tensors(directory: str | Path, expected: Mapping[str, Tensor], config: 
             f"this policy by {config.lora_alpha} / {config.r}; make the policy with alpha={found_config.lora_alpha}"
         )
     return tensors
+
+
+def merged_model(base_model: str, adapter: str | Path):
+    """A transformers model with the adapter added to the weights: W + (alpha / r) * B A, in the weights' own dtype.
+
+    Raises:
+        AdapterError: the adapter does not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise AdapterError(f"the adapter in {adapter} does not fit {base_model}: {error}") from error
 
 
 def read_settings(directory: str | Path) -> LoraSettings:

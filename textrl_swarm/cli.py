@@ -121,10 +121,60 @@ def _split_addresses(peers: list[str], rest: list[str]) -> tuple[list[str], list
     return peers + more, [arg for arg in rest if arg not in more]
 
 
+@app.command(
+    epilog="Examples:  textrl-swarm export runs/mine adapter  |  textrl-swarm export runs/mine model --merge  |  "
+    "textrl-swarm export runs/mine/best adapter --push-to-hub me/my-adapter",
+)
+def export(
+    source: Annotated[str, typer.Argument(help="Run of `textrl-swarm train`, OUTDIR/best of train_agent_with_evaluation, or an adapter.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; an earlier export there is replaced.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A full model instead of an adapter.")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="Of a run: last, or an iteration; without it the finished adapter.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", help="Repository to upload to, e.g. me/my-adapter.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    verify: Annotated[bool, typer.Option(help="Load it back in a fresh process and compare logits (needs memory for two models).")] = True,
+) -> None:
+    """Write an adapter in PEFT's format with a model card, or a merged model, and check that it loads elsewhere."""
+    with console.status("loading torch, transformers and peft ..."):
+        from textrl_swarm import export as exporting
+
+    found = exporting.find_source(source, checkpoint, model)
+    written = (exporting.export_merged if merge else exporting.export_adapter)(found, out, console, verify=verify)
+    if not verify:
+        console.print("not checked: --no-verify")
+    if push_to_hub is not None:
+        exporting.push_to_hub(written, push_to_hub, console, private=private)
+
+
+def _dump(
+    model: Annotated[str, typer.Option(help="Directory or hub id of the model before training.")],
+    rl: Annotated[str, typer.Option(help="What was trained, e.g. OUTDIR/best.")],
+    directory: Annotated[Path, typer.Option("--dump", "--dumpdir", help="Directory to write the full model to.")],
+) -> None:
+    """Write a full model that AutoModelForCausalLM loads, as TextRL's command of this name."""
+    with console.status("loading torch, transformers and peft ..."):
+        from textrl_swarm.export import export_merged, find_source
+
+    export_merged(find_source(rl, base_model=model), directory, console)
+    console.print("Finish model dump.")
+
+
 def main() -> None:
     """Entry point of `textrl-swarm`."""
+    _run(app)
+
+
+def dump() -> None:
+    """Entry point of `textrl-dump`."""
+    dumper = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    dumper.command(epilog="Example:  textrl-dump --model ./model_before --rl OUTDIR/best --dump ./model_after")(_dump)
+    _run(dumper)
+
+
+def _run(command: typer.Typer) -> None:
     try:
-        app()
+        command()
     except TextRLSwarmError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +18,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from textrl_swarm import plain_check
 from textrl_swarm.actor import TextRLActor
 from textrl_swarm.agent import PPOAgent
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings, SamplingConfig
+from textrl_swarm.display import status
 from textrl_swarm.env import TextRLEnv
-from textrl_swarm.errors import AdapterError, ConfigError
+from textrl_swarm.errors import ConfigError
+from textrl_swarm.export import compare_in_fresh_process
 from textrl_swarm.policy import Policy, load_policy
 from textrl_swarm.rollout import Collected, collect
 from textrl_swarm.swarm.local import LocalSwarm
@@ -89,7 +88,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict:
         adapter = out / "adapter"
         policy.save_adapter(adapter)
         console.print(f"adapter saved in {adapter} (PEFT format)")
-        same = _check_in_fresh_process(policy, base_model, adapter, out, console)
+        same = _check_in_fresh_process(policy, base_model, adapter, console)
     tokens = sum(int(i.collected.rollout.response_mask.sum()) for i in iterations)
     summary = {
         "score_before": float(before.scores.mean()),
@@ -149,23 +148,16 @@ def _policy(base_model: Path, settings: DemoSettings, console: Console) -> Itera
         return
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        with _status(console, f"starting {settings.servers} Petals server(s)"):
+        with status(console, f"starting {settings.servers} Petals server(s)"):
             swarm = stack.enter_context(LocalSwarm(base_model, settings.servers, settings.quantization))
         for server in swarm.servers:
             console.print(f"server (pid {server.pid}) holds blocks {server.span[0]}..{server.span[1] - 1}")
         console.print(f"clients join at {swarm.initial_peers[0]} ({time.perf_counter() - started:.0f} s)", soft_wrap=True)
-        with _status(console, "joining the swarm"):
+        with status(console, "joining the swarm"):
             policy = stack.enter_context(
                 load_policy(base_model, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix, lora=lora, seed=settings.seed)
             )
         yield policy
-
-
-def _status(console: Console, what: str):
-    if console.is_terminal:
-        return console.status(what + " ...")
-    console.print(what + " ...")
-    return contextlib.nullcontext()
 
 
 def _environment(policy: Policy) -> SpeakWell:
@@ -213,27 +205,13 @@ def _table(before: Collected, after: Collected) -> Table:
     return table
 
 
-def _check_in_fresh_process(policy: Policy, base_model: Path, adapter: Path, out: Path, console: Console) -> bool:
+def _check_in_fresh_process(policy: Policy, base_model: Path, adapter: Path, console: Console) -> bool:
     """Greedy continuations and logits of the policy against plain transformers + peft in another process."""
-    prompts = out / "prompts.json"
-    prompts.write_text(json.dumps(DEMO_PROMPTS), encoding="utf-8")
-    with _status(console, "loading the adapter with plain transformers + peft in a fresh process"):
-        command = [sys.executable, "-I", plain_check.__file__, str(base_model), str(adapter), str(prompts)]
-        answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode != 0:
-        raise AdapterError(f"plain transformers + peft could not load {adapter}:\n{answer.stderr}")
-    theirs = json.loads(answer.stdout.strip().splitlines()[-1])
-    ours = policy.generate(DEMO_PROMPTS, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, do_sample=False))
-    agreeing, difference = 0, 0.0
-    for i, their in enumerate(theirs):
-        start = int(ours.prompt_lengths[i])
-        tokens = ours.tokens[i, start : start + int(ours.response_lengths[i])].tolist()
-        agreeing += tokens == their["tokens"][: len(tokens)]
-        with torch.no_grad():
-            logits = policy(ours.tokens[i : i + 1, :start]).logits[0, -1].float().cpu()
-        difference = max(difference, float((logits - torch.tensor(their["logits"])).abs().max()))
-    console.print(f"{agreeing} of {len(theirs)} greedy continuations are the same; largest difference of a logit: {difference:.1e}")
-    return agreeing == len(theirs)
+    probes = [policy.tokenizer(prompt)["input_ids"] for prompt in DEMO_PROMPTS]
+    with status(console, "loading the adapter with plain transformers + peft in a fresh process"):
+        agreement = compare_in_fresh_process(policy, base_model, adapter, probes, MAX_NEW_TOKENS)
+    console.print(str(agreement))
+    return agreement.same_continuations == agreement.rows
 
 
 def _draw(summary: dict, path: Path) -> None:

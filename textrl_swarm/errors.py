@@ -37,6 +37,10 @@ class CheckpointError(TextRLSwarmError):
     """A run's directory cannot be continued or exported: damaged, of another model, changed, or without a finished iteration."""
 
 
+class ExportError(TextRLSwarmError):
+    """An export cannot be written, is not what was trained, or cannot be uploaded."""
+
+
 class PromptError(TextRLSwarmError, ValueError):
     """A prompt list is empty, or a prompt is empty, malformed or too long."""
 

@@ -1,8 +1,9 @@
-"""Loads a trained adapter with plain transformers + peft, in a process that knows nothing of textrl_swarm.
+"""Loads what was exported with plain transformers + peft, in a process that knows nothing of textrl_swarm.
 
-    python plain_check.py BASE_MODEL ADAPTER PROMPTS.json
+    python plain_check.py REQUEST.json
 
-Reads a list of prompts, prints a JSON list: for each prompt the greedy continuation's token ids and the logits after the prompt.
+The request: {"model": directory or hub id, "adapter": directory or null, "tokens": [[ids], ...], "max_new_tokens": n}. Prints a JSON list:
+for each row of tokens the logits after its last token, and the greedy continuation's token ids.
 """
 
 import json
@@ -10,23 +11,26 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 
 def main() -> None:
-    base, adapter, prompts = sys.argv[1:]
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    model = AutoModelForCausalLM.from_pretrained(request["model"])
+    if request["adapter"] is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, request["adapter"])
+    model.eval()
     answers = []
-    for prompt in json.loads(Path(prompts).read_text(encoding="utf-8")):
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    for row in request["tokens"]:
+        inputs = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.int64)}
         with torch.no_grad():
-            logits = model(**inputs).logits[0, -1]
-            tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            logits = model(**inputs).logits[0, -1].float()
+            tokens = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)[0, len(row) :]
         answers.append({"tokens": tokens.tolist(), "logits": logits.tolist()})
     print(json.dumps(answers))
 
