@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -23,6 +24,8 @@ def test_lists():
         ("p.ndjson", '"ü"', [{"input": "ü"}]),
         ("p.json", '["one", {"input": "two"}]', [{"input": "one"}, {"input": "two"}]),
         ("p.txt", "\ufeffone", [{"input": "one"}]),
+        ("p.txt", "one\rtwo", [{"input": "one"}, {"input": "two"}]),
+        ("p.JSONL", '{"input": "one"}', [{"input": "one"}]),
     ],
 )
 def test_files(tmp_path, name, contents, expected):
@@ -38,6 +41,10 @@ def test_files(tmp_path, name, contents, expected):
         ("p.txt", b"", "is empty"),
         ("p.txt", b" \n\n", "is empty"),
         ("p.txt", b"good\nbad \xff\xfe", "line 2: not UTF-8 text"),
+        ("p.txt", b"\xef\xbb\xbfgood\n\xff", "line 2: not UTF-8 text"),
+        ("p.txt", "one\ntwo".encode("utf-16-le"), "line 1: not UTF-8 text (zero byte)"),
+        ("p.csv", b"text\none", "p.csv, column: text}"),
+        ("p.json", b"[" * 100_000, "not JSON"),
         ("p.jsonl", b'{"input": "a"}\n{"input": ', "line 2: not JSON"),
         ("p.jsonl", b'"a"\n\n{"prompt": "b", "x": 1}', "line 3 has no \"input\"; it has 'prompt', 'x'"),
         ("p.jsonl", b'{"input": "  "}', "line 1: the input must be a text that is not empty"),
@@ -70,6 +77,20 @@ def test_datasets(dataset):
     found = load_prompts({"dataset": dataset, "column": "text", "limit": 2})
     assert found == [{"input": "review 0", "text": "review 0", "label": 0}, {"input": "review 1", "text": "review 1", "label": 1}]
     assert len(load_prompts({"dataset": dataset, "column": "text", "limit": 99})) == 5
+    assert load_prompts({"dataset": f"{dataset}/train.jsonl", "column": "text", "limit": 2}) == found
+
+
+@pytest.mark.parametrize(("name", "mark"), [("p.csv", ","), ("p.tsv", "\t")])
+def test_a_column_of_a_table(tmp_path, name, mark):
+    (tmp_path / name).write_text(f"text{mark}label\none{mark}1\ntwo{mark}0\n")
+    found = load_prompts({"dataset": str(tmp_path / name), "column": "text"})
+    assert found == [{"input": "one", "text": "one", "label": 1}, {"input": "two", "text": "two", "label": 0}]
+
+
+def test_without_the_package_datasets(dataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PromptError, match="pip install datasets"):
+        load_prompts({"dataset": dataset, "column": "text"})
 
 
 @pytest.mark.parametrize(
@@ -79,6 +100,8 @@ def test_datasets(dataset):
         ({"split": "test", "column": "text"}, "(split 'test') cannot be loaded"),
         ({"colum": "text"}, "unknown key 'colum' of prompts; did you mean 'column'?"),
         ({"column": "text", "limit": 0}, "limit must be a whole number >= 1, got 0"),
+        ({"column": "text", "limit": True}, "limit must be a whole number >= 1, got True"),
+        ({"column": "text", "split": None}, "(split 'None') cannot be loaded"),
         ({"column": "label"}, "the input must be a text"),
         ({"dataset": "nobody/nothing-like-this"}, "'nobody/nothing-like-this' (split 'train') cannot be loaded"),
     ],
@@ -90,7 +113,17 @@ def test_datasets_that_are_refused(dataset, source, told):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"), [([], "is empty"), ([""], "prompt 0"), (["a", 3], "prompt 1"), ({"split": "train"}, "need the key")]
+    ("source", "told"),
+    [
+        ([], "is empty"),
+        ([""], "prompt 0"),
+        (["a", 3], "prompt 1"),
+        ({"split": "train"}, "need the key"),
+        ({"dataset": None}, "need the key"),
+        (None, "got None"),
+        (5, "got 5"),
+        ("Tell me a story. " * 40, "a single prompt goes in a list"),
+    ],
 )
 def test_lists_that_are_refused(source, told):
     with pytest.raises(PromptError, match=told):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import VOCAB, character_tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification, TextClassificationPipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    FeatureExtractionPipeline,
+    TextClassificationPipeline,
+)
 
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, ModelError
@@ -14,17 +22,17 @@ from textrl_swarm.rewards import is_sentence_reward
 
 TEXTS = ["a good soup", "x", "", "the phone is bad and the camera too", "good", "bad bad"]
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}
-SIZES = {
-    "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40},
-    "roberta": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 40,
-    },
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40},
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}
+SIZES = {"bert": BERT, "roberta": BERT, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}}
+OTHERS = {
+    "mpnet": BERT,
+    "longformer": {**BERT, "attention_window": 4},
+    "data2vec-text": BERT,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 40},
 }
+TINY = {**BERT, "vocab_size": VOCAB}
 
 
 def classifier(directory, model_type: str = "bert", labels: dict[int, str] | None = LABELS, **settings):
@@ -32,7 +40,7 @@ def classifier(directory, model_type: str = "bert", labels: dict[int, str] | Non
     labels = labels or {0: "LABEL_0"}
     config = AutoConfig.for_model(
         model_type, vocab_size=VOCAB, id2label=labels, label2id={n: i for i, n in labels.items()}, num_labels=len(labels), pad_token_id=1,
-        bos_token_id=None, eos_token_id=0, **SIZES[model_type], **settings,
+        bos_token_id=None, eos_token_id=0, **{**SIZES, **OTHERS}[model_type], **settings,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -66,6 +74,32 @@ def test_the_probability_of_the_named_label(tmp_path, model_type, batch_size):
     assert max(found) - min(found) > 0.05, "the classifier has no opinions, so this test shows nothing"
 
 
+def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(tmp_path):
+    directory = classifier(tmp_path, problem_type="multi_label_classification")  # as most toxicity classifiers
+    pipeline = TextClassificationPipeline(
+        model=AutoModelForSequenceClassification.from_pretrained(directory), tokenizer=character_tokenizer(), top_k=None
+    )
+    texts = [text for text in TEXTS if text]
+    expected = {label: [] for label in LABELS.values()}
+    for text in texts:
+        for found in pipeline([text])[0]:
+            expected[found["label"]].append(found["score"])
+    for label in LABELS.values():
+        assert reward_model(directory, label).score(texts) == pytest.approx(expected[label], abs=1e-5)
+        assert reward_model(pipeline, label).score(texts) == pytest.approx(expected[label], abs=1e-5)
+    assert not 0.9 < sum(scores[0] for scores in expected.values()) < 1.1, "they add up to 1 as exclusive labels do: this shows nothing"
+
+
+@pytest.mark.parametrize("model_type", sorted(SIZES))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_shares_the_batch_changes_nothing(tmp_path, model_type, side):
+    tokenizer = character_tokenizer()
+    tokenizer.padding_side = side
+    reward = reward_model(classifier(tmp_path, model_type), "positive", tokenizer=tokenizer)
+    assert reward.score(TEXTS) == pytest.approx([reward.score([text])[0] for text in TEXTS], abs=1e-5)
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == (side, "right")  # it may be the policy's
+
+
 def test_one_output_is_a_raw_score(tmp_path):
     directory = classifier(tmp_path, labels=None)
     found = reward_model(directory).score(TEXTS[:2])
@@ -75,6 +109,13 @@ def test_one_output_is_a_raw_score(tmp_path):
 def test_an_empty_response_gets_a_number(tmp_path):
     reward = reward_model(classifier(tmp_path), "positive")
     assert all(0 < value < 1 for value in reward.score(["", "good"]) + reward.score([""]))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "mpnet", "longformer", "data2vec-text", "bloom", "xlnet", "distilbert"])
+def test_long_texts_are_cut_to_what_the_model_reads(tmp_path, model_type):
+    reward = reward_model(classifier(tmp_path, model_type), "positive")
+    (long,), (longer,) = reward.score(["bad " * 300 + "a story" * 300]), reward.score(["good " * 300 + "a story" * 300])
+    assert 0 < long == pytest.approx(longer, abs=1e-6)
 
 
 def test_long_texts_keep_their_end(tmp_path):
@@ -105,6 +146,20 @@ def test_it_is_a_sentence_reward_with_or_without_the_prompt(tmp_path):
     assert env.reward_function.of_sentences(items, ["a", "b"]) == reward(items, ["a", "b"])
 
 
+def test_the_users_pipeline_is_left_as_it_was(tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(classifier(tmp_path))
+    pipeline = TextClassificationPipeline(model=model, tokenizer=character_tokenizer())
+    reward_model(pipeline, "positive").score(TEXTS)
+    assert pipeline.tokenizer.truncation_side == "right" and all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ConfigError, match="leave device out"):
+        reward_model(pipeline, "positive", device="cpu")
+
+
+def test_one_text_is_no_list_of_texts(tmp_path):
+    with pytest.raises(ConfigError, match=r"takes a list of texts.*'good'"):
+        reward_model(classifier(tmp_path), "positive").score("good")
+
+
 @pytest.mark.parametrize(
     ("label", "told"),
     [
@@ -125,12 +180,30 @@ def test_a_label_for_a_model_with_one_output_is_refused(tmp_path):
         reward_model(classifier(tmp_path, labels=None), "positive")
 
 
+def damaged(tmp_path, name: str, damage):
+    directory = classifier(tmp_path / f"damaged {len(list(tmp_path.iterdir()))}")
+    path = directory / name
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
+    return directory
+
+
 def test_models_that_are_refused(tmp_path, tiny_bloom):
     for model, told in (
         (tmp_path / "nowhere", "there is no directory"),
         ("nobody/nothing-like-this", "cannot be loaded as a sequence-classification model"),
         (tiny_bloom(seed=1), "is no trained classifier: its checkpoint lacks score.weight"),
         (len, "neither a model's name nor a text-classification pipeline"),
+        (
+            FeatureExtractionPipeline(model=BertModel(BertConfig(**TINY)), tokenizer=character_tokenizer()),
+            "FeatureExtractionPipeline is neither",
+        ),
+        (BertForSequenceClassification(BertConfig(**TINY)), "BertForSequenceClassification is neither"),
+        ("", "there is no directory ''"),
+        (damaged(tmp_path, "model.safetensors", lambda data: data[:1000]), "cannot be loaded as a sequence-classification model"),
+        (damaged(tmp_path, "config.json", lambda data: data.replace(b'"hidden_size": 32', b'"hidden_size": 64')), "cannot be loaded as a"),
+        (damaged(tmp_path, "config.json", lambda data: b"{"), "cannot be loaded as a sequence-classification model"),
     ):
         with pytest.raises(ModelError) as caught:
             reward_model(model, 0)

@@ -5,14 +5,16 @@ Knows nothing about models; errors name the file and the line.
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from textrl_swarm.errors import PromptError, closest
 
 _DATASET_KEYS = {"dataset", "config", "split", "column", "limit"}
+_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}
 
 
 def load_prompts(source: Sequence[str | dict] | str | Path | Mapping[str, Any]) -> list[dict]:
@@ -21,7 +23,8 @@ def load_prompts(source: Sequence[str | dict] | str | Path | Mapping[str, Any]) 
     Args:
         source: a list of texts or dicts with an "input"; a file (.txt: one prompt per line; .jsonl: an object with an "input", or a text,
             per line; .json: a list of those); or {"dataset": NAME, "split": "train", "column": "text", "limit": 100}, read with
-            `datasets.load_dataset`, whose rows keep all their columns.
+            `datasets.load_dataset`, whose rows keep all their columns. NAME: of the
+            hub, or a directory or a file with data (.csv, .jsonl ...).
 
     Raises:
         PromptError: nothing there, or something that is no prompt, and where.
@@ -30,10 +33,12 @@ def load_prompts(source: Sequence[str | dict] | str | Path | Mapping[str, Any]) 
         return _from_dataset(source)
     if isinstance(source, (str, Path)):
         return _from_file(Path(source))
+    if not isinstance(source, Iterable):
+        raise PromptError(f"prompts must be a list, a file, or a mapping with the key dataset; got {source!r}")
     return _items(source, "the list of prompts", "prompt")
 
 
-def _items(entries: Sequence, where: str, unit: str, start: int = 0) -> list[dict]:
+def _items(entries: Iterable, where: str, unit: str, start: int = 0) -> list[dict]:
     items = [_item(entry, f"{where}, {unit} {start + i}") for i, entry in enumerate(entries)]
     if not items:
         raise PromptError(f"{where} is empty; give at least one prompt")
@@ -52,30 +57,47 @@ def _item(entry: object, where: str) -> dict:
 
 
 def _from_file(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise PromptError(f"there is no prompts file {path}; for a dataset write prompts: {{dataset: {path}, column: text}}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise PromptError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    if path.suffix == ".json":
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv", ".parquet"):
+        raise PromptError(f"{path} is a table; say which column holds the prompts: prompts: {{dataset: {path}, column: text}}")
+    text = _text(path)
+    if kind == ".json":
         entries = _json(text, f"{path}")
         if not isinstance(entries, list):
             raise PromptError(f"{path} must hold a list of prompts, it holds a {type(entries).__name__}")
         return _items(entries, str(path), "entry")
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    # not splitlines(), which also ends lines where a text has U+2028 or a form feed
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise PromptError(f"{path} is empty; give at least one prompt")
-    if path.suffix in (".jsonl", ".ndjson"):
+    if kind in (".jsonl", ".ndjson"):
         return [_item(_json(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines]
     return [{"input": line} for _, line in lines]
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.expanduser().read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        raise PromptError(f"there is no prompts file {path}; for a dataset write prompts: {{dataset: {path}, column: text}}") from error
+    except OSError as error:  # a text instead of a name can be too long for one
+        raise PromptError(
+            f"the prompts file {str(path)[:60]!r} cannot be read: {error.strerror}; a single prompt goes in a list"
+        ) from error
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        if b"\0" in data:  # valid in UTF-8, but a sign of UTF-16
+            raise UnicodeDecodeError("utf-8", data, data.index(b"\0"), data.index(b"\0") + 1, "zero byte")
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise PromptError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
 
 
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{where}: not JSON ({error})") from error
 
 
@@ -83,20 +105,30 @@ def _from_dataset(source: Mapping[str, Any]) -> list[dict]:
     for key in source:
         if key not in _DATASET_KEYS:
             raise PromptError(f"unknown key {key!r} of prompts; {closest(str(key), _DATASET_KEYS)}")
-    if "dataset" not in source:
-        raise PromptError("prompts given as a mapping need the key dataset: a name, or a directory with data files")
-    import datasets
-
-    name, split, column = str(source["dataset"]), source.get("split", "train"), source.get("column", "input")
+    if not isinstance(source.get("dataset"), (str, Path)) or not str(source["dataset"]):
+        raise PromptError("prompts given as a mapping need the key dataset: a name, or a directory or file with data")
+    limit = source.get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise PromptError(f"limit must be a whole number >= 1, got {limit!r}")
     try:
-        rows = datasets.load_dataset(name, source.get("config"), split=split)
+        import datasets
+    except ImportError as error:
+        raise PromptError("reading a dataset needs the package datasets: pip install datasets") from error
+
+    name, split, column = str(source["dataset"]), str(source.get("split", "train")), str(source.get("column", "input"))
+    try:
+        rows = datasets.load_dataset(**_arguments(name, source.get("config")), split=split)
     except Exception as error:  # datasets raises a dozen kinds of errors for a name that cannot be had
         raise PromptError(f"dataset {name!r} (split {split!r}) cannot be loaded: {error}") from error
     if column not in rows.column_names:
         raise PromptError(f"dataset {name!r} has no column {column!r}; {closest(column, rows.column_names)}")
-    limit = source.get("limit")
     if limit is not None:
-        if not isinstance(limit, int) or limit < 1:
-            raise PromptError(f"limit must be a whole number >= 1, got {limit!r}")
         rows = rows.select(range(min(limit, len(rows))))
-    return _items([{**row, "input": row[column]} for row in rows], f"dataset {name!r}", "row")
+    return _items(({**row, "input": row[column]} for row in rows), f"dataset {name!r}", "row")
+
+
+def _arguments(name: str, config: str | None) -> dict[str, Any]:
+    kind = Path(name).suffix.lower()
+    if kind not in _TABLES or not Path(name).is_file():
+        return {"path": name, "name": config}
+    return {"path": _TABLES[kind], "data_files": name, **({"delimiter": "\t"} if kind == ".tsv" else {})}

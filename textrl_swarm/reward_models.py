@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,40 +32,48 @@ def reward_model(
 
     Args:
         model: directory, hub id, or a text-classification pipeline.
-        label: whose probability is the reward: a name of the model's, "LABEL_1", or its index. None for models with one output, whose raw
-            score it then is.
+        label: whose probability is the reward: a name of the model's, "LABEL_1", or its index. Labels exclude each other (softmax), unless
+            the model's configuration calls it a multi-label one (sigmoid). None for models with one output, whose raw score it then is.
         tokenizer: instead of the model's own.
         with_prompt: the model reads prompt and response, not the response alone.
         batch_size: texts per forward.
-        device: None = CUDA when there is one; a pipeline's model stays where it is.
+        device: None = CUDA when there is one; not for pipelines, whose model stays where it is.
         name: for logs and model cards; None = the model's and the label's.
 
     Raises:
         ModelError: no such model, or one that does not classify texts. ConfigError: an unknown or missing label.
     """
+    from transformers import TextClassificationPipeline
+
     if isinstance(model, (str, Path)):
-        classifier, tokenizer = _load(model, tokenizer)
-        classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        classifier, tokenizer = _load(model, tokenizer, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    elif not isinstance(model, TextClassificationPipeline):
+        raise ModelError(
+            f"{type(model).__name__} is neither a model's name nor a text-classification pipeline; "
+            'make one with pipeline("text-classification", model=..., tokenizer=...)'
+        )
+    elif device is not None:
+        raise ConfigError(f"a pipeline's model stays where it is ({model.device}): leave device out (got {device!r})")
     else:
-        classifier, tokenizer = getattr(model, "model", None), tokenizer or getattr(model, "tokenizer", None)
-        if classifier is None or tokenizer is None or not hasattr(classifier.config, "id2label"):
-            raise ModelError(f"{type(model).__name__} is neither a model's name nor a text-classification pipeline")
+        classifier, tokenizer = model.model, tokenizer or model.tokenizer
     index = _label_index(classifier.config, label)
     names = classifier.config.id2label
     made_up = f"{Path(str(classifier.name_or_path)).name}[{'score' if index is None else names[index]}]"
     return RewardModel(classifier, tokenizer, index, with_prompt, batch_size, name or made_up)
 
 
-def _load(model: str | Path, tokenizer):
+def _load(model: str | Path, tokenizer, device):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path = Path(model)
-    if (path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1) and not path.is_dir():
-        raise ModelError(f"there is no directory {model}")
+    is_path = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
+    if not str(model) or (is_path and not path.is_dir()):
+        raise ModelError(f"there is no directory {str(model)!r}")
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
         classifier, found = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
+        classifier.to(device)
+    except Exception as error:  # OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError ... of four libraries
         raise ModelError(f"{str(model)!r} cannot be loaded as a sequence-classification model: {error}") from error
     if found["missing_keys"]:  # transformers would go on with a random classifier
         raise ModelError(f"{str(model)!r} is no trained classifier: its checkpoint lacks {', '.join(sorted(found['missing_keys'])[:3])}")
@@ -100,6 +109,7 @@ class RewardModel:
     def __init__(self, classifier, tokenizer, index: int | None, with_prompt: bool, batch_size: int, name: str):
         if batch_size < 1:
             raise ConfigError(f"batch_size must be >= 1, got {batch_size}")
+        tokenizer = copy.deepcopy(tokenizer)  # the user's own, or the policy's, keeps its settings
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise ModelError(f"the tokenizer of {name} has neither a padding token nor an end token")
@@ -107,9 +117,12 @@ class RewardModel:
         if classifier.config.pad_token_id is None:  # decoders look for it to find a text's last token
             classifier.config.pad_token_id = tokenizer.pad_token_id
         tokenizer.truncation_side = "left"  # what is judged, the response, stands at the end
-        limits = (tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", None) or _DEFAULT_MAX_TOKENS)
-        self._max_tokens = min(limits) - _position_offset(classifier.config)
-        self._classifier, self._tokenizer, self._index = classifier.eval().requires_grad_(False), tokenizer, index
+        if classifier.config.model_type != "xlnet":  # it reads its answer off the last position; the others count positions from the left
+            tokenizer.padding_side = "right"
+        self._max_tokens = min(tokenizer.model_max_length, _positions(classifier))
+        self._blank = "" if tokenizer("")["input_ids"] else tokenizer.pad_token  # stands for an empty text, which nothing could read
+        self._exclusive = classifier.config.problem_type != "multi_label_classification"
+        self._classifier, self._tokenizer, self._index = classifier.eval(), tokenizer, index
         self._with_prompt, self._batch_size, self.name = with_prompt, batch_size, name
 
     def __call__(self, items: Sequence[dict], texts: Sequence[str]) -> list[float]:
@@ -118,6 +131,8 @@ class RewardModel:
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """One reward per text, for use inside `get_reward`: the label's probability, or the raw score of a model with one output."""
+        if isinstance(texts, str):
+            raise ConfigError(f"score takes a list of texts, got one text: {texts[:40]!r}; wrap it in [ ]")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: little padding
         scores = [0.0] * len(texts)
         for start in range(0, len(order), self._batch_size):
@@ -128,13 +143,18 @@ class RewardModel:
 
     @torch.no_grad()
     def _batch(self, texts: list[str]) -> Tensor:
+        texts = [text or self._blank for text in texts]
         inputs = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens)
-        if inputs["input_ids"].shape[1] == 0:  # nothing but empty texts, and a tokenizer that adds nothing
-            inputs = self._tokenizer([self._tokenizer.pad_token] * len(texts), return_tensors="pt")
         logits = self._classifier(**inputs.to(self._classifier.device)).logits.float()
-        return logits[:, 0].cpu() if self._index is None else logits.softmax(dim=-1)[:, self._index].cpu()
+        if self._index is None:
+            return logits[:, 0].cpu()
+        probabilities = logits.softmax(dim=-1) if self._exclusive else logits.sigmoid()
+        return probabilities[:, self._index].cpu()
 
 
-def _position_offset(config) -> int:
-    """RoBERTa and its kin count positions from pad_token_id + 1 on: their tables are that much longer than their texts."""
-    return (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+def _positions(classifier) -> int:
+    """How many tokens a text may have: RoBERTa and its kin count positions from padding_idx + 1 on, so their tables are longer."""
+    rows = getattr(classifier.config, "max_position_embeddings", None) or 0
+    tables = [module for name, module in classifier.named_modules() if name.endswith("position_embeddings")]
+    skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return rows - max(skipped, default=0) if rows > 0 else _DEFAULT_MAX_TOKENS
