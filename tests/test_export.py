@@ -1,0 +1,305 @@
+"""Exports load in plain transformers + peft as what was trained, wherever they come from; and what cannot be exported says why."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import character_tokenizer, perturb, tiny_model
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from textrl_swarm import cli, export
+from textrl_swarm.config import LoraSettings
+from textrl_swarm.errors import AdapterError, CheckpointError, ExportError, ModelError
+from textrl_swarm.export import export_adapter, export_merged, find_source
+from textrl_swarm.policy import load_policy
+from textrl_swarm.run_config import load_config
+from textrl_swarm.train_command import train_command
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Architecture -> base model's directory, directory of an adapter on it, the policy's logits; in an empty current directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(architecture: str = "gpt2", lora: LoraSettings = LoraSettings(r=3), dtype: torch.dtype = torch.float32, **settings):  # noqa: B008
+        tiny_model(architecture, **settings).to(dtype).save_pretrained(tmp_path / "base")
+        character_tokenizer().save_pretrained(tmp_path / "base")
+        with load_policy("./base", lora=lora) as policy, torch.no_grad():
+            perturb(policy, 1)
+            policy.save_adapter("trained")
+            return policy(TOKENS).logits.float()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_bloom, tmp_path_factory):
+    """A directory in which a run of three iterations was made."""
+    directory, before = tmp_path_factory.mktemp("run"), Path.cwd()
+    os.chdir(directory)
+    Path("tasks.py").write_text("def vowels(items, texts):\n    return [float(sum(c in 'aeiou' for c in text)) for text in texts]\n")
+    config = load_config(
+        {
+            "model": str(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48)), "prompts": ["the soup"], "reward": "tasks.py:vowels",
+            "output": "runs/a", "sampling": {"max_new_tokens": 4}, "ppo": {"lr": 1e-2}, "lora": {"r": 2, "layers": 1},
+            "train": {"iterations": 3, "prompts_per_iteration": 2, "report_to": []},
+        }
+    )  # fmt: skip
+    train_command(config, silent())
+    os.chdir(before)
+    return directory
+
+
+@pytest.fixture
+def run(finished_run, tmp_path, monkeypatch):
+    """The finished run in the current directory, to do with as one likes."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    return Path("runs/a")
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits.float()
+
+
+def main(monkeypatch, entry, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        entry()
+    return ended.value.code or 0
+
+
+# ------------------------------------------------------------------------------------------ what is written
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "opt", "gpt_neox"])
+def test_an_adapter_is_the_policy_in_plain_peft(trained, architecture):
+    expected = trained(architecture)
+    out = export_adapter(find_source("trained"), "out", silent(), verify=False)
+    assert torch.allclose(
+        logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("./base"), str(out))), expected, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("gpt2", {}), ("bloom", {}), ("llama", {}), ("opt", {}), ("gpt_neox", {}), ("qwen2", {"tie_word_embeddings": True})],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_merged_model_is_the_policy_in_plain_transformers(trained, architecture, settings):
+    expected = trained(architecture, **settings)
+    base = AutoModelForCausalLM.from_pretrained("./base")
+    out = export_merged(find_source("trained"), "out", silent(), verify=False)
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.allclose(logits_of(merged), expected, atol=1e-4)
+    assert torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)  # tied embeddings stay untouched
+    assert AutoTokenizer.from_pretrained(out)("soup")["input_ids"] == character_tokenizer()("soup")["input_ids"]
+
+
+def test_the_check_in_a_fresh_process_says_how_far_apart_they_are(trained):
+    trained("gpt2", LoraSettings(r=2, layers=1))
+    for write in (export_adapter, export_merged):
+        console = silent()
+        write(find_source("trained"), f"out_{write.__name__}", console)
+        assert "loaded back: 4 of 4 greedy continuations are the same; largest difference of a logit: " in console.file.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["scale", "drop"])
+def test_the_check_notices_an_export_that_is_not_what_was_trained(trained, monkeypatch, damage):
+    trained()
+    copy = shutil.copyfile
+
+    def damaging(source, target):
+        copy(source, target)
+        if Path(target).name == "adapter_model.safetensors":
+            tensors = load_file(target)
+            if damage == "scale":
+                tensors = {name: tensor * 1.5 for name, tensor in tensors.items()}
+            else:
+                tensors.pop(next(name for name in tensors if "lora_B" in name))
+            save_file(tensors, target)
+
+    monkeypatch.setattr(export.shutil, "copyfile", damaging)
+    with pytest.raises(ExportError, match="what was written is not what was trained: a logit differs by"):
+        export_adapter(find_source("trained"), "out", silent())
+
+
+def test_sixteen_bits_are_merged_with_a_word_about_rounding(trained):
+    trained("llama", dtype=torch.bfloat16)
+    console = silent()
+    out = export_merged(find_source("trained"), "out", console)  # with the check, whose tolerance is that of 16 bits
+    assert "the weights are torch.bfloat16: merging rounds" in console.file.getvalue()
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
+
+
+def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one_with_a_word(run):
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("quantization: null", "quantization: 8bit"))
+    console = silent()
+    out = export_merged(find_source(run), "out", console, verify=False)
+    assert "trained on weights in 8bit; it is merged into the weights as they were before" in console.file.getvalue()
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------ the model card
+
+
+def test_the_card_of_a_run(run):
+    export_adapter(find_source(run), "out", silent(), verify=False)
+    card = ModelCard.load("out/README.md")
+    assert card.data.library_name == "peft" and {"lora", "ppo"} <= set(card.data.tags) and card.data.pipeline_tag == "text-generation"
+    for text in ("r=2, alpha=16", "the last 1 blocks", "reward: `tasks.py:vowels`", "iteration 3, score", "PeftModel.from_pretrained"):
+        assert text in card.text
+
+
+def test_the_card_names_a_base_model_of_the_hub_and_not_a_directory_of_this_machine(trained, monkeypatch):
+    trained()
+    assert export.model_card(find_source("trained"), merged=False).data.base_model is None
+    found = find_source("trained", base_model="bigscience/bloom-petals")
+    card = export.model_card(found, merged=False)
+    assert card.data.base_model == "bigscience/bloom"  # the repository that exists
+    assert 'from_pretrained("bigscience/bloom")' in card.text
+    assert "merge_and_unload" not in export.model_card(found, merged=True).text
+
+
+# ------------------------------------------------------------------------------------------ where adapters are found
+
+
+def test_of_a_run_the_finished_adapter_or_a_checkpoint(run):
+    assert find_source(run).adapter == run / "adapter"
+    assert find_source(run, "last").adapter == run / "checkpoints" / "iteration_000003"
+    second = find_source(run, "2")
+    assert second.adapter == run / "checkpoints" / "iteration_000002" and second.metrics["iteration"] == 2
+    shutil.rmtree(run / "adapter")
+    assert find_source(run).adapter == run / "checkpoints" / "iteration_000003"
+    with pytest.raises(CheckpointError, match=r"has no checkpoint '1'; give last or one of 2, 3"):
+        find_source(run, "1")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="never finished an iteration, so there is nothing to export"):
+        find_source(run)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("nowhere", "there is no directory nowhere"),
+        ("outdir/bes", "there is no directory outdir/bes; outdir has 40_finish, best"),
+        ("outdir", "did you mean outdir/40_finish? there are 40_finish, best"),
+        ("old", "was saved by TextRL itself"),
+        ("empty", "empty holds no adapter"),
+        ("nameless", "names no base model; give it with --model"),
+    ],
+)
+def test_directories_without_an_adapter(trained, path, told):
+    trained()
+    for name in ("outdir/best", "outdir/40_finish", "nameless"):
+        shutil.copytree("trained", name)
+    config = json.loads(Path("nameless/adapter_config.json").read_text())
+    Path("nameless/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    Path("empty").mkdir()
+    Path("old").mkdir()
+    Path("old/model.pt").write_bytes(b"")
+    with pytest.raises(AdapterError) as caught:
+        find_source(path)
+    assert told in str(caught.value)
+
+
+def test_a_checkpoint_of_something_that_is_no_run(trained):
+    trained()
+    with pytest.raises(CheckpointError, match="is no run of"):
+        find_source("trained", "last")
+
+
+def test_what_is_not_written_over(trained, run):
+    for out, told in (
+        ("tasks.py", "is a file"),
+        ("runs", "holds something else"),
+        ("runs/a/checkpoints/iteration_000003", "a training run"),
+    ):
+        with pytest.raises(ExportError, match=told):
+            export_adapter(find_source(run), out, silent(), verify=False)
+    for _ in range(2):  # an earlier export is replaced
+        export_adapter(find_source(run), "out", silent(), verify=False)
+
+
+def test_a_base_model_that_it_does_not_fit_or_that_is_not_there(trained):
+    trained()
+    tiny_model("gpt2", n_embd=48).save_pretrained("other")
+    with pytest.raises(AdapterError, match="does not fit"):
+        export_merged(find_source("trained", base_model="./other"), "out", silent())
+    with pytest.raises(AdapterError, match="does not fit"):
+        export_adapter(find_source("trained", base_model="./other"), "out", silent())
+    with pytest.raises(ModelError, match="there is no directory nowhere"):
+        export_merged(find_source("trained", base_model="./nowhere"), "out2", silent())
+
+
+# ------------------------------------------------------------------------------------------ the hub
+
+
+def test_uploading_calls_the_hub_with_what_was_written(trained, monkeypatch):
+    trained()
+    calls = []
+    monkeypatch.setattr(
+        export.HfApi, "create_repo", lambda self, repo_id, **options: calls.append((repo_id, options)) or f"https://hub/{repo_id}"
+    )
+    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, *, folder_path, **options: calls.append((sorted(p.name for p in Path(folder_path).iterdir()), options)))  # noqa: E501 # fmt: skip
+    code = main(monkeypatch, cli.main, "export", "trained", "out", "--no-verify", "--push-to-hub", "me/mine", "--private")
+    assert code == 0
+    (repo_id, created), (files, uploaded) = calls
+    assert (repo_id, created["private"], uploaded["repo_id"]) == ("me/mine", True, "me/mine")
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"]
+
+
+def test_without_a_hub_the_export_stays_and_the_error_says_what_to_do(trained, monkeypatch, capsys):
+    trained()
+    assert main(monkeypatch, cli.main, "export", "trained", "out", "--no-verify", "--push-to-hub", "me/mine") == 1
+    told = capsys.readouterr().err
+    assert "out is written, but me/mine could not be uploaded" in told and "hf auth login" in told
+    assert Path("out/adapter_model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------ the commands
+
+
+@pytest.mark.parametrize("flag", ["--dump", "--dumpdir"])
+def test_textrl_dump(trained, monkeypatch, capsys, flag):
+    expected = trained()
+    monkeypatch.setattr(export, "_verify", lambda *_: None)  # tested above
+    assert main(monkeypatch, cli.dump, "--model", "./base", "--rl", "trained", flag, "dumped") == 0
+    assert "Finish model dump." in capsys.readouterr().out
+    assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained("dumped")), expected, atol=1e-4)
+
+
+def test_textrl_dump_of_nothing_is_one_line(trained, monkeypatch, capsys):
+    trained()
+    assert main(monkeypatch, cli.dump, "--model", "./base", "--rl", "traned", "--dump", "dumped") == 1
+    assert "error: there is no directory traned; . has trained" in capsys.readouterr().err
+
+
+def test_the_launcher_runs_the_same_path_on_a_toy(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launchers" / "export_adapter.py"), "--tiny", str(tmp_path / "toy")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loaded back: 4 of 4") == 2
+    assert (tmp_path / "toy" / "adapter" / "README.md").is_file() and (tmp_path / "toy" / "merged" / "model.safetensors").is_file()
