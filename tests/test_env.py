@@ -84,7 +84,7 @@ def test_formats_of_a_prompt(entry, item):
         5,
         iter(()),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).split(" at ")[0],
 )
 def test_what_is_no_prompt(prompts):
     with pytest.raises(PromptError, match=r"observation_input|has no text"):

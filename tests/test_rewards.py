@@ -53,7 +53,7 @@ def ask(value, samples: int = 2, finish: bool = True) -> list[float]:
         ([torch.tensor([0.5]), np.array([[2]])], [0.5, 2.0]),
         (map(float, "12"), [1.0, 2.0]),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).split(" at ")[0],
 )
 def test_rewards_that_are_believed(value, expected):
     found = ask(value)
