@@ -414,6 +414,8 @@ def test_a_reward_for_the_end_only_is_not_asked_before():
     env.reset()
     assert [float(env.step([7])[1]) for _ in range(3)] == [0.0, 0.0, 3.0]
     assert env.asked == 1
+    rewards, env_steps = score(env, PROMPTS[:1], rollout_of(env, PROMPTS[:1], [[A, B, C]]))
+    assert rewards.tolist() == [[0.0, 0.0, 3.0]] and env_steps == 3 and env.asked == 2
 
 
 def test_a_step_after_the_end_is_refused():

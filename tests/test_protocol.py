@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -318,8 +319,10 @@ class FakeDHT:
     def run_coroutine(self, coroutine):
         self.greeted += 1
 
-    def get(self, key, latest):
-        return None
+    def get(self, key, latest, return_future):
+        future = Future()
+        future.set_result(None)
+        return future
 
 
 @pytest.fixture

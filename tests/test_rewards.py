@@ -313,14 +313,15 @@ def test_within_the_time_nothing_changes():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])  # as under `textrl-swarm`: no current directory
     source = "def score(items, texts):\n    return [7.0] * len(texts)\n\ndef one(x):\n    pass\n\nPI = 3\n"
     (tmp_path / "tasks_of_this_test.py").write_text(source)
     (tmp_path / "broken_of_this_test.py").write_text("import nothing_like_this\n")
     (tmp_path / "raises.py").write_text("1 / 0\n")
+    (tmp_path / "late_of_this_test.py").write_text("PI = 3\n")
     (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "deep_of_this_test.py").write_text(
-        "def later(items, texts):\n    import tasks_of_this_test as t\n    return [t.PI] * len(texts)\n"
+        "def later(items, texts):\n    from late_of_this_test import PI\n    return [PI] * len(texts)\n"
     )
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "neighbour_of_this_test.py").write_text("EIGHT = 8.0\n")

@@ -153,6 +153,14 @@ def load_tensors(directory: str | Path, expected: Mapping[str, Tensor], config: 
     return tensors
 
 
+def keep_differentiable(module) -> None:
+    """On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights, at the first forward in evaluation mode, for a kernel that has no
+    backward (and fails on narrow layers). Call it before any forward of a quantised model that is to be trained."""
+    for layer in module.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def merged_model(base_model: str, adapter: str | Path):
     """A transformers model with the adapter added to the weights: W + (alpha / r) * B A, in the weights' own dtype.
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from textrl_swarm.adapters import choose_targets, find_blocks, initial_tensor, is_conv1d, linear_layers, lora_config
+from textrl_swarm.adapters import choose_targets, find_blocks, initial_tensor, is_conv1d, keep_differentiable, linear_layers, lora_config
 from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings
 from textrl_swarm.errors import ConfigError, ModelError
@@ -136,6 +136,7 @@ class LocalPolicy(Policy):
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             self._peft = get_peft_model(model, self.peft_config)
         self._peft.eval()
+        keep_differentiable(self._peft)
         self._model, self._head = model, head
         self._parameters = {
             name.replace(".default.", "."): parameter for name, parameter in self._peft.named_parameters() if ".lora_" in name

@@ -18,6 +18,7 @@ from petals.server.task_pool import PrioritizedTaskPool
 from petals.utils.convert_block import convert_block
 from torch import Tensor, nn
 
+from textrl_swarm.adapters import keep_differentiable
 from textrl_swarm.swarm.adapter_store import AdapterStore
 from textrl_swarm.swarm.protocol import AdapterHeader, is_adapter_key
 
@@ -37,6 +38,7 @@ def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output
 def convert_and_hook_block(block, block_index, config, tensor_parallel_devices, output_device, quant_type, adapters=None, **kwargs):
     """Petals' convert_block, then a hook on every linear layer. Blocks split over several devices get none: their layers are slices."""
     converted = convert_block(block, block_index, config, tensor_parallel_devices, output_device, quant_type, adapters=adapters, **kwargs)
+    keep_differentiable(converted)
     converted.eval()  # petals leaves blocks in training mode, where a model with dropout would give random answers
     linears: dict[str, tuple[int, int]] = {}
     if len(converted.module_shards) == 1:
