@@ -521,6 +521,30 @@ def test_going_on_from_a_saved_state_is_going_on(make_policy, tmp_path):
     assert (resumed.num_updates, resumed.num_steps) == (ppo.num_updates, ppo.num_steps) == (4, 4 * 4 * 3)
 
 
+def test_the_learning_rate_falls_with_the_updates_and_goes_on_falling(make_policy):
+    rollout = make_rollout(some_rows())
+    config = PPOConfig(lr=0.01, epochs=1, lr_decay_updates=4)
+    ppo = PPO(make_policy(), config)
+    assert [ppo.update(rollout, some_rewards(rollout))["lr"] for _ in range(2)] == pytest.approx([0.01, 0.0075])
+    resumed = PPO(make_policy(), config)
+    resumed.load_state_dict(ppo.state_dict())
+    assert [resumed.update(rollout, some_rewards(rollout))["lr"] for _ in range(3)] == pytest.approx([0.005, 0.0025, 0])
+    changed = PPO(make_policy(), dataclasses.replace(config, lr=0.1))
+    changed.load_state_dict(ppo.state_dict())
+    assert changed.update(rollout, some_rewards(rollout))["lr"] == pytest.approx(0.05)
+
+
+def test_a_learning_rate_that_someone_sets_stays(make_policy):
+    """As pfrl's LinearInterpolationHook does it."""
+    rollout, ppo = make_rollout(some_rows()), PPO(make_policy(), PPOConfig(lr=0.01, epochs=1))
+    assert ppo.update(rollout, some_rewards(rollout))["lr"] == 0.01
+    ppo.optimizer.param_groups[0]["lr"] = 0.004
+    assert ppo.update(rollout, some_rewards(rollout))["lr"] == 0.004
+    resumed = PPO(make_policy(), PPOConfig(lr=0.01, epochs=1))
+    resumed.load_state_dict(ppo.state_dict())
+    assert resumed.update(rollout, some_rewards(rollout))["lr"] == 0.004
+
+
 # ------------------------------------------------------------------------------------------ it learns
 
 

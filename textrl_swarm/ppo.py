@@ -162,9 +162,9 @@ class PPO:
     def _set_lr(self) -> float:
         """Of this update: a function of the number of updates before it, so that nothing about it needs to be saved."""
         decay = self.config.lr_decay_updates
-        factor = 1.0 if decay is None else max(0.0, 1 - self.num_updates / decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        if decay is not None:  # else it is whoever changes the optimizer's, e.g. a hook of pfrl
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * max(0.0, 1 - self.num_updates / decay)
         return self.optimizer.param_groups[0]["lr"]
 
     def _optimizer_step(self, loss: Tensor) -> float | None:
@@ -222,7 +222,12 @@ class PPO:
         return {"optimizer": self.optimizer.state_dict(), **counters}
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from `state_dict`. A learning rate other than the saved run began with is this run's choice, and holds."""
+        chosen = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, lr in zip(self.optimizer.param_groups, chosen, strict=True):
+            if group.get("initial_lr") != lr:
+                group["lr"] = group["initial_lr"] = lr
         for name in ("kl_coef", "num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
 
