@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -151,6 +152,51 @@ def load_tensors(directory: str | Path, expected: Mapping[str, Tensor], config: 
             f"this policy by {config.lora_alpha} / {config.r}; make the policy with alpha={found_config.lora_alpha}"
         )
     return tensors
+
+
+_IN_BLOCK = re.compile(r"\.(\d+)\.(.+)\.lora_([AB])\.weight")  # ....h.3.self_attention.dense.lora_A.weight
+
+
+def find_adapter(name: str) -> tuple[Path, str]:
+    """Directory of an adapter given as a directory or hub id, and the name under which servers announce it: the directory's, or the id.
+
+    Raises:
+        AdapterError: neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path, path.resolve().name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])), name
+    except Exception as error:  # huggingface_hub and its HTTP library raise many kinds
+        raise AdapterError(f"{name!r} is neither a directory nor an adapter that can be had from the hub: {error}") from error
+
+
+def read_blocks(directory: Path) -> tuple[LoraSettings, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
+    """An adapter block by block: index -> path of a linear layer inside the block -> A (r, in), B (out, r).
+
+    Raises:
+        AdapterError: no adapter there, or one with parts that servers cannot apply.
+    """
+    settings = read_settings(directory)
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise AdapterError(f"{directory} holds no adapter: there is no {ADAPTER_WEIGHTS}")
+    found: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for name, tensor in read_tensors(directory / ADAPTER_WEIGHTS).items():
+        match = _IN_BLOCK.search(name)
+        if match is None or not name.endswith(match.group()):
+            raise AdapterError(f"the adapter in {directory} has {name}, which is no LoRA weight inside a block")
+        block, path, part = int(match[1]), match[2], match[3]
+        found.setdefault(block, {}).setdefault(path, {})[part] = tensor.float()
+    blocks = {block: {path: (pair.get("A"), pair.get("B")) for path, pair in sorted(layers.items())} for block, layers in found.items()}
+    shapes = [{path: tuple(None if t is None else t.shape for t in pair) for path, pair in layers.items()} for layers in blocks.values()]
+    if not shapes or any(shape != shapes[0] or None in sum(shape.values(), ()) for shape in shapes):
+        raise AdapterError(f"the adapter in {directory} is incomplete: every adapted block needs A and B of the same layers")
+    if any(a.shape[0] != settings.r for layers in blocks.values() for a, _ in layers.values()):
+        raise AdapterError(f"the adapter in {directory} has ranks other than the r={settings.r} of its {ADAPTER_CONFIG}")
+    return settings, blocks
 
 
 def keep_differentiable(module) -> None:

@@ -73,7 +73,10 @@ def serve(
         list[str] | None, typer.Option("--initial-peers", "--initial_peers", help="Address of a server to join; may be repeated.")
     ] = None,
 ) -> None:
-    """Serve a model's blocks to clients that generate and train. Every option of petals' run_server can be added."""
+    """Serve a model's blocks to clients that generate and train. Every option of petals' run_server can be added.
+
+    --adapters DIR: also serve a trained adapter to petals clients, which ask for it with active_adapter=NAME, the directory's name.
+    """
     with console.status("loading ..."):
         from textrl_swarm.serving import serve as run_servers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,10 @@ from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 
+from textrl_swarm.adapters import find_adapter, read_blocks
 from textrl_swarm.base_model import default_dht_prefix
-from textrl_swarm.errors import ConfigError, LaunchError
+from textrl_swarm.errors import AdapterError, ConfigError, LaunchError
+from textrl_swarm.estimate import model_sizes
 from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.local import ServerGroup, check_servable, split_evenly
 
@@ -28,10 +31,11 @@ def serve(model: str, num_servers: int, initial_peers: Sequence[str], petals_opt
         petals_options: options of petals' run_server; they win over our defaults.
 
     Raises:
-        ModelError, ConfigError, AddressError, PetalsMissing: before anything starts.
+        ModelError, ConfigError, AddressError, AdapterError, PetalsMissing: before anything starts.
         LaunchError: a server did not start, or ended by itself.
     """
     config = check_servable(model)
+    adapters = _check_adapters(model, config, petals_options)
     compat.require_petals()
     if initial_peers:
         from textrl_swarm.swarm.client import check_addresses
@@ -52,6 +56,8 @@ def serve(model: str, num_servers: int, initial_peers: Sequence[str], petals_opt
             with console.status(waiting + " ...") if console.is_terminal else nullcontext():
                 group.__enter__()
             _tell(group, model, config.num_hidden_layers, console)
+            for name in adapters:
+                console.print(f"adapter for petals clients: active_adapter={name!r}", soft_wrap=True)
             while all(server.running for server in group.servers):
                 time.sleep(0.5)
             ended = next(server for server in group.servers if not server.running)
@@ -76,6 +82,27 @@ def _spans(num_blocks: int, num_servers: int, options: Sequence[str]) -> list[tu
     if chosen or torch.cuda.is_available():
         return None  # petals fills the GPU
     return [(0, num_blocks)]
+
+
+def _check_adapters(model: str, config, options: Sequence[str]) -> list[str]:
+    """Names under which the adapters of --adapters will be announced. Raises AdapterError when one does not fit the model."""
+    given = list(options[options.index("--adapters") + 1 :]) if "--adapters" in options else []
+    sources = list(itertools.takewhile(lambda option: not option.startswith("--"), given))
+    names = []
+    for source in sources:
+        directory, name = find_adapter(source)
+        _, blocks = read_blocks(directory)
+        linears = model_sizes(config).linears
+        layers = next(iter(blocks.values()))
+        for path, (a, b) in layers.items():
+            if linears.get(path) != (a.shape[1], b.shape[0]):
+                raise AdapterError(f"the adapter {source} does not fit {model}: it changes {path} ({a.shape[1]} -> {b.shape[0]})")
+        if max(blocks) >= config.num_hidden_layers:
+            raise AdapterError(f"the adapter {source} does not fit {model}: it changes block {max(blocks)} of {config.num_hidden_layers}")
+        if name in names:
+            raise AdapterError(f"two adapters would both be announced as {name!r}; rename one of the directories")
+        names.append(name)
+    return names
 
 
 def _options(config, model: str, given: Sequence[str]) -> list[str]:

@@ -7,9 +7,10 @@ wrapped or copied:  out + (x A^T) B^T * alpha / r.  Knows nothing about sockets 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +65,13 @@ def _applied(header: AdapterHeader, flat: Tensor) -> Iterator[None]:
 class LoraBackend(TransformerBackend):
     """TransformerBackend whose forward, generation and backward obey a pushed adapter.
 
-    `store` and `store_pool` are shared by all blocks of a server and set on the class before the first block is made.
+    `store`, `store_pool` and `preloaded` (adapters of --adapters, by the name that requests give) are shared by all blocks of a server and
+    set on the class before the first block is made.
     """
 
     store: AdapterStore
     store_pool: PrioritizedTaskPool
+    preloaded: ClassVar[Mapping[str, tuple[AdapterHeader, Mapping[int, Tensor]]]] = {}  # name -> header, block index -> flat
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -86,11 +89,15 @@ class LoraBackend(TransformerBackend):
 
     @contextmanager
     def _adapter(self, name: str | None) -> Iterator[str | None]:
-        """Applies a pushed adapter; yields the name to hand to petals (its own preloaded adapters pass through)."""
-        if not is_adapter_key(name):
+        """Applies a pushed adapter or one that was loaded at start; yields the name to hand to petals, which has none of its own."""
+        if name in self.preloaded:
+            header, flats = self.preloaded[name]
+            flat = flats.get(self.block_index)
+        elif is_adapter_key(name):
+            header, flat = self.store.get(name, self.block_index)
+        else:
             yield name
             return
-        header, flat = self.store.get(name, self.block_index)
         with _applied(header, flat) if flat is not None else nullcontext():
             yield ""
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 
 from textrl_swarm.swarm import compat
 
@@ -27,6 +28,7 @@ from petals.constants import PUBLIC_INITIAL_PEERS  # noqa: E402
 from petals.server.server import ModuleContainer, Server  # noqa: E402
 from petals.server.task_pool import PrioritizedTaskPool  # noqa: E402
 
+from textrl_swarm.adapters import find_adapter, read_blocks  # noqa: E402
 from textrl_swarm.swarm.adapter_store import AdapterStore  # noqa: E402
 from textrl_swarm.swarm.backend import LoraBackend, convert_and_hook_block  # noqa: E402
 from textrl_swarm.swarm.handler import LoraHandler  # noqa: E402
@@ -40,8 +42,21 @@ def tell_parent(event: str, **facts) -> None:
 
 
 def _convert_block(*args, adapters=(), **kwargs):
-    preloaded = tuple(name for name in adapters or () if name != CAPABILITY)  # not an adapter that could be loaded
-    return convert_and_hook_block(*args, adapters=preloaded, **kwargs)
+    return convert_and_hook_block(*args, adapters=(), **kwargs)  # the hooks apply them; petals' own way knows only old versions of peft
+
+
+def _preload(names: Sequence[str], device) -> dict[str, tuple[AdapterHeader, dict[int, torch.Tensor]]]:
+    """Adapters of --adapters by the name they are announced under, laid out like pushed ones."""
+    loaded = {}
+    for name in names:
+        directory, announced = find_adapter(name)
+        settings, blocks = read_blocks(directory)
+        flats = {
+            block: torch.cat([part.flatten() for pair in layers.values() for part in pair]).to(device) for block, layers in blocks.items()
+        }
+        targets = {path: (a.shape[1], b.shape[0]) for path, (a, b) in next(iter(blocks.values())).items()}
+        loaded[announced] = (AdapterHeader(settings.r, float(settings.alpha), targets, {}), flats)
+    return loaded
 
 
 class LoraContainer(ModuleContainer):
@@ -56,6 +71,7 @@ class LoraContainer(ModuleContainer):
             return (torch.tensor([store.size_bytes]),)
 
         LoraBackend.store = store
+        LoraBackend.preloaded = _preload(LoraServer.adapter_sources, device)
         LoraBackend.store_pool = PrioritizedTaskPool(put, max_batch_size=1 << 62, name="lora_store", device=torch.device("cpu"))
         container = super().create(dht=dht, block_indices=block_indices, device=device, **kwargs)
         tell_parent("online", span=[min(block_indices), max(block_indices) + 1])
@@ -68,15 +84,19 @@ class LoraServer(Server):
     store: AdapterStore
     adapter_bytes: int
     adapter_bytes_per_client: int
+    adapter_sources: Sequence[str] = ()
 
     def __init__(self, *, initial_peers, adapters=(), **kwargs):
+        LoraServer.adapter_sources = tuple(adapters)
         if initial_peers != PUBLIC_INITIAL_PEERS:
             kwargs.setdefault("reachable_via_relay", False)  # spares petals' reachability check, a second libp2p daemon
-        super().__init__(initial_peers=initial_peers, adapters=adapters, **kwargs)
+        super().__init__(initial_peers=initial_peers, **kwargs)
         if getattr(self.block_config, "pretraining_tp", 1) > 1 and getattr(self.block_config, "slow_but_exact", False):
             raise ValueError("this model computes its linear layers in slices (slow_but_exact): LoRA cannot be applied to them")
         if len(self.tensor_parallel_devices) == 1:
-            self.server_info.adapters = (*adapters, CAPABILITY)
+            self.server_info.adapters = (*(find_adapter(name)[1] for name in adapters), CAPABILITY)
+        elif adapters:
+            raise ValueError("--adapters needs a server on one device")
         tell_parent(
             "listening",
             peer_id=self.dht.peer_id.to_base58(),
