@@ -102,6 +102,7 @@ def make_base(task: Task, directory: Path, console: Console) -> Path:
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=NODES + 2, n_layer=6, n_embd=144, n_head=12, n_positions=32, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=None,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
     rows = [[*walk, EOS] for walk in task.walks]
