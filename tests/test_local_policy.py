@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import sys
 
 import pytest
 import torch
@@ -541,6 +542,13 @@ def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, cap
         torch.testing.assert_close(policy(tokens).logits, expected, rtol=1e-4, atol=1e-4)
     rollout = policy.generate([[4, 5, 6], [7]], SamplingConfig(max_new_tokens=6, seed=0))
     assert torch.isfinite(rollout.old_logprobs).all() and rollout.response_mask.any(dim=1).all()
+
+
+def test_a_machine_without_bitsandbytes_is_told_what_to_type(tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path / "base")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"quantization='8bit' needs bitsandbytes; type: pip install bitsandbytes"):
+        load_policy(tmp_path / "base", quantization="8bit")
 
 
 def test_an_adapter_trained_on_quantised_weights_fits_the_full_model(tmp_path):

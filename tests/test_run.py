@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +357,20 @@ def test_a_reward_that_is_asked_after_every_token(configure):
     assert len(lines("runs/a/metrics.jsonl")) == 1
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_reporters_get_every_number(configure, monkeypatch, name):
+    """Neither is installed here: a module with the functions that their documentation names."""
+    told = []
+    reporter = types.SimpleNamespace(
+        init=lambda **options: told.append(options), log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end")
+    )
+    monkeypatch.setitem(sys.modules, name, reporter)
+    train(configure("runs/a", "train.iterations=2", f"train.report_to=[{name}]"))
+    started, first, second, ended = told
+    assert started["config"]["train"]["iterations"] == 2 and ended == "end"
+    assert (first[0], second[0]) == (1, 2) and first[1]["score"] == lines("runs/a/metrics.jsonl")[0]["score"]
+
+
 def test_a_slow_reward_ends_the_run_with_its_responses_kept(configure):
     Path("tasks.py").write_text("import time\ndef slow(items, texts):\n    time.sleep(60)\n")
     with pytest.raises(RewardError, match=r"took longer than reward_timeout_s=0\.1 [\s\S]*are kept in runs/a"):
@@ -382,7 +397,9 @@ def test_through_a_swarm_the_run_ends_with_the_same_adapter(configure, two_serve
     assert "on 2 server(s) of a swarm" in said
     one, other = trained("runs/here"), trained("runs/there")
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
-    assert lines("runs/there/metrics.jsonl")[0]["bytes_sent"] > 0
+    here, there = (lines(f"{run}/metrics.jsonl") for run in configs)
+    assert [line["score"] for line in here] == [line["score"] for line in there]
+    assert there[0]["bytes_sent"] > 0 == here[0]["bytes_sent"]
 
 
 def test_dry_run_starts_nothing(configure):

@@ -65,7 +65,10 @@ def _tokenizer(model: str):
 
 def _require_decoder(config, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model ({config.model_type}); only decoder-only language models can be trained")
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({config.model_type}); only decoder-only language models can be trained: "
+            "use one of those, e.g. bigscience/bloomz-560m in the place of an instruction-tuned T5, or gpt2 in that of BART"
+        )
 
 
 def _require_plain_decoder(model: nn.Module) -> None:
