@@ -232,6 +232,16 @@ def test_a_changed_configuration_is_refused_with_what_changed(configure):
     assert load_config("runs/a/config.yaml").ppo.lr == 0.5
 
 
+def test_before_the_first_iteration_is_done_anything_may_be_changed(configure):
+    """Its responses, sampled with other settings, are not used."""
+    Path("tasks.py").write_text(REWARDS.replace("return [sum", "return [1 / 0 or sum"))
+    with pytest.raises(RewardError):
+        train(configure())
+    Path("tasks.py").write_text(REWARDS)
+    train(configure("runs/a", "sampling.max_new_tokens=3"))
+    assert all(len(line["response"]) <= 3 for line in lines("runs/a/samples.jsonl"))
+
+
 def test_changed_prompts_are_noticed(configure):
     Path("prompts.txt").write_text("the soup\nmy phone\n")
     train(configure("runs/a", "train.iterations=1", "prompts=prompts.txt"))

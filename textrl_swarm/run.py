@@ -22,7 +22,7 @@ import yaml
 from textrl_swarm.adapters import ADAPTER_WEIGHTS
 from textrl_swarm.agent import PPOAgent
 from textrl_swarm.base_model import read_config
-from textrl_swarm.checkpoint import load_newest, load_pending, save_checkpoint, save_pending
+from textrl_swarm.checkpoint import checkpoints, load_newest, load_pending, save_checkpoint, save_pending
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError
 from textrl_swarm.files import published, sha256, write_text
@@ -186,9 +186,9 @@ def changes(config: RunConfig) -> list[str]:
 
 
 def require_unchanged(config: RunConfig) -> None:
-    """Raises CheckpointError with what changed since the run in the same directory began."""
+    """Raises CheckpointError with what changed since the run in the same directory began, if it finished an iteration."""
     changed = changes(config)
-    if changed:
+    if changed and checkpoints(Path(config.output)):
         raise CheckpointError(
             f"{config.output} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
             "restore it, name another output, or go on from the last checkpoint all the same with --accept-changes"
