@@ -9,11 +9,17 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+from hivemind.compression import serialize_torch_tensor
+from hivemind.proto import runtime_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.streaming import split_for_streaming
 
 from textrl_swarm.errors import AddressError, ConfigError, RemoteFailure
 from textrl_swarm.swarm.adapter_store import AdapterMissing, AdapterRefused, AdapterStore
+from textrl_swarm.swarm.handler import LoraHandler
 from textrl_swarm.swarm.local import split_evenly
-from textrl_swarm.swarm.protocol import MISSING, REJECTED, AdapterHeader, AdapterSnapshot, digest, is_adapter_key
+from textrl_swarm.swarm.protocol import ENDING, MISSING, REJECTED, AdapterHeader, AdapterSnapshot, digest, is_adapter_key
+from textrl_swarm.swarm.rpc import ServerCalls, Timeouts, Traffic
 
 TARGETS = {"attention.dense": (3, 2), "mlp": (2, 4)}  # path -> (in, out)
 R = 2
@@ -410,3 +416,25 @@ def test_a_client_that_knows_nobody_greets_the_initial_peers_again(router):
     with pytest.raises(BlocksUnavailable):
         route(made)
     assert made.dht.greeted == 1
+
+
+def test_every_message_of_a_request_names_the_adapter(monkeypatch):
+    """petals unpacks the messages of a request in threads, side by side: a message without metadata could make it forget the adapter."""
+    received = []
+
+    class Stub:
+        async def rpc_forward_stream(self, requests):
+            received.extend([request async for request in requests])
+
+            async def answer():
+                (part,) = split_for_streaming(serialize_torch_tensor(torch.zeros(1, 2, 3)), 1 << 20)
+                yield runtime_pb2.ExpertResponse(tensors=[part])
+                yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ""}))
+
+            return answer()
+
+    monkeypatch.setattr(LoraHandler, "get_stub", lambda *_: Stub())
+    calls = ServerCalls(None, Timeouts(), Traffic())
+    asyncio.run(calls.forward("peer", ["m.0"], torch.zeros(1, 2, 3), "lora-" + "0" * 40))
+    assert len(received) == 2
+    assert [MSGPackSerializer.loads(request.metadata)["active_adapter"] for request in received] == ["lora-" + "0" * 40] * 2

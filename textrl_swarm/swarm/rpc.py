@@ -140,15 +140,13 @@ class ServerCalls:
     async def _stream(
         self, peer: PeerID, rpc: str, uids: Sequence[str], tensors: Sequence[Tensor], metadata: dict, sent_kind: str, received_kind: str
     ) -> list[Tensor]:
-        uid, first_metadata = " ".join(uids), MSGPackSerializer.dumps({**metadata, ENDING: True})
+        uid, packed = " ".join(uids), MSGPackSerializer.dumps({**metadata, ENDING: True})
         loop = asyncio.get_running_loop()
 
         def make_parts() -> list[runtime_pb2.ExpertRequest]:
             parts = [part for tensor in tensors for part in split_for_streaming(serialize_torch_tensor(tensor), DEFAULT_MAX_MSG_SIZE)]
-            return [
-                runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=first_metadata if i == 0 else b"")
-                for i, part in enumerate(parts)
-            ]
+            # in every message: petals unpacks them side by side and believes the metadata of whichever comes first
+            return [runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed) for part in parts]
 
         async def call() -> list[Tensor]:
             stub = LoraHandler.get_stub(self.p2p, peer)
