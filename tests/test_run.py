@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import types
@@ -306,7 +307,6 @@ def test_a_checkpoint_under_another_name_while_it_is_written_does_not_count(conf
         ({"reward": {"model": "./nowhere", "label": "x"}}, ModelError, "there is no directory"),
         ({"reward": ["tasks.py:per_token", "tasks.py:vowels"]}, ConfigError, "asked after every token"),
         ({"ref_adapter": "nowhere"}, AdapterError, "ref_adapter: nowhere holds no adapter"),
-        ({"train": {"report_to": ["wandb"]}}, ConfigError, "pip install wandb"),
         ({"output": "tasks.py"}, CheckpointError, "tasks.py is a file"),
         ({"swarm": {"initial_peers": ["nonsense"]}}, Exception, "not a peer's address"),
     ],
@@ -369,16 +369,47 @@ def test_a_reward_that_is_asked_after_every_token(configure):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_other_reporters_get_every_number(configure, monkeypatch, name):
-    """Neither is installed here: a module with the functions that their documentation names."""
+    """Beside the real ones (below), whose files hold more than these calls."""
     told = []
     reporter = types.SimpleNamespace(
-        init=lambda **options: told.append(options), log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end")
-    )
+        init=lambda **options: told.append(options), log=lambda values, step: told.append((step, values)),
+        Table=lambda columns, data: (columns, data), finish=lambda: told.append("end"),
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, name, reporter)
-    train(configure("runs/a", "train.iterations=2", f"train.report_to=[{name}]"))
-    started, first, second, ended = told
+    train(configure("runs/a", "train.iterations=2", "train.samples_every=5", f"train.report_to=[{name}]"))
+    started, *logged, ended = told
     assert started["config"]["train"]["iterations"] == 2 and ended == "end"
-    assert (first[0], second[0]) == (1, 2) and first[1]["score"] == lines("runs/a/metrics.jsonl")[0]["score"]
+    assert [step for step, _ in logged] == [1, 1, 2, 2]
+    numbers, table = logged[0][1], logged[1][1]
+    assert numbers["score"] == lines("runs/a/metrics.jsonl")[0]["score"]
+    columns, rows = table["samples"]
+    assert [dict(zip(columns, row)) for row in rows] == [
+        {key: line[key] for key in columns} for line in lines("runs/a/samples.jsonl") if line["iteration"] == 1
+    ]
+
+
+def test_real_reporters_continue_the_same_run(configure, tmp_path):
+    """Both as they are, in a process of their own, without an account: W&B keeps files to be uploaded later, trackio a database."""
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    Path("run.yaml").write_text(configure("runs/a", "train.report_to=[wandb,trackio]").to_yaml())
+    for iterations in (2, 3):
+        command = [sys.executable, "-m", "textrl_swarm.cli", "train", "run.yaml", "--set", f"train.iterations={iterations}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len({path.name.rsplit("-", 1)[1] for path in Path("wandb").glob("offline-run-*-*")}) == 1
+    assert len(list(Path("wandb").glob("offline-run-*-*/run-*.wandb"))) == 2
+    with sqlite3.connect(tmp_path / "trackio" / "textrl-swarm.db") as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step, id").fetchall()
+    assert len({name for name, *_ in rows}) == 1
+    scores = {step: json.loads(values)["score"] for _, step, values in rows if "score" in json.loads(values)}
+    assert scores == {line["iteration"]: line["score"] for line in lines("runs/a/metrics.jsonl")}
+    assert {step for _, step, values in rows if "samples" in json.loads(values)} == {1, 2, 3}
+
+
+def test_a_reporter_that_is_not_installed(configure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="'wandb', which is not installed; type: pip install wandb"):
+        train(configure(train={"report_to": ["wandb"]}))
 
 
 def test_a_slow_reward_ends_the_run_with_its_responses_kept(configure):

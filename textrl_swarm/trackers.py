@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from textrl_swarm.errors import ConfigError
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-_LIKE_WANDB = ("wandb", "trackio")  # trackio has wandb's init, log and finish
+METRICS, SAMPLES, RUN_ID = "metrics.jsonl", "samples.jsonl", ".run_id"
+_LIKE_WANDB = ("wandb", "trackio")  # trackio has wandb's init, log, Table and finish
 
 
 class Trackers:
@@ -41,8 +42,10 @@ class Trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        for _, module in self._reporters:
-            module.init(project="textrl-swarm", name=run.name, config=dict(config), resume="allow")
+        for name, module in self._reporters:
+            run_id = _run_id(run)
+            named = {"id": run_id} if name == "wandb" else {}  # trackio knows a run by its name
+            module.init(project="textrl-swarm", name=f"{run.name}-{run_id}", config=dict(config), resume="allow", **named)
 
     def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
         """One line of numbers per iteration (counted from 1)."""
@@ -55,9 +58,12 @@ class Trackers:
             module.log(dict(values), step=iteration)
 
     def samples(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Responses with their prompts and scores."""
+        """Responses with their prompts and scores; at least one row, all with the same keys."""
         for row in rows:
             _write(self._samples, {"iteration": iteration, **row})
+        columns = list(rows[0])
+        for _, module in self._reporters:
+            module.log({"samples": module.Table(columns=columns, data=[list(row.values()) for row in rows])}, step=iteration)
 
     def __enter__(self) -> Trackers:
         return self
@@ -76,6 +82,14 @@ def _imported(name: str):
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"train.report_to has {name!r}, which is not installed; type: pip install {name}") from error
+
+
+def _run_id(run: Path) -> str:
+    """Kept in the run's directory: a run that is continued goes on where it was, and another of the same name is another."""
+    path = run / RUN_ID
+    if not path.is_file():
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _write(file, values: Mapping[str, Any]) -> None:
