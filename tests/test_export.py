@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from textrl_swarm import cli, export
+from textrl_swarm.adapters import read_settings
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, CheckpointError, ExportError, ModelError
 from textrl_swarm.export import export_adapter, export_merged, find_source
@@ -156,9 +158,28 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one_with_
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("quantization: null", "quantization: 8bit"))
     console = silent()
-    out = export_merged(find_source(run), "out", console, verify=False)
-    assert "trained on weights in 8bit; it is merged into the weights as they were before" in console.file.getvalue()
-    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
+    source = find_source(run)
+    out = export_merged(source, "out", console)
+    told = console.file.getvalue()
+    assert "trained on weights in 8bit; it is merged into the weights as they were before" in told
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert merged.dtype == torch.float32
+    tokens = torch.randint(0, merged.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), load_policy(source.base_model, quantization="8bit", lora=read_settings(source.adapter)) as policy:
+        policy.load_adapter(source.adapter)
+        differences = [(policy(row[None]).logits[0, -1] - merged(row[None]).logits[0, -1]).abs().max() for row in tokens]
+    (measured,) = re.findall(r"beside the policy in 8bit: .* largest difference of a logit: (\S+)", told)
+    assert float(measured) == pytest.approx(float(max(differences)), rel=0.05) and float(measured) > 0
+
+
+def test_what_a_machine_cannot_quantise_is_not_compared(run, monkeypatch):
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("quantization: null", "quantization: 8bit"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    console = silent()
+    export_adapter(find_source(run), "out", console)
+    assert "loaded back" in console.file.getvalue()
+    assert "the policy in 8bit cannot be loaded here to be compared: quantization='8bit' needs bitsandbytes" in console.file.getvalue()
 
 
 # ------------------------------------------------------------------------------------------ the model card

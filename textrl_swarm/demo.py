@@ -24,7 +24,7 @@ from textrl_swarm.config import QUANTIZATIONS, LoraSettings, SamplingConfig
 from textrl_swarm.display import status
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError
-from textrl_swarm.export import compare_in_fresh_process
+from textrl_swarm.export import answers_of_fresh_process, compare
 from textrl_swarm.policy import Policy, load_policy
 from textrl_swarm.rollout import Collected, collect
 from textrl_swarm.swarm.local import LocalSwarm
@@ -209,7 +209,7 @@ def _check_in_fresh_process(policy: Policy, base_model: Path, adapter: Path, con
     """Greedy continuations and logits of the policy against plain transformers + peft in another process."""
     probes = [policy.tokenizer(prompt)["input_ids"] for prompt in DEMO_PROMPTS]
     with status(console, "loading the adapter with plain transformers + peft in a fresh process"):
-        agreement = compare_in_fresh_process(policy, base_model, adapter, probes, MAX_NEW_TOKENS)
+        agreement = compare(policy, probes, answers_of_fresh_process(base_model, adapter, probes, MAX_NEW_TOKENS))
     console.print(str(agreement))
     return agreement.same_continuations == agreement.rows
 

@@ -5,12 +5,13 @@ Every export is loaded back in a fresh process by plain transformers + peft, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.checkpoint import checkpoints
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.display import status
-from textrl_swarm.errors import AdapterError, CheckpointError, ExportError
+from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ExportError, ModelError
 from textrl_swarm.files import published
 from textrl_swarm.policy import Policy, load_policy
 from textrl_swarm.run import ADAPTER, CONFIG
@@ -158,8 +159,8 @@ def export_merged(source: Source, out: str | Path, console: Console, *, verify: 
     quantization = (source.config or {}).get("quantization")
     if quantization:
         console.print(
-            f"[yellow]note:[/] the adapter was trained on weights in {quantization}; it is merged into the weights as they were before, "
-            "so the merged model answers a little differently from the trained policy",
+            f"[yellow]note:[/] the adapter was trained on weights in {quantization}; it is merged into the weights as they were before "
+            "(8 or 4 bits would round it away), so the merged model answers a little differently from the trained policy",
             soft_wrap=True,
         )
     read_config(source.base_model)
@@ -194,13 +195,13 @@ def _target(out: str | Path, marker: str) -> Path:
     return out
 
 
-def _verify(source: Source, model: str, adapter: Path | None, console: Console) -> Agreement:
+def _verify(source: Source, model: str, adapter: Path | None, console: Console) -> None:
     what = f"loading it back in a fresh process, with plain transformers{'' if adapter is None else ' + peft'}"
-    with status(console, what), load_policy(source.base_model, lora=read_settings(source.adapter)) as policy:
-        policy.load_adapter(source.adapter)
+    with status(console, what), _policy(source) as policy:  # first, because it says more plainly when the adapter does not fit
         generator = torch.Generator().manual_seed(0)
         probes = torch.randint(0, policy.vocab_size, (4, _PROBE_TOKENS), generator=generator).tolist()
-        agreement = compare_in_fresh_process(policy, model, adapter, probes)
+        answers = answers_of_fresh_process(model, adapter, probes)
+        agreement = compare(policy, probes, answers)
     half = "16" in str(read_config(source.base_model).dtype)
     allowed = (_HALF_TOLERANCE if half else _TOLERANCE) * max(1.0, agreement.largest_logit)
     if agreement.largest_difference > allowed:
@@ -209,17 +210,34 @@ def _verify(source: Source, model: str, adapter: Path | None, console: Console) 
             f"rounding). Is {source.base_model} the model it was trained on?"
         )
     console.print(f"loaded back: {agreement}", soft_wrap=True)
-    return agreement
+    quantization = (source.config or {}).get("quantization")
+    if quantization:
+        try:
+            with status(console, f"comparing it with the policy in {quantization}"), _policy(source, quantization) as policy:
+                trained = compare(policy, probes, answers)
+        except (ConfigError, ModelError) as error:
+            console.print(f"[yellow]note:[/] the policy in {quantization} cannot be loaded here to be compared: {error}", soft_wrap=True)
+        else:
+            console.print(f"beside the policy in {quantization}: {trained} (of at most {trained.largest_logit:.1f})", soft_wrap=True)
 
 
-def compare_in_fresh_process(
-    policy: Policy, model: str | Path, adapter: Path | None, probes: Sequence[Sequence[int]], max_new_tokens: int = 8
-) -> Agreement:
-    """Greedy continuations and logits of a policy against plain transformers (+ peft) in another process.
+@contextlib.contextmanager
+def _policy(source: Source, quantization: str | None = None) -> Iterator[Policy]:
+    with load_policy(source.base_model, quantization=quantization, lora=read_settings(source.adapter)) as policy:
+        policy.load_adapter(source.adapter)
+        yield policy
+
+
+def answers_of_fresh_process(
+    model: str | Path, adapter: str | Path | None, probes: Sequence[Sequence[int]], max_new_tokens: int = 8
+) -> list[dict]:
+    """What plain transformers (+ peft) in another process makes of rows of token ids.
 
     Args:
         model, adapter: what the other process loads; adapter None = the model alone.
-        probes: rows of token ids.
+
+    Returns:
+        per row {"logits": after its last token, "tokens": ids of the greedy continuation}.
 
     Raises:
         ExportError: the other process could not load it; has its error.
@@ -234,17 +252,22 @@ def compare_in_fresh_process(
         answer = subprocess.run([sys.executable, "-I", plain_check.__file__, str(path)], capture_output=True, text=True)
     if answer.returncode != 0:
         raise ExportError(f"plain transformers + peft could not load {adapter or model}:\n{answer.stderr.strip()[-2000:]}")
-    theirs = json.loads(answer.stdout.strip().splitlines()[-1])
-    ours = policy.generate([list(row) for row in probes], SamplingConfig(max_new_tokens=max_new_tokens, do_sample=False))
+    return json.loads(answer.stdout.strip().splitlines()[-1])
+
+
+def compare(policy: Policy, probes: Sequence[Sequence[int]], answers: Sequence[dict]) -> Agreement:
+    """A policy's logits and greedy continuations against those of `answers_of_fresh_process`."""
+    longest = max(len(answer["tokens"]) for answer in answers)
+    ours = policy.generate([list(row) for row in probes], SamplingConfig(max_new_tokens=longest, do_sample=False))
     same, difference, largest = 0, 0.0, 0.0
-    for i, their in enumerate(theirs):
+    for i, their in enumerate(answers):
         start, count = int(ours.prompt_lengths[i]), int(ours.response_lengths[i])
         same += ours.tokens[i, start : start + count].tolist() == their["tokens"][:count]
         with torch.no_grad():
             logits = policy(ours.tokens[i : i + 1, :start]).logits[0, -1].float().cpu()
         difference = max(difference, float((logits - torch.tensor(their["logits"])).abs().max()))
         largest = max(largest, float(logits.abs().max()))
-    return Agreement(len(theirs), same, difference, largest)
+    return Agreement(len(answers), same, difference, largest)
 
 
 # ------------------------------------------------------------------------------------------ the model card, the hub
