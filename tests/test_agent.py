@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import math
+import pickle
 from contextlib import contextmanager
 
+import numpy as np
+import pfrl
 import pytest
 import torch
 from architectures import VOCAB, character_tokenizer, tiny_model
@@ -18,9 +21,9 @@ from textrl_swarm.actor import TextRLActor
 from textrl_swarm.agent import PPOAgent
 from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.env import TextRLEnv
-from textrl_swarm.errors import AdapterError, ConfigError
+from textrl_swarm.errors import AdapterError, ConfigError, PromptError, RewardError
 from textrl_swarm.policy import Policy, load_policy
-from textrl_swarm.rollout import score
+from textrl_swarm.rollout import collect, sample_responses, score
 
 PROMPTS = [{"input": "the soup"}, {"input": "a"}, {"input": "my coffee was"}]
 LENGTH = 6
@@ -36,7 +39,9 @@ class Vowels(TextRLEnv):
         return [float(tokens[-1] in "aeiou") + 2.0 * finish * ("e" in tokens) for tokens in predicted_list]
 
 
-def make_actor(cls=Vowels, architecture: str = "gpt2", samples: int = 2, often_ending: bool = False, **settings) -> TextRLActor:
+def make_actor(
+    cls=Vowels, architecture: str = "gpt2", samples: int = 2, often_ending: bool = False, max_length: int = LENGTH, **settings
+) -> TextRLActor:
     """On a Hugging Face model object; `often_ending` makes a common token the end token."""
     tokenizer = character_tokenizer()
     policy = load_policy(tiny_model(architecture), lora=LoraSettings(r=2), tokenizer=tokenizer)
@@ -44,7 +49,7 @@ def make_actor(cls=Vowels, architecture: str = "gpt2", samples: int = 2, often_e
         free = policy.generate([p["input"] for p in PROMPTS], SamplingConfig(max_new_tokens=LENGTH, num_samples=16, seed=0))
         (token, _), *_ = collections.Counter(free.tokens[:, -LENGTH:][free.tokens[:, -LENGTH:] > 2].tolist()).most_common(1)
         tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(token)})
-    env = cls(None, tokenizer, PROMPTS, max_length=LENGTH, compare_sample=samples)
+    env = cls(None, tokenizer, PROMPTS, max_length=max_length, compare_sample=samples)
     return TextRLActor(env, policy, tokenizer, **settings)
 
 
@@ -82,6 +87,11 @@ def learned_from(agent: PPOAgent, monkeypatch) -> list[tuple]:
     learn, seen = agent.learn, []
     monkeypatch.setattr(agent, "learn", lambda rollout, rewards: seen.append((rollout, rewards)) or learn(rollout, rewards))
     return seen
+
+
+def rollout_of(actor: TextRLActor) -> tuple:
+    collected = collect(actor.policy, actor.env, 2, actor.sampling)
+    return collected.rollout, collected.rewards
 
 
 # ------------------------------------------------------------------------------------------ episodes
@@ -503,7 +513,7 @@ def test_an_episode_that_is_cut_short_gets_its_final_reward(monkeypatch):
     """TextRL gave none when max_episode_len came before max_length: finish was never True."""
     actor = make_actor(samples=2)
     agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
-    monkeypatch.setattr(env.reward_function, "_reward", lambda item, predicted, finish: [len(p) if finish else 100 for p in predicted])
+    monkeypatch.setattr(env, "get_reward", lambda item, predicted, finish: [len(p) if finish else 100 for p in predicted])
     seen = learned_from(agent, monkeypatch)
     obs = env.reset()
     for t in range(3):
@@ -515,14 +525,26 @@ def test_an_episode_that_is_cut_short_gets_its_final_reward(monkeypatch):
     assert not rollout.terminated.any()
 
 
-def test_an_agent_without_an_environment_keeps_what_was_earned(monkeypatch):
-    actor = make_actor(samples=1)
-    agent, env = PPOAgent(actor.policy, update_interval=1), actor.env
+def test_an_episode_of_any_environment_that_is_cut_short_gets_that_ones_final_reward(monkeypatch):
+    """Not that of the environment the actor was made with."""
+    agent, other = make_actor(samples=2).agent_ppo(update_interval=1, epochs=1), make_actor(samples=2).env
+    monkeypatch.setattr(other, "get_reward", lambda item, predicted, finish: [7.0 * finish, 8.0 * finish])
     seen = learned_from(agent, monkeypatch)
-    obs = env.reset()
-    obs, _, _, _ = env.step(agent.act(obs))
-    agent.observe(obs, 5.0, False, True)
-    assert seen[0][1].tolist() == [[5.0]]
+    obs = other.reset()
+    obs, reward, done, _ = other.step(agent.act(obs))
+    agent.observe(obs, reward, done, True)
+    assert seen[0][1].tolist() == [[7.0], [8.0]]
+
+
+def test_observations_that_know_no_environment_keep_what_was_earned(monkeypatch):
+    """Those that came from another process, or that a wrapper has changed."""
+    actor = make_actor(samples=1)
+    agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
+    seen = learned_from(agent, monkeypatch)
+    for known in (pickle.loads(pickle.dumps(env.reset())), list(env.reset())):
+        obs, _, _, _ = env.step(agent.act(known))
+        agent.observe(type(known)(obs) if type(known) is list else pickle.loads(pickle.dumps(obs)), 5.0, False, True)
+    assert [rewards.tolist() for _, rewards in seen] == [[[5.0]], [[5.0]]]
 
 
 def test_an_episode_longer_than_its_session_is_an_error_that_says_so():
@@ -530,11 +552,105 @@ def test_an_episode_longer_than_its_session_is_an_error_that_says_so():
     agent, env = PPOAgent(actor.policy, sampling=SamplingConfig(max_new_tokens=2)), actor.env
     obs = env.reset()
     for _ in range(2):
-        obs, reward, done, _ = env.step(agent.act(obs))
+        obs, reward, done, _ = env.step(agent.act(list(obs)))
         assert not done
         agent.observe(obs, reward, done, False)
     with pytest.raises(ConfigError, match=r"goes on after 2 tokens.*SamplingConfig\(max_new_tokens"):
-        agent.act(obs)
+        agent.act(list(obs))
+
+
+def test_an_environment_may_have_longer_episodes_than_the_one_the_actor_was_made_with():
+    actor = make_actor(samples=1, max_length=2)
+    agent, other = actor.agent_ppo(), make_actor(samples=1, max_length=5).env
+    other.gen_stop_toks.clear()
+    obs, done, steps = other.reset(), False, 0
+    with agent.eval_mode():
+        while not done:
+            obs, reward, done, _ = other.step(agent.act(obs))
+            agent.observe(obs, reward, done, False)
+            steps += 1
+    assert steps == 5
+    actor.env.env_max_length = 4
+    actor.env.gen_stop_toks.clear()
+    assert all(len(text) == 4 for text in actor.predict("abc"))
+
+
+def test_a_prompt_that_leaves_no_room_is_told_before_the_first_token():
+    actor = make_actor(samples=1)
+    limit = actor.policy.max_length
+    agent, env = actor.agent_ppo(), actor.env
+    with pytest.raises(PromptError, match=f"that makes {limit + env.env_max_length}, but the model allows {limit}"):
+        agent.act(env.reset("a" * limit))
+
+
+@pytest.mark.parametrize("reward", [[1.0, 2.0, 3.0], float("nan"), [1.0, float("inf")]], ids=repr)
+def test_observed_rewards_that_are_none(reward):
+    actor = make_actor(samples=2)
+    agent, env = actor.agent_ppo(), actor.env
+    obs, _, done, _ = env.step(agent.act(env.reset()))
+    with pytest.raises(RewardError, match=r"observe\(\) takes a finite number, or one per sample \(2\)"):
+        agent.observe(obs, reward, done, False)
+
+
+@pytest.mark.parametrize("reward", [1.0, np.array(1.0), torch.tensor(1.0), torch.tensor([[1.0], [1.0]])], ids=repr)
+def test_observed_rewards_of_numpy_and_torch(reward, monkeypatch):
+    actor = make_actor(samples=2)
+    agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
+    seen = learned_from(agent, monkeypatch)
+    obs, _, done, _ = env.step(agent.act(env.reset()))
+    agent.observe(list(obs), reward, done, True)
+    assert seen[0][1].tolist() == [[1.0], [1.0]]
+
+
+def test_stop_tokens_of_the_environment_end_acting_and_rollouts_alike(monkeypatch):
+    actor = make_actor(samples=4)
+    agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
+    chosen = [env.token_string(int(t)) for t in agent.act(env.reset("abc"))]
+    agent._acting.clear()
+    env.gen_stop_toks.append(chosen[1])  # as users of TextRL did; the second sample's first token
+    agent = actor.agent_ppo(update_interval=1, epochs=1)
+    seen = learned_from(agent, monkeypatch)
+    obs, done = env.reset("abc"), False
+    while not done:
+        obs, reward, done, _ = env.step(agent.act(obs))
+        agent.observe(obs, reward, done, False)
+    (rollout, _), stop = seen[0], env.stop_ids
+    assert rollout.response_lengths[1] == 1 and rollout.terminated[1]
+    sampled = sample_responses(agent.policy, env, 2, SamplingConfig(max_new_tokens=6, seed=3)).rollout
+    for row in range(len(sampled)):
+        n = int(sampled.response_lengths[row])
+        tokens = sampled.tokens[row, sampled.prompt_lengths[row] :][:n].tolist()
+        assert bool(sampled.terminated[row]) == (tokens[-1] in stop) and not stop & set(tokens[:-1])
+
+
+def test_hooks_reach_the_optimizer():
+    """pfrl's LinearInterpolationHook, as its documentation has it."""
+    agent = make_actor().agent_ppo(lr=1.0)
+
+    def set_lr(env, agent, value):
+        for group in agent.optimizer.param_groups:
+            group["lr"] = value
+
+    pfrl.experiments.LinearInterpolationHook(10, 1.0, 0.25, set_lr)(None, agent, 10)
+    assert agent.ppo.optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_checkpoint_of_another_optimizer_is_loaded_without_its_state(tmp_path, caplog):
+    one, other = make_actor(), make_actor(optimizer="SGD")
+    agent = one.agent_ppo(update_interval=1, epochs=1)
+    agent.learn(*rollout_of(one))
+    agent.save(str(tmp_path))
+    agent = other.agent_ppo(update_interval=1, epochs=1)
+    agent.load(str(tmp_path))
+    assert "written with the optimizer AdamW; SGD begins afresh" in caplog.text
+    assert agent.learn(*rollout_of(other))["optimizer_steps"] == 1 and agent.ppo.num_updates == 2
+
+
+def test_settings_that_a_policy_cannot_take_are_refused():
+    actor = make_actor()
+    with pytest.raises(ConfigError, match="give other LoRA settings to load_policy"):
+        TextRLActor(actor.env, actor.policy, unfreeze_layer_from_past=1)
+    TextRLActor(actor.env, actor.policy, lora=actor.policy.lora)
 
 
 def test_a_directory_of_textrl_itself_is_told_apart(tmp_path):

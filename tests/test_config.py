@@ -43,6 +43,10 @@ REFUSED = [
     *[case(SamplingConfig, f"repetition_penalty must be > 0 (1 = off), got {v!r}", repetition_penalty=v) for v in (0, -1.0)],
     *[case(SamplingConfig, f"do_sample must be True or False, got {value!r}", do_sample=value) for value in ("false", None, 1)],
     *[case(SamplingConfig, f"seed must be a whole number or None, got {value!r}", seed=value) for value in (1.0, "0", True)],
+    *[
+        case(SamplingConfig, f"stop_token_ids must be a list of token ids or None, got {value!r}", stop_token_ids=value)
+        for value in (5, [-1], ["</s>"], "13")
+    ],
     *[whole(PPOConfig, name, value) for name in ("epochs", "minibatch_size", "adaptive_kl_horizon") for value in (0, 1.5, None)],
     *[
         case(PPOConfig, f"lr_decay_updates must be a whole number >= 1 or None, got {value!r}", lr_decay_updates=value)

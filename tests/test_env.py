@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import re
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import EOS, character_tokenizer
+from test_texts import metaspace
 
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, PromptError, RewardError
@@ -452,3 +455,109 @@ def test_the_order_of_more_prompts_than_there_are_now_passes_over_those_that_are
     env.draw(1)
     fewer.load_state_dict(env.state_dict())
     assert {item["input"] for item in fewer.draw(20)} == {"a", "b"}
+
+
+# ------------------------------------------------------------------------------------------ what users' environments rely on
+
+
+class Stateful(TextRLEnv):
+    """Looks at the environment and not at its arguments, and counts per episode."""
+
+    def reset(self, input_item=None):
+        self.asked = 0
+        self.resets = vars(self).get("resets", 0) + 1
+        return super().reset(input_item)
+
+    def get_reward(self, input_item, predicted_list, finish):
+        self.asked += 1
+        assert self.input_item is input_item and self.predicted == predicted_list
+        return [len(ids) + 10 * ended + 100 * finish + 1000 * self.asked for ids, ended in zip(self.predicted_ids, self.predicted_end)]
+
+
+def test_while_a_rollout_is_rewarded_the_environment_is_in_the_episode_that_is_asked_about():
+    env, by_hand = (make(Stateful, max_length=3) for _ in range(2))
+    responses = [[A, EOS], [A, B, C], [B, EOS], [EOS]]
+    rewards, _ = score(env, PROMPTS[:2], rollout_of(env, PROMPTS[:2], responses))
+    for p in range(2):
+        given = played(by_hand, PROMPTS[p], responses[2 * p : 2 * p + 2])
+        for i, row in enumerate(rewards[2 * p : 2 * p + 2].tolist()):
+            assert sum(row) == sum(earned[i] for earned in given)
+    assert env.resets == 1 + 2  # the first is the constructor's
+
+
+class Doubled(TextRLEnv):
+    """Changes what a step earns."""
+
+    def get_reward(self, input_item, predicted_list, finish):
+        return 1.0
+
+    def step(self, action):
+        observation, rewards, done, told = super().step(action)
+        return observation, [2 * reward for reward in rewards], done, told
+
+
+def test_a_step_that_is_overridden_is_used_for_rollouts_too():
+    env = make(Doubled, max_length=2)
+    rewards, _ = score(env, PROMPTS[:1], rollout_of(env, PROMPTS[:1], [[A, B], [EOS]]))
+    assert rewards.tolist() == [[2.0, 2.0], [4.0, 0.0]]
+
+
+def test_a_sample_that_has_ended_earns_nothing_until_the_end():
+    env = make(Doubled, max_length=3)
+    assert played(env, PROMPTS[0], [[EOS], [A, B, C]]) == [[2.0, 2.0], [0.0, 2.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("name", ["get_obs_input", "gat_obs_input"])
+def test_an_environment_may_say_where_a_prompts_text_is(name):
+    cls = type("Asks", (Quiet,), {name: lambda self, item: "Q " + item["question"]})
+    env = make(cls, prompts=[{"question": "why"}])
+    assert env.reset({"question": "how"})[0] == TOKENIZER("Q how")["input_ids"]
+    with pytest.raises(PromptError, match="must be a string, got 5"):
+        make(type("Wrong", (Quiet,), {name: lambda self, item: 5}), prompts=[{"question": "why"}])
+
+
+def test_a_prompt_that_came_as_a_list_is_one_too():
+    """As get_reward of TextRL before 0.2.15 knew it."""
+    item = make(prompts=[["abc", "reference"]]).input_item
+    assert (item[0], item[1], item["input"]) == ("abc", "reference", "abc")
+    with pytest.raises(KeyError):
+        item["other"]
+
+
+def test_stop_tokens_may_be_changed_at_any_time():
+    env = make(compare_sample=1)
+    env.gen_stop_toks.append("b")
+    env.reset()
+    assert not env.step([A])[2] and env.step([B])[2]
+    env.stop_also_at({C, EOS})
+    assert env.gen_stop_toks == [TOKENIZER.eos_token, "b", "c"]
+
+
+def test_sentences_keep_the_space_between_prompt_and_response():
+    tokenizer = metaspace()
+    heard = []
+    env = TextRLEnv(None, tokenizer, ["a b"], max_length=2, compare_sample=1, reward=lambda items, texts: heard.extend(texts) or [0.0])
+    env.step([4]), env.step([3])
+    assert heard == [" c b"]
+
+
+def test_spaces_of_gym_and_vector_environments_of_pfrl():
+    with contextlib.redirect_stderr(io.StringIO()):
+        from pfrl.envs import SerialVectorEnv
+
+    env = make()
+    assert env.action_space.n == len(env.actions) == len(TOKENIZER) and env.actions[A] == "a"
+    several = SerialVectorEnv([make(), make()])
+    observations = several.reset()
+    assert len(observations) == 2 and observations[0].max_new_tokens == 100
+    several.close()
+
+
+@pytest.mark.parametrize("value", [True, np.float64(2)])
+def test_what_is_no_number_of_samples(value):
+    with pytest.raises(ConfigError, match="whole number"):
+        make(compare_sample=value)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    assert make(max_length=np.int64(4)).env_max_length == 4

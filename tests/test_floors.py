@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # handler's class. The server side does not see the client side.
 FLOORS: dict[str, tuple[str, list[str]]] = {
     "words": ("errors types config files display", []),
-    "parts": ("sampling returns losses value_head adapters base_model estimate", ["words"]),
+    "parts": ("sampling texts returns losses value_head adapters base_model estimate", ["words"]),
     "swarm.common": ("swarm.__init__ swarm.compat swarm.protocol", ["parts"]),
     "swarm.adapter_store": ("swarm.adapter_store", ["swarm.common"]),
     "swarm.backend": ("swarm.backend", ["swarm.adapter_store"]),

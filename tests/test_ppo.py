@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import character_tokenizer, perturb, tiny_model
 from plain_peft import PlainPeft, connect, difference, fill, random_tokens
 from torch import Tensor
 
@@ -659,3 +660,16 @@ def test_it_learns_through_a_swarm(two_servers):
         scores = [i.metrics["score"] for i in train(agent, env, iterations=10, prompts_per_iteration=3)]
     assert scores[0] < 0.4  # 26 of 128 tokens are letters
     assert sum(scores[-3:]) / 3 > 0.7
+
+
+@pytest.mark.parametrize("minibatch_size", [1, 3, 12])
+def test_the_ratio_is_one_where_numbers_depend_on_what_is_computed_together(tmp_path, minibatch_size):
+    """8-bit products choose their outlier columns per batch."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    with load_policy(tmp_path, quantization="8bit", lora=LoraSettings(r=2)) as policy:
+        assert policy.rounds_by_batch
+        perturb(policy)
+        rollout = policy.generate(["the soup", "a", "my phone"], SamplingConfig(max_new_tokens=8, num_samples=4, seed=0))
+        metrics = PPO(policy, PPOConfig(minibatch_size=minibatch_size, epochs=1)).update(rollout, torch.rand(rollout.response_mask.shape))
+        assert metrics["ratio_first_pass_max_deviation"] == 0

@@ -143,7 +143,7 @@ def test_it_is_a_sentence_reward_with_or_without_the_prompt(tmp_path):
     assert reward_model(directory, "positive", with_prompt=False)(items, ["good", "bad"]) == reward.score(["good", "bad"])
     assert "positive" in reward.name and reward_model(directory, "positive", name="mine").name == "mine"
     env = TextRLEnv(None, character_tokenizer(), items, max_length=4, reward=reward)
-    assert env.reward_function.of_sentences(items, ["a", "b"]) == reward(items, ["a", "b"])
+    assert env.sentence_rewards(items, ["a", "b"]) == reward(items, ["a", "b"])
 
 
 def test_the_users_pipeline_is_left_as_it_was(tmp_path):
@@ -208,3 +208,15 @@ def test_models_that_are_refused(tmp_path, tiny_bloom):
         with pytest.raises(ModelError) as caught:
             reward_model(model, 0)
         assert told in str(caught.value)
+
+
+def test_decoders_whose_configuration_pads_otherwise_than_the_tokenizer(tmp_path):
+    """They look for the configuration's padding to find a text's last token; what else is in the batch must not matter."""
+    directory = classifier(tmp_path, "gpt2")
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+    model.config.pad_token_id = 7
+    pipeline = TextClassificationPipeline(model=model, tokenizer=character_tokenizer())
+    reward = reward_model(pipeline, "positive")
+    assert reward.score(TEXTS) == pytest.approx([reward.score([text])[0] for text in TEXTS], abs=1e-5)
+    assert reward.score(["good"]) == pytest.approx([float(alone(directory, "good").softmax(-1)[2])], abs=1e-5)
+    assert model.config.pad_token_id == 7  # the user's pipeline stays as it was

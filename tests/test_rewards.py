@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from architectures import character_tokenizer
 
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, RewardError
@@ -51,6 +52,8 @@ def ask(value, samples: int = 2, finish: bool = True) -> list[float]:
         ([np.float64(1), torch.tensor(2)], [1.0, 2.0]),
         ([np.bool_(True), np.int64(4)], [1.0, 4.0]),
         ([torch.tensor([0.5]), np.array([[2]])], [0.5, 2.0]),
+        (torch.tensor([[1.0], [2.0]]), [1.0, 2.0]),  # a reward model's logits
+        ([[1.0], [2.0]], [1.0, 2.0]),
         (map(float, "12"), [1.0, 2.0]),
     ],
     ids=lambda value: repr(value).split(" at ")[0],
@@ -85,7 +88,7 @@ def test_one_sample(value, caplog):
         (None, "returned None (NoneType)"),
         ([None, 1], "returned None (NoneType) for sample 0"),
         ({"reward": 1}, "(dict)"),
-        ([[1.0], [2.0]], "returned [1.0] (list) for sample 0"),
+        ([[1.0, 2.0], [2.0]], "returned [1.0, 2.0] (list) for sample 0"),
         (np.zeros((2, 2)), "(list) for sample 0"),
         (1 + 2j, "(complex)"),
         ([torch.zeros(3), 0.0], "for sample 0"),
@@ -110,6 +113,45 @@ def test_a_function_that_raises(error, finish):
         RewardFunction(get_reward, 2)(ITEM, PREDICTED, finish)
     assert caught.value.__cause__ is error
     assert type(error).__name__ in str(caught.value)
+
+
+class Trial(Exception):
+    """With a constructor and attributes of its own."""
+
+    def __init__(self, number, *, reason):
+        super().__init__("not shown")
+        self.number, self.reason = number, reason
+
+    def __str__(self):
+        return "not shown either"
+
+
+def test_the_users_own_handlers_catch_what_their_reward_raised():
+    def failing(item, predicted, finish):
+        raise Trial(3, reason="pruned")
+
+    with pytest.raises(Trial) as caught:
+        RewardFunction(failing, 1)({"input": "the soup is"}, [["a"]], True)
+    assert isinstance(caught.value, RewardError) and (caught.value.number, caught.value.reason) == (3, "pruned")
+    assert str(caught.value).startswith("failing raised Trial") and "for prompt 'the soup is'" in str(caught.value)
+
+
+def test_errors_that_cannot_be_combined_with_ours():
+    def failing(item, predicted, finish):
+        return b"\xff".decode()
+
+    with pytest.raises(RewardError, match="failing raised UnicodeDecodeError") as caught:
+        RewardFunction(failing, 1)({"input": "a"}, [["a"]], True)
+    assert isinstance(caught.value.__cause__, UnicodeDecodeError)
+
+
+def test_the_line_that_is_named_is_the_users():
+    class Env(TextRLEnv):
+        def get_reward(self, input_item, predicted_list, finish):
+            return 1 / 0
+
+    with pytest.raises(ZeroDivisionError, match=r"see test_rewards\.py, line \d+"):
+        Env(None, character_tokenizer(), ["a"]).step([5, 6])
 
 
 def test_our_own_errors_and_ctrl_c_pass_unchanged():
@@ -424,3 +466,9 @@ def test_ranks(scores, expected):
 @pytest.mark.parametrize(("scores", "expected"), [([1, 2, 6], [-3, -1.5, 4.5]), ([2, 2], [0, 0]), ([3], [3]), ([], [])])
 def test_group_baseline_leaves_the_own_score_out(scores, expected):
     assert group_baseline(scores) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("helper", [rank_rewards, group_baseline])
+def test_scores_that_are_no_numbers_are_not_hidden(helper):
+    with pytest.raises(RewardError, match="score 0 of 2 is nan"):
+        helper([math.nan, 1.0])

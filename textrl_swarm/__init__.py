@@ -21,6 +21,8 @@ _HOMES = {
     "PPOAgent": "agent",
     "train": "training",
     "train_agent_with_evaluation": "training",
+    "Evaluator": "training",
+    "save_agent": "training",
     "load_policy": "policy",
     "Policy": "policy",
     "LoraSettings": "config",

@@ -31,8 +31,9 @@ class TextRLActor:
         env: prompts and reward.
         model: a transformers model (plain or quantised), a petals Distributed* model, a directory or hub id, or a Policy.
         tokenizer: of the model.
-        optimizer: "adamw", "adam", "sgd", a function from a list of parameters to a torch optimizer, or a torch optimizer, whose class and
-            settings (learning rate included) are taken for the adapter's parameters, which did not exist when it was made.
+        optimizer: "adamw", "adam", "sgd", a torch optimizer's class, a function from a list of parameters to a torch optimizer, or a torch
+            optimizer, whose class and settings (learning rate included) are taken for the adapter's parameters, which did not exist when
+            it was made.
         gpu_id: index of the CUDA device for a model given by name; -1 = the CPU, None = CUDA when there is one.
         unfreeze_layer_from_past: train LoRA on the last n blocks only; 0 = all (or the environment's setting).
         act_deterministically: `predict` and evaluation take the most likely token.
@@ -63,8 +64,10 @@ class TextRLActor:
             raise ConfigError(
                 f"compare_sample={compare_sample}, but the environment was made with {env.compare_sample}; give it to TextRLEnv"
             )
-        if isinstance(optimizer, str) and optimizer not in _OPTIMIZERS:
-            raise ConfigError(f"unknown optimizer {optimizer!r}; {closest(optimizer, _OPTIMIZERS)}")
+        if isinstance(optimizer, str):
+            optimizer = optimizer.lower()
+            if optimizer not in _OPTIMIZERS:
+                raise ConfigError(f"unknown optimizer {optimizer!r}; {closest(optimizer, _OPTIMIZERS)}")
         if not isinstance(optimizer, (str, torch.optim.Optimizer)) and not callable(optimizer):
             raise ConfigError(f"optimizer must be a name ({', '.join(_OPTIMIZERS)}), a function or a torch optimizer, got {optimizer!r}")
         self.env, self.optimizer, self.act_deterministically, self.seed = env, optimizer, act_deterministically, seed
@@ -77,8 +80,15 @@ class TextRLActor:
             lora = LoraSettings(layers=layers or None)
         elif layers:
             raise ConfigError("give either lora=LoraSettings(layers=n) or unfreeze_layer_from_past=n, not both")
-        device = None if gpu_id is None else "cpu" if gpu_id < 0 else f"cuda:{gpu_id}"
-        self.policy = model if isinstance(model, Policy) else load_policy(model, lora=lora, device=device, seed=seed, tokenizer=tokenizer)
+        if isinstance(model, Policy):
+            if lora not in (LoraSettings(), model.lora) and not (layers and layers == model.lora.layers):
+                raise ConfigError(f"the policy trains {model.lora}; give other LoRA settings to load_policy, where it is made")
+            self.policy = model
+        else:
+            by_name = not isinstance(model, nn.Module)  # a model object stays where it is
+            device = None if gpu_id is None or not by_name else "cpu" if gpu_id < 0 else f"cuda:{gpu_id}"
+            self.policy = load_policy(model, lora=lora, device=device, seed=seed, tokenizer=tokenizer)
+        env.stop_also_at(self.policy.stop_ids)
         self.agent: PPOAgent | None = None
 
     def agent_ppo(
@@ -104,7 +114,6 @@ class TextRLActor:
             update_interval=update_interval,
             act_deterministically=self.act_deterministically,
             make_optimizer=self._make_optimizer(config),
-            final_rewards=self.env.final_rewards,
         )
         return self.agent
 
@@ -114,16 +123,21 @@ class TextRLActor:
         if isinstance(self.optimizer, str):
             return lambda parameters: _OPTIMIZERS[self.optimizer](parameters, lr=config.lr)
         if isinstance(self.optimizer, torch.optim.Optimizer):
-            cls, accepted = type(self.optimizer), inspect.signature(type(self.optimizer)).parameters
-            settings = {name: value for name, value in self.optimizer.param_groups[0].items() if name in accepted and name != "params"}
-            logger.info("%s with lr=%g is made anew for the adapter and the value head", cls.__name__, settings["lr"])
+            cls, group = type(self.optimizer), self.optimizer.param_groups[0]
+            accepted = inspect.signature(cls).parameters
+            takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+            settings = {name: group[name] for name in self.optimizer.defaults if name in group and (takes_any or name in accepted)}
+            logger.info("%s with lr=%g is made anew for the adapter and the value head", cls.__name__, group["lr"])
             return lambda parameters: cls(parameters, **settings)
+        if inspect.isclass(self.optimizer) and "lr" in inspect.signature(self.optimizer).parameters:
+            return lambda parameters: self.optimizer(parameters, lr=config.lr)
         return self.optimizer
 
     def predict(self, input_item: str | dict | Sequence[str]) -> list[str]:
         """`compare_sample` responses to a prompt; the reward function is not asked and no episode is disturbed."""
-        item = input_item if isinstance(input_item, dict) else {"input": input_item if isinstance(input_item, str) else input_item[0]}
+        env = self.env
         sampling = dataclasses.replace(
-            self.sampling, num_samples=self.env.compare_sample, do_sample=not self.act_deterministically, seed=None
-        )
-        return list(self.policy.generate([self.env.encode(item)], sampling).texts)
+            self.sampling, num_samples=env.compare_sample, do_sample=not self.act_deterministically, seed=None,
+            max_new_tokens=env.env_max_length, stop_token_ids=tuple(sorted(env.stop_ids)),
+        )  # fmt: skip
+        return list(self.policy.generate([env.encode(env.item(input_item))], sampling).texts)

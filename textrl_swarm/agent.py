@@ -17,8 +17,8 @@ from torch import Tensor
 
 from textrl_swarm.adapters import ADAPTER_CONFIG
 from textrl_swarm.config import PPOConfig, SamplingConfig
-from textrl_swarm.errors import AdapterError, ConfigError
-from textrl_swarm.generation import sample_next, stop_ids
+from textrl_swarm.errors import AdapterError, ConfigError, RewardError
+from textrl_swarm.generation import check_lengths, sample_next
 from textrl_swarm.policy import Policy
 from textrl_swarm.ppo import PPO
 from textrl_swarm.types import RolloutBatch
@@ -39,7 +39,6 @@ class PPOAgent(BatchAgent):
         update_interval: env steps (one token of each sample) between updates; an update waits for the end of an episode.
         act_deterministically: evaluation takes the most likely token.
         make_optimizer: parameters -> torch optimizer; None = AdamW.
-        final_rewards: asks the environment what an episode is worth that is cut short (`reset` without `done`); None = what it earned.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class PPOAgent(BatchAgent):
         update_interval: int = 10,
         act_deterministically: bool = True,
         make_optimizer: Callable[[list], torch.optim.Optimizer] | None = None,
-        final_rewards: Callable[[], list[float]] | None = None,
     ):
         if update_interval < 1:
             raise ConfigError(f"update_interval must be >= 1 env steps, got {update_interval}")
@@ -60,11 +58,14 @@ class PPOAgent(BatchAgent):
         self.update_interval, self.act_deterministically = update_interval, act_deterministically
         self.training = True
         self.metrics: dict[str, float] = {}  # of the last update
-        self._stop = stop_ids(policy)
         self._draws = {mode: torch.Generator().manual_seed(self.ppo.config.seed) for mode in (True, False)}  # by training mode, as below
-        self._final_rewards = final_rewards
         self._acting: dict[tuple[bool, int], _Episode] = {}  # by training mode (evaluation may interrupt an episode) and environment
         self._finished: list[_Episode] = []
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """For hooks, such as pfrl's that change the learning rate."""
+        return self.ppo.optimizer
 
     # ------------------------------------------------------------------ pfrl's interface
 
@@ -73,9 +74,10 @@ class PPOAgent(BatchAgent):
         return [self._act(obs, i) for i, obs in enumerate(batch_obs)]
 
     def batch_observe(self, batch_obs: Sequence, batch_reward: Sequence, batch_done: Sequence[bool], batch_reset: Sequence[bool]) -> None:
-        """Takes the consequences of the last actions; `reset` without `done` means that an episode was cut short."""
-        for i, (reward, done, reset) in enumerate(zip(batch_reward, batch_done, batch_reset, strict=True)):
-            self._observe(reward, bool(done), bool(reset), i)
+        """Takes the consequences of the last actions; `reset` without `done` means that an episode was cut short. Its environment is then
+        asked what it is worth, if the observation is as the environment gave it; else it is worth what it earned."""
+        for i, (obs, reward, done, reset) in enumerate(zip(batch_obs, batch_reward, batch_done, batch_reset, strict=True)):
+            self._observe(obs, reward, bool(done), bool(reset), i)
         ended = any(batch_done) or any(batch_reset)
         if ended and sum(len(episode.rewards) for episode in self._finished) >= self.update_interval:
             finished, self._finished = self._finished, []
@@ -86,7 +88,7 @@ class PPOAgent(BatchAgent):
         if episode is None or not episode.continues(obs):  # the last one may have been left without observe(..., reset=True)
             if episode is not None:
                 episode.close()
-            episode = self._acting[self.training, env] = _Episode(self.policy, self.sampling.max_new_tokens)
+            episode = self._acting[self.training, env] = _Episode(self.policy, getattr(obs, "max_new_tokens", self.sampling.max_new_tokens))
         with torch.no_grad():
             hidden = episode.advance(obs)
             deterministic = not self.training and self.act_deterministically
@@ -96,13 +98,13 @@ class PPOAgent(BatchAgent):
         episode.chose(chosen, logprobs, values)
         return chosen.numpy()
 
-    def _observe(self, reward, done: bool, reset: bool, env: int) -> None:
+    def _observe(self, obs, reward, done: bool, reset: bool, env: int) -> None:
         episode = self._acting.get((self.training, env))
         if episode is None or not episode.chosen:
             raise ConfigError("observe() without act(): call agent.act(obs) first")
-        if reset and not done and self.training and self._final_rewards is not None:
-            reward = self._final_rewards()  # instead of what the last token earned as one in the middle
-        episode.rewarded(reward, self._stop)
+        if reset and not done and self.training and getattr(obs, "final_rewards", None) is not None:
+            reward = obs.final_rewards()  # instead of what the last token earned as one in the middle
+        episode.rewarded(reward, getattr(obs, "terminated", None))
         if done or reset:
             if self.training:
                 self._finished.append(episode)
@@ -179,11 +181,12 @@ class _Episode:
             if len({tuple(row) for row in obs}) != 1:
                 raise ConfigError("an episode starts with the same prompt for every sample; call env.reset() first")
             self.prompt, self.ended = list(obs[0]), torch.zeros(len(obs), dtype=torch.bool)
+            check_lengths(self._policy, [self.prompt], SamplingConfig(max_new_tokens=self._max_new_tokens))
             self._session = self._resources.enter_context(self._policy.session(len(obs), len(self.prompt) + self._max_new_tokens))
             new = torch.tensor(obs)
         elif len(self.chosen) >= self._max_new_tokens:
             raise ConfigError(
-                f"this episode goes on after {self._max_new_tokens} tokens, the sampling's max_new_tokens; "
+                f"this episode goes on after {self._max_new_tokens} tokens, which were the most when it began; "
                 "make the agent with SamplingConfig(max_new_tokens=...) as large as the environment's max_length"
             )
         else:
@@ -196,12 +199,17 @@ class _Episode:
         self.values.append(values)
         self.open.append(~self.ended)
 
-    def rewarded(self, reward, stop: Tensor) -> None:
-        """Rewards of the last action: a number, or one per sample."""
+    def rewarded(self, reward, terminated: Sequence[bool] | None) -> None:
+        """Rewards of the last action, a number or one per sample; `terminated`: which samples a stop token has ended, as the environment
+        says; None = as the policy's stop tokens say."""
         count = len(self.chosen[-1])
-        rewards = [float(r) for r in reward] if hasattr(reward, "__len__") else [float(reward)] * count
-        self.rewards.append(rewards if len(rewards) == count else rewards * count)
-        self.ended = self.ended | torch.isin(self.chosen[-1], stop)
+        rewards = np.asarray(reward, dtype=np.float64).reshape(-1)
+        if len(rewards) not in (1, count) or not np.isfinite(rewards).all():
+            raise RewardError(f"observe() takes a finite number, or one per sample ({count}), got {reward!r}")
+        self.rewards.append(np.broadcast_to(rewards, count).tolist())
+        if terminated is None:
+            terminated = torch.isin(self.chosen[-1], torch.tensor(sorted(self._policy.stop_ids), dtype=torch.int64))
+        self.ended = self.ended | torch.as_tensor(terminated)
 
     def close(self) -> None:
         self._resources.close()

@@ -77,6 +77,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0  # > 1 makes tokens of the prompt and the response so far less likely (arXiv 1909.05858); 1 = off
     do_sample: bool = True  # False: the most likely token each time
     num_samples: int = 1  # responses per prompt
+    stop_token_ids: tuple[int, ...] | None = None  # tokens that end a response; None = the model's end tokens (of an environment: its own)
     seed: int | None = None  # same seed, same policy, same prompts: same responses; None = from torch's global generator
 
     def __post_init__(self):
@@ -92,6 +93,10 @@ class SamplingConfig:
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = off), got {self.top_p!r}")
         _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0 (1 = off), got {self.repetition_penalty!r}")
         _require_bools(self, "do_sample")
+        if self.stop_token_ids is not None:
+            ok = isinstance(self.stop_token_ids, Iterable) and all(_is_int(i) and i >= 0 for i in self.stop_token_ids)
+            _require(ok, f"stop_token_ids must be a list of token ids or None, got {self.stop_token_ids!r}")
+            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _require(self.seed is None or _is_int(self.seed), f"seed must be a whole number or None, got {self.seed!r}")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.errors import PromptError
 from textrl_swarm.sampling import choose_tokens, filter_logits, token_logprobs
+from textrl_swarm.texts import decode_response, encode_prompt
 from textrl_swarm.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def generate(policy: Policy, prompts: Sequence[str] | Sequence[Sequence[int]], s
         PromptError: no prompts, an empty or malformed one, or one that does not fit the model or the servers' caches.
     """
     rows = [prompt for prompt in encode_prompts(policy, prompts) for _ in range(sampling.num_samples)]
-    _check_lengths(policy, rows, sampling)
+    check_lengths(policy, rows, sampling)
     draws = None
     if sampling.do_sample:
         generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
@@ -48,16 +49,17 @@ def generate(policy: Policy, prompts: Sequence[str] | Sequence[Sequence[int]], s
     mask = torch.zeros((len(rows), sampling.max_new_tokens), dtype=torch.bool)
     logprobs, values = torch.zeros(mask.shape), torch.zeros(mask.shape)
     terminated = torch.zeros(len(rows), dtype=torch.bool)
+    stop = torch.tensor(sorted(policy.stop_ids if sampling.stop_token_ids is None else sampling.stop_token_ids), dtype=torch.int64)
     with torch.no_grad():
         for group in _groups(policy, prompt_lengths, sampling.max_new_tokens):
-            part = _Group(tokens[group], prompt_lengths[group], None if draws is None else draws[group], sampling, stop_ids(policy))
+            part = _Group(tokens[group], prompt_lengths[group], None if draws is None else draws[group], sampling, stop)
             part.run(policy)
             tokens[group], mask[group], terminated[group] = part.tokens, part.mask, part.terminated
             logprobs[group], values[group] = part.logprobs, part.values
     used = int((prompt_lengths + mask.sum(dim=1)).max())
     longest = int(mask.sum(dim=1).max())
     texts = tuple(
-        _decode(policy, tokens[i, p : p + n].tolist())
+        decode_response(policy.tokenizer, tokens[i, :p].tolist(), tokens[i, p : p + n].tolist())
         for i, (p, n) in enumerate(zip(prompt_lengths.tolist(), mask.sum(1).tolist(), strict=True))
     )
     return RolloutBatch(
@@ -146,14 +148,14 @@ def encode_prompts(policy: Policy, prompts: Sequence[str] | Sequence[Sequence[in
 
 def check_prompts(policy: Policy, prompts: Sequence[str] | Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
     """Raises PromptError when `generate` could not take one of these prompts."""
-    _check_lengths(policy, encode_prompts(policy, prompts), dataclasses.replace(sampling, num_samples=1))
+    check_lengths(policy, encode_prompts(policy, prompts), dataclasses.replace(sampling, num_samples=1))
 
 
 def _encode(policy: Policy, prompt: str | Sequence[int], index: int) -> list[int]:
     if isinstance(prompt, str):
         if policy.tokenizer is None:
             raise PromptError("this policy has no tokenizer: pass token ids, or load_policy(..., tokenizer=...)")
-        ids = policy.tokenizer(prompt)["input_ids"]
+        ids = encode_prompt(policy.tokenizer, prompt)
     else:
         try:
             ids = None if isinstance(prompt, bytes) else [operator.index(token) for token in prompt]
@@ -169,7 +171,7 @@ def _encode(policy: Policy, prompt: str | Sequence[int], index: int) -> list[int
     return ids
 
 
-def _check_lengths(policy: Policy, rows: list[list[int]], sampling: SamplingConfig) -> None:
+def check_lengths(policy: Policy, rows: list[list[int]], sampling: SamplingConfig) -> None:
     limits = [limit for limit in (policy.max_length, policy.max_session_tokens) if limit is not None]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     needed = len(rows[longest]) + sampling.max_new_tokens
@@ -195,12 +197,6 @@ def _groups(policy: Policy, prompt_lengths: Tensor, max_new_tokens: int) -> list
     return groups
 
 
-def stop_ids(policy: Policy) -> Tensor:
-    """(n,) int64: tokens that end a response."""
-    ids = {getattr(policy.tokenizer, "eos_token_id", None), getattr(policy.tokenizer, "sep_token_id", None)} - {None}
-    return torch.tensor(sorted(ids), dtype=torch.int64)
-
-
 def _pad_id(policy: Policy) -> int:
     """A padding token that was added to the tokenizer alone has no embedding, and padding is fed to the model."""
     for name in ("pad_token_id", "eos_token_id"):
@@ -208,7 +204,3 @@ def _pad_id(policy: Policy) -> int:
         if token is not None and token < policy.vocab_size:
             return token
     return 0
-
-
-def _decode(policy: Policy, ids: list[int]) -> str:
-    return "" if policy.tokenizer is None else policy.tokenizer.decode(ids, skip_special_tokens=True)

@@ -120,7 +120,8 @@ class LocalPolicy(Policy):
     def __init__(self, model: nn.Module, lora: LoraSettings, seed: int, tokenizer):
         config = model.config
         self.base_model, self.tokenizer, self.lora = str(model.name_or_path), tokenizer, lora
-        self.device = next(model.parameters()).device
+        self.device, self.generation_config = next(model.parameters()).device, getattr(model, "generation_config", None)
+        self.rounds_by_batch = getattr(model, "is_loaded_in_8bit", False)
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings; pass a model for causal language modelling")

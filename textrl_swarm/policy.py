@@ -19,12 +19,13 @@ from textrl_swarm import adapters
 from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.errors import AdapterError, ConfigError, PromptError
 from textrl_swarm.generation import generate
+from textrl_swarm.texts import stop_ids
 from textrl_swarm.types import PolicyOutput, RolloutBatch
 from textrl_swarm.value_head import ValueHead
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from textrl_swarm.swarm.rpc import Traffic
 
@@ -42,8 +43,10 @@ class Policy(ABC):
     Attributes:
         tokenizer: of the base model; None when it came as an object without one.
         value_head: fp32, reads the last hidden state.
+        generation_config: of the base model, when it came with one.
         max_length: most tokens (prompt and response) of one sequence, or None.
         max_session_tokens: most rows x tokens of one decoding session, or None.
+        rounds_by_batch: the same row's numbers depend on the rows computed with it (8-bit weights pick outlier columns per batch).
         traffic: bytes that went through the swarm; None for a local policy.
     """
 
@@ -55,8 +58,10 @@ class Policy(ABC):
     base_model: str
     vocab_size: int
     hidden_size: int
+    generation_config: GenerationConfig | None = None
     max_length: int | None = None
     max_session_tokens: int | None = None
+    rounds_by_batch: bool = False
     length_limit_reason: str = "the model"  # who sets the limits, for messages
     traffic: Traffic | None = None
     num_servers: int = 0
@@ -148,6 +153,11 @@ class Policy(ABC):
         finally:
             for name, parameter in parameters.items():
                 parameter.data = trained[name]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a response."""
+        return stop_ids(self.tokenizer, self.generation_config)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """All that an optimizer may change: the adapter by its PEFT names, and `value_head.*`."""

@@ -183,15 +183,20 @@ class PPO:
         logger.warning("an optimizer step was skipped: loss or gradient is not finite (%d skipped so far)", self.num_skipped)
         return None
 
-    def _minibatches(self, num_rows: int) -> Iterator[Tensor]:
+    def _minibatches(self, num_rows: int, epochs: int | None = None) -> Iterator[Tensor]:
         """Row indices, every row once per epoch, in an order that depends on seed and update only."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.num_updates)
-        for _ in range(self.config.epochs):
+        for _ in range(epochs or self.config.epochs):
             yield from torch.randperm(num_rows, generator=generator).split(self.config.minibatch_size)
 
     def _score_all(self, features: Tensor, rollout: RolloutBatch) -> _Scores:
-        parts = [self._score(features, rollout, rows, with_entropy=True) for rows in torch.arange(len(rollout)).split(_SCORING_ROWS)]
-        return _Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in _Scores.__dataclass_fields__))
+        order = torch.arange(len(rollout))
+        groups = order.split(_SCORING_ROWS)
+        if self.policy.rounds_by_batch:  # in the minibatches of the first pass, whose ratio is then 1
+            order = torch.cat(groups := list(self._minibatches(len(rollout), epochs=1)))
+        parts = [self._score(features, rollout, rows, with_entropy=True) for rows in groups]
+        back = order.argsort()
+        return _Scores(*(torch.cat([getattr(part, name) for part in parts])[back] for name in _Scores.__dataclass_fields__))
 
     def _score(self, features: Tensor, rollout: RolloutBatch, rows: Tensor, *, with_entropy: bool) -> _Scores:
         """One forward of the given rows; results on the CPU, differentiable when gradients are on."""
@@ -219,15 +224,20 @@ class PPO:
     def state_dict(self) -> dict:
         """Optimizer, KL coefficient and counters; the policy's parameters are saved by the policy."""
         counters = {name: getattr(self, name) for name in ("kl_coef", "num_updates", "num_steps", "num_skipped")}
-        return {"optimizer": self.optimizer.state_dict(), **counters}
+        return {"optimizer": self.optimizer.state_dict(), "optimizer_class": type(self.optimizer).__name__, **counters}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from `state_dict`. A learning rate other than the saved run began with is this run's choice, and holds."""
-        chosen = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, lr in zip(self.optimizer.param_groups, chosen, strict=True):
-            if group.get("initial_lr") != lr:
-                group["lr"] = group["initial_lr"] = lr
+        """Goes on from `state_dict`. A learning rate other than the saved run began with is this run's choice, and holds; so is another
+        kind of optimizer, which then begins afresh."""
+        saved, here = state.get("optimizer_class"), type(self.optimizer).__name__
+        if saved in (None, here):
+            chosen = [group["initial_lr"] for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, lr in zip(self.optimizer.param_groups, chosen, strict=True):
+                if group.get("initial_lr") != lr:
+                    group["lr"] = group["initial_lr"] = lr
+        else:
+            logger.warning("the checkpoint was written with the optimizer %s; %s begins afresh", saved, here)
         for name in ("kl_coef", "num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,8 +115,6 @@ class RewardModel:
             if tokenizer.eos_token is None:
                 raise ModelError(f"the tokenizer of {name} has neither a padding token nor an end token")
             tokenizer.pad_token = tokenizer.eos_token
-        if classifier.config.pad_token_id is None:  # decoders look for it to find a text's last token
-            classifier.config.pad_token_id = tokenizer.pad_token_id
         tokenizer.truncation_side = "left"  # what is judged, the response, stands at the end
         if classifier.config.model_type != "xlnet":  # it reads its answer off the last position; the others count positions from the left
             tokenizer.padding_side = "right"
@@ -145,11 +144,23 @@ class RewardModel:
     def _batch(self, texts: list[str]) -> Tensor:
         texts = [text or self._blank for text in texts]
         inputs = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens)
-        logits = self._classifier(**inputs.to(self._classifier.device)).logits.float()
+        with self._pads_alike():
+            logits = self._classifier(**inputs.to(self._classifier.device)).logits.float()
         if self._index is None:
             return logits[:, 0].cpu()
         probabilities = logits.softmax(dim=-1) if self._exclusive else logits.sigmoid()
         return probabilities[:, self._index].cpu()
+
+    @contextlib.contextmanager
+    def _pads_alike(self) -> Iterator[None]:
+        """Decoders take a text's last token to be the one before their configuration's padding, which must be what the tokenizer pads with.
+        A user's pipeline keeps its own."""
+        config = self._classifier.config
+        before, config.pad_token_id = config.pad_token_id, self._tokenizer.pad_token_id
+        try:
+            yield
+        finally:
+            config.pad_token_id = before
 
 
 def _positions(classifier) -> int:

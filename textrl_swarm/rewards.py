@@ -178,9 +178,10 @@ class RewardFunction:
         return [self._number(reward, f"for sample {i} {where}") for i, reward in enumerate(value)]
 
     def _number(self, reward: object, where: str) -> float:
-        if hasattr(reward, "reshape") and hasattr(reward, "tolist"):  # of numpy or torch; one number in brackets is a number
-            numbers = reward.reshape(-1).tolist()
-            reward = numbers[0] if len(numbers) == 1 else numbers
+        if hasattr(reward, "tolist"):  # of numpy or torch
+            reward = reward.tolist()
+        while isinstance(reward, list) and len(reward) == 1:  # as a reward model's logits come: one number in brackets is a number
+            reward = reward[0]
         if not _is_number(reward):
             raise self._error(f"returned {_short(repr(reward))} ({type(reward).__name__})", where)
         if not -_LARGEST <= reward <= _LARGEST:  # nan neither
@@ -219,14 +220,27 @@ class RewardFunction:
         return RewardError(f"{self._name} {what} {where}; return {wanted}")
 
     def _raised(self, error: Exception, where: str) -> RewardError:
-        theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        here = Path(__file__).parent
+        theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if here not in Path(frame.filename).parents]
         line = f"; see {Path(theirs[0].filename).name}, line {theirs[0].lineno}" if theirs else ""
-        return RewardError(f"{self._name} raised {error!r} {where}{line}")
+        return _also(error, f"{self._name} raised {error!r} {where}{line}")
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
+
+
+def _also(error: Exception, message: str) -> RewardError:
+    """A RewardError that `except` clauses for the user's own error catch too, its attributes included."""
+    try:
+        kind = type("RewardError", (RewardError, type(error)), {"__str__": lambda self: message, "__module__": RewardError.__module__})
+        raised = kind.__new__(kind)
+    except TypeError:  # some classes cannot be combined
+        return RewardError(message)
+    raised.__dict__.update(vars(error))
+    raised.args = (message,)
+    return raised
 
 
 # ------------------------------------------------------------------------------------------ by name, and several at once
@@ -349,6 +363,7 @@ def rank_rewards(scores: Sequence[float]) -> list[float]:
     Only the order counts, so that one prompt's large scores do not drown another's. A single sample gets 0. In `get_reward`, end with
     `return rank_rewards(scores)`; in a sentence reward, take `compare_sample` rows at a time: they come prompt by prompt.
     """
+    _require_numbers(scores)
     if len(scores) < 2:
         return [0.0] * len(scores)
     below = [sum(other < score for other in scores) for score in scores]
@@ -361,10 +376,17 @@ def group_baseline(scores: Sequence[float]) -> list[float]:
 
     Source: Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, equation 8 (RLOO). A single sample keeps its score.
     """
+    _require_numbers(scores)
     if len(scores) < 2:
         return [float(score) for score in scores]
     total = sum(scores)
     return [score - (total - score) / (len(scores) - 1) for score in scores]
+
+
+def _require_numbers(scores: Sequence[float]) -> None:
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):  # ranks and differences would hide it
+            raise RewardError(f"score {i} of {len(scores)} is {score}; scores must be finite numbers")
 
 
 def _name(reward: object) -> str:

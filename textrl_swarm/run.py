@@ -99,7 +99,8 @@ class Run:
             compare_sample=config.sampling.num_samples, reward=ingredients.reward, reward_timeout_s=config.train.reward_timeout_s,
         )  # fmt: skip
         self.env.seed(config.seed)
-        check_prompts(policy, [self.env.encode(item) for item in self.env.items], config.sampling)
+        self.env.stop_also_at(policy.stop_ids)
+        check_prompts(policy, self.env.prompts(), config.sampling)
         self.agent = PPOAgent(policy, config.ppo, config.sampling)
         self._reward, self._inputs = ingredients.reward, _inputs(config, ingredients)
         changed = changes(config)

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from textrl_swarm.agent import PPOAgent  # first: it silences gym's banner
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError
-from textrl_swarm.rollout import Collected, Sampled, collect, reward_responses, sample_responses
+from textrl_swarm.rollout import Collected, Sampled, collect_env_steps, reward_responses, sample_responses
 
 from pfrl.experiments.evaluator import Evaluator, save_agent  # isort: skip
 
@@ -95,8 +93,9 @@ def train_agent_with_evaluation(
 ) -> tuple[PPOAgent, list[dict]]:
     """pfrl's function of this name, with its files: `best/`, `scores.txt`, `{t}_checkpoint`, `{t}_finish`, `{t}_except`.
 
-    Differences: episodes are collected a rollout of about `agent.update_interval` env steps at a time, evaluation happens between rollouts,
-    and there is always a last evaluation, so that `best/` exists at the end.
+    Differences: episodes are collected a rollout of `agent.update_interval` env steps or a little more at a time; evaluation happens
+    between rollouts; and `best/` exists at the end: there is a last evaluation, unless none was due in all of `steps`, where the agent as
+    it is in the end is the best.
 
     Args:
         steps: env steps in all (one token of each sample of one prompt).
@@ -120,14 +119,14 @@ def train_agent_with_evaluation(
     )  # fmt: skip
     eval_length = eval_max_episode_len or train_max_episode_len
     length = min(env.env_max_length, train_max_episode_len or env.env_max_length)
-    prompts = max(1, math.ceil(agent.update_interval / length))
     history: list[dict] = []
     t, episodes, evaluated_at = step_offset, 0, None
     try:
         while t < steps:
-            collected = collect(agent.policy, env, prompts, dataclasses.replace(agent.rollout_sampling(), max_new_tokens=length))
+            sampling = dataclasses.replace(agent.rollout_sampling(), max_new_tokens=length)
+            collected = collect_env_steps(agent.policy, env, agent.update_interval, sampling)
             agent.learn(collected.rollout, collected.rewards)
-            before, t, episodes = t, t + collected.env_steps, episodes + prompts
+            before, t, episodes = t, t + collected.env_steps, episodes + len(collected.items)
             log.info("outdir:%s step:%s episode:%s R:%s", outdir, t, episodes, float(collected.scores.mean()))
             log.info("statistics:%s", agent.get_statistics())
             for step in range(before + 1, t + 1):
@@ -135,32 +134,24 @@ def train_agent_with_evaluation(
                     hook(env, agent, step)
             if checkpoint_freq and t // checkpoint_freq > before // checkpoint_freq and t < steps:
                 save_agent(agent, t, outdir, log, suffix="_checkpoint")
-            with _episodes_of(eval_env, eval_length):
+            with eval_env.shortened(eval_length):  # with their final reward; pfrl's evaluator would cut them off without one
                 score = evaluator.evaluate_if_necessary(t=t, episodes=episodes)
             if score is not None:
                 evaluated_at = t
                 history.append(_evaluation(agent, score))
                 if successful_score is not None and evaluator.max_score >= successful_score:
                     break
-        if evaluated_at != t:
-            with _episodes_of(eval_env, eval_length):
+        if evaluated_at is None:  # none was due
+            if save_best_so_far_agent:
+                save_agent(agent, "best", outdir, log)
+        elif evaluated_at != t:
+            with eval_env.shortened(eval_length):
                 history.append(_evaluation(agent, evaluator.evaluate_and_update_max_score(t, episodes)))
     except (Exception, KeyboardInterrupt):
         save_agent(agent, t, outdir, log, suffix="_except")
         raise
     save_agent(agent, t, outdir, log, suffix="_finish")
     return agent, history
-
-
-@contextmanager
-def _episodes_of(env: TextRLEnv, length: int | None) -> Iterator[None]:
-    """Episodes end after at most `length` env steps, with their final reward; pfrl's evaluator would cut them off without one."""
-    before = env.env_max_length
-    env.env_max_length = min(before, length or before)
-    try:
-        yield
-    finally:
-        env.env_max_length = before
 
 
 def _evaluation(agent: PPOAgent, score: float) -> dict:
