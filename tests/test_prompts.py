@@ -128,3 +128,10 @@ def test_datasets_that_are_refused(dataset, source, told):
 def test_lists_that_are_refused(source, told):
     with pytest.raises(PromptError, match=told):
         load_prompts(source)
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"input": "good"}\n{"input": "\\ud800"}\n')
+    with pytest.raises(PromptError, match=r"p\.jsonl, line 2: the input is no valid text"):
+        load_prompts(path)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import math
+import re
+import signal
 import sys
 import threading
 
@@ -115,6 +119,10 @@ def test_a_function_that_raises(error, finish):
     assert type(error).__name__ in str(caught.value)
 
 
+def repr_of(error: BaseException) -> str:
+    return type(error).__name__
+
+
 class Trial(Exception):
     """With a constructor and attributes of its own."""
 
@@ -143,6 +151,39 @@ def test_errors_that_cannot_be_combined_with_ours():
     with pytest.raises(RewardError, match="failing raised UnicodeDecodeError") as caught:
         RewardFunction(failing, 1)({"input": "a"}, [["a"]], True)
     assert isinstance(caught.value.__cause__, UnicodeDecodeError)
+
+
+class Stubborn(Exception):
+    """Cannot be a base class, and cannot be shown."""
+
+    def __init_subclass__(cls):
+        raise RuntimeError("no subclasses")
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), StopIteration(), asyncio.CancelledError(), Stubborn(), GeneratorExit()], ids=repr_of)
+def test_what_would_end_programs_and_loops_is_an_error_like_any_other(error):
+    def failing(*_):
+        raise error
+
+    for ask_it in (
+        lambda: RewardFunction(failing, 2)(ITEM, PREDICTED, True),
+        lambda: RewardFunction(lambda items, texts: failing(), 2).of_sentences(ITEMS, list("abcd")),
+    ):
+        with pytest.raises(RewardError, match=f"raised {type(error).__name__}") as caught:
+            ask_it()
+        assert caught.value.__cause__ is error and type(caught.value) is RewardError
+
+
+def test_a_reward_may_do_what_it_likes_with_its_lists():
+    def clears(items, texts):
+        values = [float(len(text)) for text in texts]
+        items.clear(), texts.clear()
+        return values
+
+    assert RewardFunction(clears, 2).of_sentences(ITEMS, ["a", "bc", "", "d"]) == [1.0, 2.0, 0.0, 1.0]
 
 
 def test_the_line_that_is_named_is_the_users():
@@ -318,16 +359,51 @@ def test_what_a_sentence_reward_may_not_return(value, told):
     assert told in str(caught.value) and "one finite number per response" in str(caught.value)
 
 
-def test_a_reward_that_takes_too_long():
-    released = threading.Event()
+TOO_SLOW = r"slow took longer than reward_timeout_s=0\.1 for 4 responses; make it faster"
+
+
+def waits(items, texts):
+    threading.Event().wait(30)
+
+
+def waits_and_swallows(items, texts):
+    with contextlib.suppress(BaseException):
+        threading.Event().wait(30)
+    return [0.0] * len(texts)
+
+
+def backtracks(items, texts):
+    """Holds the interpreter's lock for hours: no other thread would ever be asked."""
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+@pytest.mark.parametrize("function", [waits, waits_and_swallows, backtracks])
+def test_a_reward_that_takes_too_long(function):
+    function.__name__ = "slow"
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(RewardError, match=TOO_SLOW):
+        RewardFunction(function, 2, timeout_s=0.1).of_sentences(ITEMS, list("abcd"))
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_reward_that_takes_too_long_outside_the_main_thread():
+    released, told = threading.Event(), []
 
     def slow(items, texts):
         released.wait(30)
         return [0.0] * len(texts)
 
+    def ask():
+        try:
+            RewardFunction(slow, 2, timeout_s=0.1).of_sentences(ITEMS, list("abcd"))
+        except RewardError as error:
+            told.append(str(error))
+
     try:
-        with pytest.raises(RewardError, match=r"slow took longer than reward_timeout_s=0\.05 for 4 responses; make it faster"):
-            RewardFunction(slow, 2, timeout_s=0.05).of_sentences(ITEMS, list("abcd"))
+        asking = threading.Thread(target=ask)
+        asking.start()
+        asking.join(30)
+        assert re.match(TOO_SLOW, told[0])
         (hanging,) = (thread for thread in threading.enumerate() if thread.name == "reward")
         assert hanging.daemon, "a reward that hangs for ever would keep the interpreter from ending"
     finally:

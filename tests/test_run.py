@@ -14,12 +14,14 @@ import types
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from architectures import character_tokenizer, tiny_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from textrl_swarm.agent import PPOAgent
 from textrl_swarm.checkpoint import PENDING, checkpoints
 from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ModelError, PromptError, RewardError
 from textrl_swarm.run import Run, locked, open_policy, read_ingredients
@@ -219,7 +221,147 @@ def test_ctrl_c_says_how_to_continue(configure, monkeypatch):
     assert "continuing runs/a after iteration 2 of 5" in train(configure())
 
 
+def test_a_reward_that_draws_numbers_is_seeded_too(configure):
+    train(configure("runs/a", "train.iterations=2"))
+    random.random(), np.random.rand(), torch.rand(3)
+    train(configure("runs/b", "train.iterations=2"))
+    assert_same_run("runs/a", "runs/b")
+
+
+def test_settings_that_are_changed_and_accepted_hold(configure):
+    train(configure("runs/a", "train.iterations=2"))
+    changed = configure("runs/a", "train.iterations=3", "ppo.kl_coef=5.0", "ppo.weight_decay=0.5", "ppo.adam_eps=0.1", "ppo.lr=0.25")
+    train(changed, accept_changes=True)
+    line = lines("runs/a/metrics.jsonl")[-1]
+    assert (line["kl_coef"], line["lr"]) == (5.0, 0.25)
+    (group,) = torch.load(checkpoints(Path("runs/a"))[-1] / "learner.pt")["optimizer"]["param_groups"]
+    assert (group["lr"], group["eps"], group["weight_decay"]) == (0.25, 0.1, 0.5)
+
+
+def test_a_reward_that_leaves_the_directory_does_not_take_the_run_along(configure, tmp_path):
+    Path("tasks.py").write_text(REWARDS.replace("    return [sum", "    import os; os.chdir('/'); return [sum"))
+    train(configure("runs/a", "train.iterations=2"))
+    assert (tmp_path / "runs/a/adapter/adapter_config.json").is_file() and len(checkpoints(tmp_path / "runs/a")) == 2
+
+
+def test_a_rewards_module_may_switch_gradients_off(configure):
+    Path("tasks.py").write_text(REWARDS + "\ntorch.set_grad_enabled(False)\n")
+    try:
+        train(configure("runs/a", "train.iterations=1"))
+    finally:
+        torch.set_grad_enabled(True)
+    assert lines("runs/a/metrics.jsonl")[0]["grad_norm"] > 0
+
+
+def test_a_reward_may_change_its_prompts_but_not_the_next_ones(configure):
+    Path("tasks.py").write_text(
+        "def longer(items, texts):\n    for item in items:\n        item['input'] += '!'\n    return [len(i['input']) for i in items]\n"
+    )
+    train(configure("runs/a", "train.iterations=3", "train.samples_every=1", reward="tasks.py:longer"))
+    assert {line["prompt"] for line in lines("runs/a/samples.jsonl")} == {"the soup", "my phone", "a"}
+    assert max(line["score"] for line in lines("runs/a/samples.jsonl")) == len("the soup!")
+
+
+_FORKING = """
+import os, sys, time
+from rich.console import Console
+from textrl_swarm import train_command
+from textrl_swarm.run_config import load_config
+import tasks
+def forks(items, texts):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(60)
+        os._exit(0)
+    os.kill(os.getpid(), 9)
+tasks.vowels = forks
+train_command.train_command(load_config(sys.argv[1]), Console())
+"""
+
+
+def test_workers_of_a_killed_trainer_do_not_keep_its_directory(configure):
+    Path("run.yaml").write_text(configure("runs/a", reward="tasks:vowels").to_yaml())
+    killed = subprocess.Popen([sys.executable, "-c", _FORKING, "run.yaml"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert killed.wait(120) == -9
+        orphans = [p for p in psutil.process_iter(["cmdline"]) if "run.yaml" in (p.info["cmdline"] or ()) and p.pid != killed.pid]
+        assert orphans, "the forked worker is gone already"
+        train(configure("runs/a", "train.iterations=1"))
+    finally:
+        for orphan in orphans:
+            orphan.kill()
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(configure):
+    train(configure("runs/a", "train.iterations=1"))
+    shutil.copytree("runs/a/adapter", "runs/a/.adapter.0a1b2c3d.part")
+    shutil.copytree("runs/a/adapter", "runs/a/.other.0a1b2c3d.old")  # about to be replaced, and the new one never came
+    Path("runs/a/checkpoints/.iteration_000002.0a1b2c3d.part").mkdir()
+    train(configure("runs/a", "train.iterations=2"))
+    left = [path.name for path in Path("runs/a").rglob(".*") if path.name not in (".lock",)]
+    assert left == [] and Path("runs/a/other/adapter_config.json").is_file()
+
+
+def test_a_finished_run_says_the_same_when_it_is_asked_again(configure):
+    train(configure("runs/a", "train.iterations=2"))
+    first = json.loads(Path("runs/a/summary.json").read_text())
+    train(configure("runs/a", "train.iterations=2"))
+    assert json.loads(Path("runs/a/summary.json").read_text()) == first
+    assert first["last"]["iteration"] == 2 and first["last"]["score"] > 0 and first["seconds"] > 0
+
+
+def test_lines_that_are_none_of_ours_are_dropped_from_the_metrics(configure):
+    train(configure("runs/a", "train.iterations=1"))
+    with open("runs/a/metrics.jsonl", "a") as file:
+        file.write('[]\n{"score": 1}\n{"iteration": null}\n{"iteration": 2, "sco')
+    train(configure("runs/a", "train.iterations=2"))
+    assert [line["iteration"] for line in lines("runs/a/metrics.jsonl")] == [1, 2]
+
+
+def test_a_full_disk_is_told_and_loses_nothing(configure, monkeypatch):
+    train(configure("runs/a", "train.iterations=1"))
+
+    def full(*_, **__):
+        raise RuntimeError("unexpected pos 1024 vs 918")  # as torch.save says it
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PPOAgent, "save", full)
+        with pytest.raises(CheckpointError, match=r"iteration_000002 cannot be written .*: make room, and type the same command"):
+            train(configure("runs/a", "train.iterations=2"))
+    assert "after iteration 1" in train(configure("runs/a", "train.iterations=2"))
+
+
 # ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_blocks_that_changed_in_place_are_noticed(configure, tiny_bloom, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48), model)
+    train(configure("runs/a", "train.iterations=1", f"model={model}"))
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {k: t * 1.5 if "dense" in k and "weight" in k else t for k, t in weights.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="the contents of the base model's blocks changed"):
+        train(configure("runs/a", "train.iterations=2", f"model={model}"))
+    assert "after iteration 1" in train(configure("runs/a", "train.iterations=2", f"model={model}"), accept_changes=True)
+
+
+def test_a_users_own_file_of_that_name_is_not_replaced(configure):
+    Path("runs/a").mkdir(parents=True)
+    own = "# mine\n" + configure("runs/a").to_yaml().partition("\n")[2]
+    Path("runs/a/config.yaml").write_text(own)
+    with pytest.raises(CheckpointError, match="is a file of your own"):
+        train(configure())
+    assert Path("runs/a/config.yaml").read_text() == own
+
+
+def test_a_model_without_a_tokenizer(configure, tiny_bloom, tmp_path):
+    shutil.copytree(
+        tiny_bloom(seed=5, layers=2, hidden=32, vocab=48), tmp_path / "model", ignore=shutil.ignore_patterns("token*", "special*")
+    )
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        train(configure(model=str(tmp_path / "model")))
 
 
 def test_a_changed_configuration_is_refused_with_what_changed(configure):
@@ -287,7 +429,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(configure):
     train(configure("runs/a", "train.iterations=2"))
     for checkpoint in checkpoints(Path("runs/a")):
         (checkpoint / "learner.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="all checkpoints in runs/a/checkpoints are damaged; move runs/a away"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .*runs/a/checkpoints are damaged; move .*runs/a away"):
         train(configure())
 
 
@@ -327,7 +469,7 @@ def test_a_prompt_that_is_too_long_is_told_before_anything_is_trained(configure,
 
 
 def test_one_process_at_a_time(configure):
-    with locked(Path("runs/a")), pytest.raises(ConfigError, match="another process is training in runs/a"):
+    with locked(Path("runs/a")), pytest.raises(ConfigError, match=rf"another process \({os.getpid()}\) is training in runs/a"):
         train(configure())
     train(configure("runs/a", "train.iterations=1"))
 
@@ -335,7 +477,7 @@ def test_one_process_at_a_time(configure):
 def test_a_directory_with_another_config_yaml(configure):
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/config.yaml").write_text("- nothing of ours")
-    with pytest.raises(CheckpointError, match="is not the configuration of a run"):
+    with pytest.raises(CheckpointError, match="is a file of your own, which the run's would replace"):
         train(configure())
 
 

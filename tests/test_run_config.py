@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import re
+from pathlib import Path
+
 import pytest
 
 from textrl_swarm.config import LoraSettings
@@ -91,7 +95,11 @@ def test_overrides(override, get, expected):
         ({"reward": {"label": "x"}}, 'give each reward either function: "module:name" or model: NAME'),
         ({"reward": {"function": "a:b", "label": "x"}}, "label and with_prompt belong to a reward with model:"),
         ({"swarm": {}}, "the key 'swarm.initial_peers' is missing"),
-        ({"swarm": {"initial_peers": "/ip4/1"}}, 'swarm.initial_peers: input should be a list, got "/ip4/1"'),
+        ({"swarm": {"initial_peers": 5}}, "swarm.initial_peers: input should be a list, got 5"),
+        ({"output": " "}, "output is empty; name a directory"),
+        ({"seed": -1}, "seed must be in 0..4294967295, got -1"),
+        ({"seed": 2**32}, "seed must be in 0..4294967295"),
+        ({"reward": {"model": "m", "label": True}}, "reward.0.label: YAML reads True; put a label such as yes or no in quotes"),
         ({"swarm": {"initial_peers": ["a"]}, "quantization": "8bit"}, "servers of a swarm choose their own"),
         ({"quantization": "3bit"}, "quantization: input should be '8bit' or '4bit', got \"3bit\""),
         ({"sampling": {"seed": 1}}, "sampling.seed: a run has one seed; set the key `seed` instead"),
@@ -105,6 +113,44 @@ def test_what_is_refused(changes, expected):
     with pytest.raises(ConfigError) as caught:
         load_config({**LEAST, **changes})
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "get", "expected"),
+    [
+        ({"ppo": None, "train": None}, lambda c: (c.ppo.lr, c.train.iterations), (1e-4, 100)),
+        ({"sampling": None}, lambda c: c.sampling.num_samples, 4),
+        ({"swarm": {"initial_peers": "/ip4/1"}}, lambda c: c.swarm.initial_peers, ("/ip4/1",)),
+        ({"lora": {"targets": "dense"}}, lambda c: c.lora.targets, ("dense",)),
+        ({"train": {"report_to": "wandb"}}, lambda c: c.train.report_to, ("wandb",)),
+        ({"output": "~/runs"}, lambda c: c.output, str(Path.home() / "runs")),
+        ({"prompts": [{"input": "x", "when": datetime.date(2026, 1, 2)}]}, lambda c: c.to_dict()["prompts"][0]["when"], "2026-01-02"),
+    ],
+)
+def test_what_may_be_written_shorter(changes, get, expected):
+    assert get(load_config({**LEAST, **changes})) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: a\nseed: 1\nseed: 2\n", "the key 'seed' is there twice"),
+        ("ppo: {lr: 1}\nmodel: a\nppo: {epochs: 2}\n", "the key 'ppo' is there twice"),
+        ("model: " + "[" * 3000, "is not YAML"),
+        ("seed: " + "1" * 5000, "is not YAML"),
+        ("output: 2024-99-99", "is not YAML: month must be in 1..12"),
+    ],
+    ids=["key", "section", "deep", "digits", "date"],
+)
+def test_files_that_are_refused(tmp_path, text, told):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_an_override_that_is_no_yaml():
+    with pytest.raises(ConfigError, match="--set output=2024-99-99: the value is not YAML"):
+        load_config(LEAST, ["output=2024-99-99"])
 
 
 def test_every_complaint_is_listed_at_once():

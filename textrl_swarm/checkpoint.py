@@ -10,17 +10,19 @@ Knows nothing about configuration files or terminals.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from textrl_swarm.agent import PPOAgent
 from textrl_swarm.env import TextRLEnv
@@ -41,13 +43,17 @@ def save_checkpoint(run: Path, iteration: int, agent: PPOAgent, env: TextRLEnv, 
 
     Args:
         inputs: name -> digest of what the run depends on and the configuration does not hold, compared on resuming.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
     directory = run / CHECKPOINTS / _NAME.format(iteration)
-    with published(directory) as staging:
+    with _writing(directory), published(directory) as staging:
         agent.save(str(staging))
         state = {
             "iteration": iteration,
             "base_model": base_fingerprint(agent.policy),
+            "base_states": _base_states(agent.policy),
             "inputs": dict(inputs),
             "prompt_order": env.state_dict(),
             "random": _random_state(),
@@ -73,7 +79,7 @@ def load_newest(run: Path, agent: PPOAgent, env: TextRLEnv, inputs: Mapping[str,
     """
     found = checkpoints(run)
     for directory in reversed(found):
-        damage = _damage(directory)
+        damage = damage_of(directory)
         if damage is None:
             return _load(directory, agent, env, inputs, accept_changes)
         logger.warning("%s is damaged (%s); trying the one before", directory, damage)
@@ -87,6 +93,8 @@ def _load(directory: Path, agent: PPOAgent, env: TextRLEnv, inputs: Mapping[str,
     if state["base_model"] != base_fingerprint(agent.policy):
         raise CheckpointError(f"{directory} was trained on another base model than {agent.policy.base_model}; give the run another output")
     changed = [name for name in (*inputs, *state["inputs"].keys() - inputs.keys()) if state["inputs"].get(name) != inputs.get(name)]
+    if not _alike(state.get("base_states"), _base_states(agent.policy)):
+        changed.append("the base model's blocks")
     if changed and not accept_changes:
         raise CheckpointError(
             f"since {directory} was written, the contents of {', '.join(changed)} changed; "
@@ -99,7 +107,8 @@ def _load(directory: Path, agent: PPOAgent, env: TextRLEnv, inputs: Mapping[str,
     return state["iteration"]
 
 
-def _damage(directory: Path) -> str | None:
+def damage_of(directory: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None when they are as they were written."""
     try:
         files = json.loads((directory / STATE).read_text(encoding="utf-8"))["files"]
         return next((f"{name} is not what was written" for name, digest in files.items() if sha256(directory / name) != digest), None)
@@ -115,6 +124,28 @@ def base_fingerprint(policy: Policy) -> str:
     return f"{policy.vocab_size}x{policy.hidden_size}:{hashlib.sha256(columns.numpy().tobytes()).hexdigest()[:16]}"
 
 
+def _base_states(policy: Policy) -> list[float]:
+    """Some numbers of what the base model's blocks, of which the fingerprint knows nothing, make of a few tokens."""
+    tokens = torch.arange(4, device=policy.device)[None] % policy.vocab_size
+    with torch.no_grad(), policy.adapter_disabled():
+        return policy.hidden_states(policy.features(tokens))[0, -1, :16].float().cpu().tolist()
+
+
+def _alike(before: Sequence[float] | None, now: Sequence[float]) -> bool:
+    """Up to what other processors and servers round differently."""
+    return before is None or max(abs(a - b) for a, b in zip(before, now, strict=True)) <= 0.05 * max(map(abs, before))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); what was written before is whole: make room, and type the same command"
+        ) from error
+
+
 # ------------------------------------------------------------------------------------------ the rollout under way
 
 
@@ -123,8 +154,9 @@ def save_pending(run: Path, iteration: int, sampled: Sampled) -> None:
     rollout = {field.name: getattr(sampled.rollout, field.name) for field in dataclasses.fields(RolloutBatch)}
     kept = {"iteration": iteration, "num_prompts": len(sampled.items), "seconds": sampled.seconds, "rollout": rollout}
     part = run / f".{PENDING}.part"
-    torch.save(kept, part)
-    part.replace(run / PENDING)
+    with _writing(run / PENDING):
+        torch.save(kept, part)
+        part.replace(run / PENDING)
 
 
 def load_pending(run: Path, iteration: int, env: TextRLEnv) -> Sampled | None:

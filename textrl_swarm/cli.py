@@ -54,7 +54,12 @@ def train(
         from textrl_swarm.run_config import load_config
         from textrl_swarm.train_command import train_command
 
-    summary = train_command(load_config(config, overrides or ()), console, dry_run=dry_run, accept_changes=accept_changes)
+    run = load_config(config, overrides or ())
+    try:
+        summary = train_command(run, console, dry_run=dry_run, accept_changes=accept_changes)
+    except KeyboardInterrupt:  # before training began, or after it ended
+        console.print(escape(f"stopped: what there is in {run.output} is whole; the same command goes on"), soft_wrap=True)
+        raise typer.Exit(130) from None
     if summary is None and not dry_run:
         raise typer.Exit(130)
 
@@ -175,13 +180,23 @@ def dump() -> None:
     _run(dumper)
 
 
+def _complain(message: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
 def _run(command: typer.Typer) -> None:
     try:
         command()
     except TextRLSwarmError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _complain(str(error))
+        sys.exit(1)
+    except OSError as error:  # a full disk, a directory that may not be written
+        if error.filename is None:
+            raise
+        _complain(f"{error.filename}: {error.strerror}")
         sys.exit(1)
     except KeyboardInterrupt:
+        Console(stderr=True).print("stopped")
         sys.exit(130)
 
 

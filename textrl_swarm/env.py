@@ -152,7 +152,7 @@ class TextRLEnv:
 
     def reset(self, input_item: dict | str | None = None) -> Observation:
         """Starts an episode; returns its observation: `compare_sample` lists of token ids."""
-        self.input_item = self.draw(1)[0] if input_item is None else self.item(input_item)
+        self.input_item = self.draw(1)[0] if input_item is None else copy.copy(self.item(input_item))
         self._prompt_ids = self.encode(self.input_item)
         self.predicted: list[list[str]] = [[] for _ in range(self.compare_sample)]
         self.predicted_ids: list[list[int]] = [[] for _ in range(self.compare_sample)]
@@ -220,7 +220,7 @@ class TextRLEnv:
 
     def sentence_rewards(self, items: Sequence[dict], texts: Sequence[str]) -> list[float]:
         """Asks a sentence reward about any number of responses."""
-        return self._rewards.of_sentences(items, texts)
+        return self._rewards.of_sentences([copy.copy(item) for item in items], texts)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -252,7 +252,7 @@ class TextRLEnv:
         while len(self._upcoming) < count:
             self._upcoming += self._rng.sample(range(len(self._items)), len(self._items))
         drawn, self._upcoming = self._upcoming[:count], self._upcoming[count:]
-        return [self._items[i] for i in drawn]
+        return [copy.copy(self._items[i]) for i in drawn]  # a reward may change what it gets; the next one gets the prompt as it is
 
     def prompts(self) -> list[list[int]]:
         """Token ids of every prompt there is."""

@@ -30,8 +30,22 @@ def published(directory: str | Path) -> Iterator[Path]:
         os.replace(staging, directory)
         _to_disk(directory.parent)
     finally:
+        if replaced.exists() and not directory.exists():  # interrupted between the two
+            os.replace(replaced, directory)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tidy(directory: str | Path) -> None:
+    """Removes what processes that were killed while they wrote left in a directory; what they were about to replace is put back."""
+    for path in Path(directory).glob(".*.part"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in Path(directory).glob(".*.old"):
+        name = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if name.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.replace(path, name)
 
 
 def write_text(path: str | Path, text: str) -> None:

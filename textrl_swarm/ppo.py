@@ -105,7 +105,8 @@ class PPO:
             "terminated": float(rollout.terminated.float().mean()),
             "lr": self._set_lr(),
         }
-        metrics.update(self._train(features, rollout, old, advantages, returns))
+        with torch.enable_grad():  # a reward's module may have switched gradients off for all
+            metrics.update(self._train(features, rollout, old, advantages, returns))
         if config.adaptive_kl_target is not None and math.isfinite(kl):
             self.kl_coef = next_kl_coef(
                 self.kl_coef, kl, target=config.adaptive_kl_target, horizon=config.adaptive_kl_horizon, num_responses=len(rollout)
@@ -185,7 +186,7 @@ class PPO:
 
     def _minibatches(self, num_rows: int, epochs: int | None = None) -> Iterator[Tensor]:
         """Row indices, every row once per epoch, in an order that depends on seed and update only."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.num_updates)
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.num_updates) % 2**63)
         for _ in range(epochs or self.config.epochs):
             yield from torch.randperm(num_rows, generator=generator).split(self.config.minibatch_size)
 
@@ -224,21 +225,30 @@ class PPO:
     def state_dict(self) -> dict:
         """Optimizer, KL coefficient and counters; the policy's parameters are saved by the policy."""
         counters = {name: getattr(self, name) for name in ("kl_coef", "num_updates", "num_steps", "num_skipped")}
-        return {"optimizer": self.optimizer.state_dict(), "optimizer_class": type(self.optimizer).__name__, **counters}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
+            "initial_kl_coef": self.config.kl_coef,
+            **counters,
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from `state_dict`. A learning rate other than the saved run began with is this run's choice, and holds; so is another
-        kind of optimizer, which then begins afresh."""
+        """Goes on from `state_dict`. Settings are this run's: a learning rate or KL coefficient goes on where the saved run's schedule or
+        controller had brought it, unless it began with another; another kind of optimizer begins afresh."""
         saved, here = state.get("optimizer_class"), type(self.optimizer).__name__
         if saved in (None, here):
-            chosen = [group["initial_lr"] for group in self.optimizer.param_groups]
+            chosen = [dict(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
-            for group, lr in zip(self.optimizer.param_groups, chosen, strict=True):
-                if group.get("initial_lr") != lr:
-                    group["lr"] = group["initial_lr"] = lr
+            for group, mine in zip(self.optimizer.param_groups, chosen, strict=True):
+                schedule = (
+                    ("lr",) if group.get("initial_lr") == mine["initial_lr"] else ()
+                )  # where the saved run's own schedule had come to
+                group.update({name: value for name, value in mine.items() if name not in ("params", *schedule)})
         else:
             logger.warning("the checkpoint was written with the optimizer %s; %s begins afresh", saved, here)
-        for name in ("kl_coef", "num_updates", "num_steps", "num_skipped"):
+        same = state.get("initial_kl_coef", self.config.kl_coef) == self.config.kl_coef
+        self.kl_coef = state["kl_coef"] if same else self.config.kl_coef
+        for name in ("num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
 
 

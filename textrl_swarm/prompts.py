@@ -53,6 +53,10 @@ def _item(entry: object, where: str) -> dict:
         raise PromptError(f'{where} has no "input"; it has {", ".join(map(repr, item)) or "no keys"}')
     if not isinstance(item["input"], str) or not item["input"].strip():
         raise PromptError(f"{where}: the input must be a text that is not empty, got {item['input']!r}")
+    try:
+        item["input"].encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON may have
+        raise PromptError(f"{where}: the input is no valid text ({error.reason}): {item['input']!r}") from error
     return item
 
 

@@ -6,12 +6,14 @@ once per rollout for all responses together. Knows nothing about models or token
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import importlib.util
 import inspect
 import logging
 import math
+import signal
 import sys
 import threading
 import traceback
@@ -30,6 +32,8 @@ FORMS = (
     "or f(items, texts), asked once for all responses of a rollout"
 )
 _SHOWN = 60  # characters of a text in a message
+_RAISED = 500  # of what a reward raised
+_THEIRS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)  # what a reward may raise; Ctrl-C is not the reward's
 _LARGEST = 3.4e38  # rewards are kept as float32
 
 
@@ -109,7 +113,7 @@ class RewardFunction:
             value = self._within_time(where, item, predicted, finish)
         except TextRLSwarmError:
             raise
-        except Exception as error:
+        except _THEIRS as error:
             if finish or not isinstance(error, UnboundLocalError):
                 raise self._raised(error, where) from error
             self._say_once(f"{self._name} left {error.name or 'its result'} unset before the end of a response; that counts as 0")
@@ -122,19 +126,19 @@ class RewardFunction:
         Raises:
             RewardError: the function raised, or returned something else; names the prompt and sample that it fails on alone, if any does.
         """
-        items, texts = list(items), list(texts)  # lists, because tokenizers and pipelines take no tuples
-        places = [self._place(i, item, text, len(texts)) for i, (item, text) in enumerate(zip(items, texts, strict=True))]
-        together = f"for {len(texts)} responses"
+        items, texts, count = list(items), list(texts), len(texts)  # lists, because tokenizers and pipelines take no tuples
+        places = [self._place(i, item, text, count) for i, (item, text) in enumerate(zip(items, texts, strict=True))]
+        together = f"for {count} responses"
         try:
-            value = _plain(self._within_time(together, items, texts))
+            value = _plain(self._within_time(together, list(items), list(texts)))  # theirs to empty
         except TextRLSwarmError:  # it took too long, or is a sum and its part has said where it failed
             raise
-        except Exception as error:
+        except _THEIRS as error:
             guilty, cause = self._guilty(error, items, texts)
             raise self._raised(cause, together if guilty is None else places[guilty]) from cause
         if not isinstance(value, list):
             raise self._error(f"returned {_short(repr(value))} ({type(value).__name__})", together)
-        if len(value) != len(texts):
+        if len(value) != count:
             raise self._error(f"returned {len(value)} rewards", together)
         return [self._number(reward, place) for reward, place in zip(value, places, strict=True)]
 
@@ -142,7 +146,7 @@ class RewardFunction:
         sample = f"response {i} of {count}" if self._num_samples is None else f"sample {i % self._num_samples}"
         return f"for prompt {_short(item.get('input'))!r}, {sample} ({_short(text)!r})"
 
-    def _guilty(self, error: Exception, items: list[dict], texts: list[str]) -> tuple[int | None, Exception]:
+    def _guilty(self, error: BaseException, items: list[dict], texts: list[str]) -> tuple[int | None, BaseException]:
         """The first response that raises when it is asked about alone, and what it raises; None when it takes several.
 
         Halves are asked, so that the search costs no more than asking about all responses once more.
@@ -155,12 +159,12 @@ class RewardFunction:
         alone = self._failure(items[start:stop], texts[start:stop])
         return (None, error) if alone is None else (start, alone)
 
-    def _failure(self, items: list[dict], texts: list[str]) -> Exception | None:
+    def _failure(self, items: list[dict], texts: list[str]) -> BaseException | None:
         try:
             self._within_time("", items, texts)
         except TextRLSwarmError:  # too slow is another matter
             return None
-        except Exception as error:
+        except _THEIRS as error:
             return error
         return None
 
@@ -191,25 +195,12 @@ class RewardFunction:
     def _within_time(self, where: str, *arguments):
         if self._timeout_s is None:
             return self._reward(*arguments)
-        outcome: list = []
-
-        def ask() -> None:
-            try:
-                outcome.append((True, self._reward(*arguments)))
-            except BaseException as error:
-                outcome.append((False, error))
-
-        thread = threading.Thread(target=ask, daemon=True, name="reward")  # daemon: a hung reward must not hang the program's end
-        thread.start()
-        thread.join(self._timeout_s)
-        if not outcome:
-            raise RewardError(
-                f"{self._name} took longer than reward_timeout_s={self._timeout_s:g} {where}; make it faster or allow more seconds"
-            )
-        succeeded, result = outcome[0]
-        if not succeeded:
-            raise result
-        return result
+        too_slow = RewardError(
+            f"{self._name} took longer than reward_timeout_s={self._timeout_s:g} {where}; make it faster or allow more seconds"
+        )
+        if threading.current_thread() is threading.main_thread():
+            return _until_alarm(self._timeout_s, too_slow, self._reward, *arguments)
+        return _in_a_thread(self._timeout_s, too_slow, self._reward, *arguments)
 
     def _error(self, what: str, where: str) -> RewardError:
         wanted = (
@@ -219,11 +210,11 @@ class RewardFunction:
         )
         return RewardError(f"{self._name} {what} {where}; return {wanted}")
 
-    def _raised(self, error: Exception, where: str) -> RewardError:
+    def _raised(self, error: BaseException, where: str) -> RewardError:
         here = Path(__file__).parent
         theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if here not in Path(frame.filename).parents]
         line = f"; see {Path(theirs[0].filename).name}, line {theirs[0].lineno}" if theirs else ""
-        return _also(error, f"{self._name} raised {error!r} {where}{line}")
+        return _also(error, f"{self._name} raised {_short(_repr(error), _RAISED)} {where}{line}")
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
@@ -231,15 +222,67 @@ class RewardFunction:
             logger.warning(message)
 
 
-def _also(error: Exception, message: str) -> RewardError:
-    """A RewardError that `except` clauses for the user's own error catch too, its attributes included."""
+class _Alarm(BaseException):
+    """Not an Exception: a reward's own `except Exception` must not swallow it."""
+
+
+def _until_alarm(timeout_s: float, too_slow: RewardError, function: Callable, *arguments):
+    """Interrupts also what never lets another thread run, such as a regular expression that backtracks for hours."""
+    rang = False
+
+    def ring(*_) -> None:
+        nonlocal rang
+        rang = True
+        raise _Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        result = function(*arguments)
+    except BaseException as error:
+        if rang:  # whatever the reward made of it
+            raise too_slow from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    if rang:
+        raise too_slow
+    return result
+
+
+def _in_a_thread(timeout_s: float, too_slow: RewardError, function: Callable, *arguments):
+    """Where no signals arrive: outside the main thread."""
+    outcome: list = []
+
+    def ask() -> None:
+        try:
+            outcome.append((True, function(*arguments)))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=ask, daemon=True, name="reward")  # daemon: a hung reward must not hang the program's end
+    thread.start()
+    thread.join(timeout_s)
+    if not outcome:
+        raise too_slow
+    succeeded, result = outcome[0]
+    if not succeeded:
+        raise result
+    return result
+
+
+def _also(error: BaseException, message: str) -> RewardError:
+    """A RewardError that `except` clauses for the user's own error catch too, its attributes included, where that can be had."""
+    if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):  # those end programs and loops
+        return RewardError(message)
     try:
         kind = type("RewardError", (RewardError, type(error)), {"__str__": lambda self: message, "__module__": RewardError.__module__})
         raised = kind.__new__(kind)
-    except TypeError:  # some classes cannot be combined
+        raised.__dict__.update(vars(error))
+        raised.args = (message,)
+    except Exception:  # some classes cannot be combined
         return RewardError(message)
-    raised.__dict__.update(vars(error))
-    raised.args = (message,)
     return raised
 
 
@@ -393,9 +436,16 @@ def _name(reward: object) -> str:
     return str(getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__)
 
 
-def _short(text: object) -> str:
+def _short(text: object, most: int = _SHOWN) -> str:
     text = str(text)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _repr(error: BaseException) -> str:
+    try:
+        return repr(error)
+    except Exception:  # of the user's class
+        return type(error).__name__
 
 
 def _plain(value: object) -> object:

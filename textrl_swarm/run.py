@@ -12,28 +12,30 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import time
+import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
 from textrl_swarm.adapters import ADAPTER_WEIGHTS
 from textrl_swarm.agent import PPOAgent
 from textrl_swarm.base_model import read_config
-from textrl_swarm.checkpoint import checkpoints, load_newest, load_pending, save_checkpoint, save_pending
+from textrl_swarm.checkpoint import CHECKPOINTS, checkpoints, load_newest, load_pending, save_checkpoint, save_pending
 from textrl_swarm.env import TextRLEnv
-from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError
-from textrl_swarm.files import published, sha256, write_text
+from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from textrl_swarm.files import published, sha256, tidy, write_text
 from textrl_swarm.generation import check_prompts
 from textrl_swarm.policy import Policy, load_policy
 from textrl_swarm.prompts import load_prompts
 from textrl_swarm.reward_models import reward_model
 from textrl_swarm.rewards import CombinedReward, load_reward
 from textrl_swarm.rollout import Sampled
-from textrl_swarm.run_config import RewardSection, RunConfig, differences
-from textrl_swarm.trackers import Trackers
+from textrl_swarm.run_config import HEADER, RewardSection, RunConfig, differences
+from textrl_swarm.trackers import Trackers, read_metrics
 from textrl_swarm.training import Iteration, train
 
 CONFIG, ADAPTER, SUMMARY, LOCK = "config.yaml", "adapter", "summary.json", ".lock"
@@ -93,7 +95,10 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, ingredients: Ingredients, policy: Policy, *, accept_changes: bool = False):
-        self.config, self.policy, self.directory = config, policy, Path(config.output)
+        if policy.tokenizer is None:
+            raise ModelError(f"{config.model} has no tokenizer; save one in its directory with tokenizer.save_pretrained")
+        self.config, self.policy = config, policy
+        self.directory = Path(config.output).absolute()  # a reward may change the current directory
         self.env = TextRLEnv(
             None, policy.tokenizer, ingredients.prompts, max_length=config.sampling.max_new_tokens,
             compare_sample=config.sampling.num_samples, reward=ingredients.reward, reward_timeout_s=config.train.reward_timeout_s,
@@ -104,14 +109,13 @@ class Run:
         self.agent = PPOAgent(policy, config.ppo, config.sampling)
         self._reward, self._inputs = ingredients.reward, _inputs(config, ingredients)
         changed = changes(config)
-        torch.manual_seed(config.seed)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):  # rewards may use any of them
+            seed(config.seed)
         self.start = load_newest(self.directory, self.agent, self.env, self._inputs, accept_changes=accept_changes)
         self._pending = None if changed else load_pending(self.directory, self.start, self.env)
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / CONFIG, config.to_yaml())
         self.done = self.start
-        self.started = time.perf_counter()
-        self.last: dict[str, float] = {}
 
     def iterations(self, on_sampled: Callable[[], None] = lambda: None) -> Iterator[Iteration]:
         """Yields after each iteration that was left to do; it is then on the disk. `on_sampled` is called between sampling and update."""
@@ -127,9 +131,8 @@ class Run:
                 start=self.start, sampled=self._pending, on_sampled=keep,
             ):  # fmt: skip
                 parts = {f"reward/{name}": mean for name, mean in getattr(self._reward, "parts", {}).items()}
-                self.last = {**iteration.metrics, **parts, "seconds": iteration.seconds}
                 done = iteration.index + 1
-                trackers.metrics(done, self.last)
+                trackers.metrics(done, {**iteration.metrics, **parts, "seconds": iteration.seconds})
                 if self.shows_samples(iteration.index):
                     trackers.samples(done, samples(iteration))
                 save_checkpoint(self.directory, done, self.agent, self.env, self._inputs, keep=settings.keep_checkpoints)
@@ -145,12 +148,13 @@ class Run:
         """Writes `adapter/` and `summary.json`; returns the summary."""
         with published(self.directory / ADAPTER) as staging:
             self.policy.save_adapter(staging)
+        lines = read_metrics(self.directory)
         summary = {
             "iterations": self.done,
-            "adapter": str(self.directory / ADAPTER),
+            "adapter": str(Path(self.config.output) / ADAPTER),
             "base_model": self.policy.base_model,
-            "seconds": time.perf_counter() - self.started,
-            "last": self.last,
+            "seconds": sum(line["seconds"] for line in lines),  # of all iterations, whoever did them
+            "last": lines[-1] if lines else {},
         }
         write_text(self.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return summary
@@ -179,7 +183,10 @@ def changes(config: RunConfig) -> list[str]:
     if not path.is_file():
         return []
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not text.startswith(HEADER) and not checkpoints(directory):
+            raise CheckpointError(f"{path} is a file of your own, which the run's would replace; move it away or name another output")
+        before = yaml.safe_load(text)
         lines = differences(before, config.to_dict())
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error}); move it away or name another output") from error
@@ -200,17 +207,26 @@ def require_unchanged(config: RunConfig) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Keeps a second process from training in the same directory. Raises ConfigError."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("w") as file:
+    with (directory / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"another process is training in {directory}; wait for it, or name another output") from error
+            file.seek(0)
+            raise ConfigError(
+                f"another process ({file.read().strip() or '?'}) is training in {directory}; wait for it, or name another output"
+            ) from error
+        os.register_at_fork(after_in_child=file.close)  # workers that a reward forked outlive a killed trainer, and must not hold its lock
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        for written in (directory, directory / CHECKPOINTS):
+            tidy(written)
         yield
 
 
 def _inputs(config: RunConfig, ingredients: Ingredients) -> dict[str, str]:
     """Digests of what the configuration only names. Not of the reward's code: mending it is a reason to continue."""
-    text = json.dumps(ingredients.prompts, sort_keys=True, default=str)
+    text = json.dumps(ingredients.prompts, default=str)
     inputs = {"prompts": hashlib.sha256(text.encode()).hexdigest()}
     if config.ref_adapter is not None:
         inputs["ref_adapter"] = sha256(Path(config.ref_adapter) / ADAPTER_WEIGHTS)

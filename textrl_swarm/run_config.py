@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
 from textrl_swarm.errors import ConfigError, closest
 
+HEADER = "# A run's configuration as `textrl-swarm train` resolved it.\n"  # tells it from a user's own file
 _ONE_SEED = ("ppo.seed", "sampling.seed")  # a run has one seed
 
 
@@ -90,6 +91,10 @@ class RunConfig:
     def __post_init__(self):
         if not isinstance(self.prompts, (list, str, dict)) or not self.prompts:
             raise ConfigError(f"prompts must be a list, a file, or a mapping with the key dataset; got {self.prompts!r}")
+        if not self.output.strip():
+            raise ConfigError("output is empty; name a directory")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
         if not self.reward:
             raise ConfigError('reward is empty; give "module:function", or a model and a label')
         if self.swarm is not None and self.quantization is not None:
@@ -100,14 +105,14 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default filled in; `load_config` reads them back to an equal configuration."""
-        plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))  # YAML has dates
         for key in _ONE_SEED:
             section, name = key.split(".")
             del plain[section][name]
         return plain
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return HEADER + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def load_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -116,22 +121,38 @@ def load_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str]
     Raises:
         ConfigError: no such file, not YAML, an unknown key (with the closest known one), a wrong type or an impossible value.
     """
-    values = json.loads(json.dumps(dict(source))) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    values = json.loads(json.dumps(dict(source), default=str)) if isinstance(source, Mapping) else _read_yaml(Path(source).expanduser())
     for override in overrides:
         _apply(values, override)
+    _spell_out(values)
     for key in _ONE_SEED:
         section, name = key.split(".")
         if isinstance(values.get(section), dict) and name in values[section]:
             raise ConfigError(f"{key}: a run has one seed; set the key `seed` instead")
+    config = _validated(values)
+    seeded = {"sampling": dataclasses.replace(config.sampling, seed=config.seed), "ppo": dataclasses.replace(config.ppo, seed=config.seed)}
+    return dataclasses.replace(config, **seeded)
+
+
+def _spell_out(values: dict[str, Any]) -> None:
+    """What may be written shorter: a section left empty, one thing instead of a list of one, a reward's name alone."""
+    for section in ("sampling", "ppo", "train"):
+        if section in values and values[section] is None:
+            values[section] = {}
     if isinstance(values.get("sampling"), dict):
         values["sampling"].setdefault("num_samples", 4)
+    for section, name in (("lora", "targets"), ("train", "report_to"), ("swarm", "initial_peers")):
+        if isinstance(values.get(section), dict) and isinstance(values[section].get(name), str):
+            values[section][name] = [values[section][name]]
+    if isinstance(values.get("output"), str):
+        values["output"] = str(Path(values["output"]).expanduser()) if values["output"].strip() else ""
     if isinstance(values.get("reward"), (str, dict)):
         values["reward"] = [values["reward"]]
     if isinstance(values.get("reward"), list):
         values["reward"] = [{"function": part} if isinstance(part, str) else part for part in values["reward"]]
-    config = _validated(values)
-    seeded = {"sampling": dataclasses.replace(config.sampling, seed=config.seed), "ppo": dataclasses.replace(config.ppo, seed=config.seed)}
-    return dataclasses.replace(config, **seeded)
+        for i, part in enumerate(values["reward"]):
+            if isinstance(part, dict) and isinstance(part.get("label"), bool):  # yes, no, on and off are these in YAML
+                raise ConfigError(f"reward.{i}.label: YAML reads {part['label']}; put a label such as yes or no in quotes")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -151,15 +172,27 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would drop one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise ConfigError(f"there is no configuration file {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping with keys such as model, prompts, reward and output; it holds {_short(values)}")
@@ -171,8 +204,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, e.g. --set ppo.lr=3e-4, got {override!r}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
     *sections, name = key.split(".")
     for section in sections:

@@ -5,6 +5,7 @@ Knows nothing about what the numbers mean.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from textrl_swarm.errors import ConfigError
+from textrl_swarm.files import write_text
 
 METRICS, SAMPLES, RUN_ID = "metrics.jsonl", "samples.jsonl", ".run_id"
 _LIKE_WANDB = ("wandb", "trackio")  # trackio has wandb's init, log, Table and finish
@@ -45,7 +47,10 @@ class Trackers:
         for name, module in self._reporters:
             run_id = _run_id(run)
             named = {"id": run_id} if name == "wandb" else {}  # trackio knows a run by its name
-            module.init(project="textrl-swarm", name=f"{run.name}-{run_id}", config=dict(config), resume="allow", **named)
+            try:
+                module.init(project="textrl-swarm", name=f"{run.name}-{run_id}", config=dict(config), resume="allow", **named)
+            except Exception as error:  # not logged in, no network
+                raise ConfigError(f"{name} (train.report_to) could not be started: {error}") from error
 
     def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
         """One line of numbers per iteration (counted from 1)."""
@@ -88,7 +93,7 @@ def _run_id(run: Path) -> str:
     """Kept in the run's directory: a run that is continued goes on where it was, and another of the same name is another."""
     path = run / RUN_ID
     if not path.is_file():
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
+        write_text(path, secrets.token_hex(4))
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -98,16 +103,22 @@ def _write(file, values: Mapping[str, Any]) -> None:
     file.flush()
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl has, an iteration each; lines that are none of ours, or that a crash cut short, are passed over."""
+    return [entry for _, entry in _entries(run / METRICS)]
+
+
 def _keep_up_to(path: Path, start: int) -> None:
-    """Drops lines of iterations after `start`, and a line that a crash cut short."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
+    """Drops lines of iterations after `start`."""
+    if path.is_file():
+        write_text(path, "".join(line + "\n" for line, entry in _entries(path) if entry["iteration"] <= start))
+
+
+def _entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["iteration"] <= start:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+            entry["iteration"] + 0
+            found.append((line, entry))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,8 @@ from textrl_swarm.estimate import RunEstimate, estimate_run
 from textrl_swarm.run import Run, locked, open_policy, read_ingredients, require_unchanged, samples
 from textrl_swarm.run_config import RunConfig
 from textrl_swarm.training import Iteration
+
+_SHOWN = 240  # characters of a prompt or response in a table of samples
 
 
 def train_command(config: RunConfig, console: Console, *, dry_run: bool = False, accept_changes: bool = False) -> dict | None:
@@ -42,7 +45,7 @@ def train_command(config: RunConfig, console: Console, *, dry_run: bool = False,
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(Path(config.output)))
         if config.swarm is None:
-            console.print(f"loading {config.model} ...", soft_wrap=True)  # transformers shows a bar of its own
+            console.print(escape(f"loading {config.model} ..."), soft_wrap=True)  # transformers shows a bar of its own
         with status(console, "joining the swarm") if config.swarm else contextlib.nullcontext():
             policy = stack.enter_context(open_policy(config))
         with status(console, "looking for a run to continue"):
@@ -52,7 +55,7 @@ def train_command(config: RunConfig, console: Console, *, dry_run: bool = False,
             _show(run, console)
         except KeyboardInterrupt:
             console.print(
-                f"[yellow]stopped[/]: {run.done} of {config.train.iterations} iterations are saved in {config.output}; "
+                f"[yellow]stopped[/]: {run.done} of {config.train.iterations} iterations are saved in {escape(config.output)}; "
                 "the same command continues there",
                 soft_wrap=True,
             )
@@ -63,8 +66,8 @@ def train_command(config: RunConfig, console: Console, *, dry_run: bool = False,
                 "mend the reward, type the same command, and they are scored again"
             ) from error
         summary = run.finish()
-    console.print(f"adapter in {summary['adapter']} (PEFT format); numbers in {config.output}/metrics.jsonl", soft_wrap=True)
-    console.print(f"use it elsewhere: textrl-swarm export {config.output} OUT", soft_wrap=True)
+    console.print(escape(f"adapter in {summary['adapter']} (PEFT format); numbers in {config.output}/metrics.jsonl"), soft_wrap=True)
+    console.print(escape(f"use it elsewhere: textrl-swarm export {shlex.quote(config.output)} OUT"), soft_wrap=True)
     return summary
 
 
@@ -75,7 +78,7 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
     trainable = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
     console.print(escape(f"{config.model}{quantized} {where}; {trainable:,} trainable parameters; {num_prompts} prompts"), soft_wrap=True)
     if run.start:
-        console.print(f"continuing {config.output} after iteration {run.start} of {config.train.iterations}", soft_wrap=True)
+        console.print(escape(f"continuing {config.output} after iteration {run.start} of {config.train.iterations}"), soft_wrap=True)
 
 
 def _show(run: Run, console: Console) -> None:
@@ -86,8 +89,8 @@ def _show(run: Run, console: Console) -> None:
         TextColumn("[dim]{task.fields[phase]}"), TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(compact=True),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=total, completed=run.start, numbers="", phase="sampling")
-        for iteration in run.iterations(on_sampled=lambda: progress.update(bar, phase="updating")):
+        bar = progress.add_task("", total=total, completed=run.start, numbers="", phase="sampling" if run.start < total else "done")
+        for iteration in run.iterations(on_sampled=lambda: progress.update(bar, phase="learning")):
             numbers = _numbers(iteration)
             progress.update(
                 bar, completed=iteration.index + 1, numbers=numbers, phase="sampling" if iteration.index + 1 < total else "done"
@@ -111,8 +114,13 @@ def _table(iteration: Iteration) -> Table:
     table.add_column("response", overflow="fold", ratio=2)
     table.add_column("score", justify="right")
     for row in samples(iteration):
-        table.add_row(escape(row["prompt"]), escape(row["response"].strip()), f"{row['score']:.2f}")
+        table.add_row(escape(_shortened(row["prompt"])), escape(_shortened(row["response"].strip())), f"{row['score']:.2f}")
     return table
+
+
+def _shortened(text: str) -> str:
+    """For a table; samples.jsonl has the whole text."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2 - 2]} ... {text[3 - _SHOWN // 2 :]}"
 
 
 def _show_plan(config: RunConfig, prompts: list[dict], console: Console) -> None:
