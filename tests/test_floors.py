@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # The client side of the swarm stands on the handler and on nothing else of the server side: hivemind makes a client's stub from the
 # handler's class. The server side does not see the client side.
 FLOORS: dict[str, tuple[str, list[str]]] = {
-    "words": ("errors types config files display", []),
+    "words": ("errors types config files display time_limit", []),
     "parts": ("sampling texts returns losses value_head adapters base_model estimate", ["words"]),
     "swarm.common": ("swarm.__init__ swarm.compat swarm.protocol", ["parts"]),
     "swarm.adapter_store": ("swarm.adapter_store", ["swarm.common"]),
@@ -32,7 +32,7 @@ FLOORS: dict[str, tuple[str, list[str]]] = {
     "swarm.client": ("swarm.client swarm.survey", ["swarm.session"]),
     "swarm.local": ("swarm.local", ["swarm.server", "swarm.client"]),
     "policies": ("policy local_policy swarm_policy generation tiny", ["swarm.local"]),
-    "rollouts": ("rewards reward_models prompts env rollout", ["policies"]),
+    "rollouts": ("rewards reward_files reward_models prompts env rollout", ["policies"]),
     "agents": ("ppo agent actor", ["rollouts"]),
     "training": ("checkpoint training trackers", ["agents"]),
     "runs": ("run_config run plain_check export", ["training"]),

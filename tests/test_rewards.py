@@ -18,13 +18,13 @@ from architectures import character_tokenizer
 
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, RewardError
+from textrl_swarm.reward_files import load_reward
 from textrl_swarm.rewards import (
     CombinedReward,
     RewardFunction,
     Rewards,
     group_baseline,
     is_sentence_reward,
-    load_reward,
     rank_rewards,
 )
 
@@ -404,7 +404,7 @@ def test_a_reward_that_takes_too_long_outside_the_main_thread():
         asking.start()
         asking.join(30)
         assert re.match(TOO_SLOW, told[0])
-        (hanging,) = (thread for thread in threading.enumerate() if thread.name == "reward")
+        (hanging,) = (thread for thread in threading.enumerate() if thread.name == "time limit")
         assert hanging.daemon, "a reward that hangs for ever would keep the interpreter from ending"
     finally:
         released.set()

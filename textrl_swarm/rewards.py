@@ -1,4 +1,4 @@
-"""Rewards: the user's function in either of its two forms, where to find it, how to combine several, and believing only what is a reward.
+"""Rewards: the user's function in either of its two forms, how to combine several, and believing only what is a reward.
 
 A step reward is TextRL's: `f(input_item, predicted_list, finish)`, asked after every token. A sentence reward is `f(items, texts)`, asked
 once per rollout for all responses together. Knows nothing about models or token ids.
@@ -7,20 +7,15 @@ once per rollout for all responses together. Knows nothing about models or token
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
-import importlib.util
 import inspect
 import logging
 import math
-import signal
-import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from textrl_swarm.errors import ConfigError, RewardError, TextRLSwarmError, closest
+from textrl_swarm.errors import ConfigError, RewardError, TextRLSwarmError
+from textrl_swarm.time_limit import TookTooLong, within
 
 logger = logging.getLogger(__name__)
 
@@ -193,14 +188,12 @@ class RewardFunction:
         return float(reward)
 
     def _within_time(self, where: str, *arguments):
-        if self._timeout_s is None:
-            return self._reward(*arguments)
-        too_slow = RewardError(
-            f"{self._name} took longer than reward_timeout_s={self._timeout_s:g} {where}; make it faster or allow more seconds"
-        )
-        if threading.current_thread() is threading.main_thread():
-            return _until_alarm(self._timeout_s, too_slow, self._reward, *arguments)
-        return _in_a_thread(self._timeout_s, too_slow, self._reward, *arguments)
+        try:
+            return within(self._timeout_s, self._reward, *arguments)
+        except TookTooLong as error:
+            raise RewardError(
+                f"{self._name} took longer than reward_timeout_s={self._timeout_s:g} {where}; make it faster or allow more seconds"
+            ) from error
 
     def _error(self, what: str, where: str) -> RewardError:
         wanted = (
@@ -222,56 +215,6 @@ class RewardFunction:
             logger.warning(message)
 
 
-class _Alarm(BaseException):
-    """Not an Exception: a reward's own `except Exception` must not swallow it."""
-
-
-def _until_alarm(timeout_s: float, too_slow: RewardError, function: Callable, *arguments):
-    """Interrupts also what never lets another thread run, such as a regular expression that backtracks for hours."""
-    rang = False
-
-    def ring(*_) -> None:
-        nonlocal rang
-        rang = True
-        raise _Alarm
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
-    try:
-        result = function(*arguments)
-    except BaseException as error:
-        if rang:  # whatever the reward made of it
-            raise too_slow from error
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    if rang:
-        raise too_slow
-    return result
-
-
-def _in_a_thread(timeout_s: float, too_slow: RewardError, function: Callable, *arguments):
-    """Where no signals arrive: outside the main thread."""
-    outcome: list = []
-
-    def ask() -> None:
-        try:
-            outcome.append((True, function(*arguments)))
-        except BaseException as error:
-            outcome.append((False, error))
-
-    thread = threading.Thread(target=ask, daemon=True, name="reward")  # daemon: a hung reward must not hang the program's end
-    thread.start()
-    thread.join(timeout_s)
-    if not outcome:
-        raise too_slow
-    succeeded, result = outcome[0]
-    if not succeeded:
-        raise result
-    return result
-
-
 def _also(error: BaseException, message: str) -> RewardError:
     """A RewardError that `except` clauses for the user's own error catch too, its attributes included, where that can be had."""
     if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):  # those end programs and loops
@@ -286,73 +229,7 @@ def _also(error: BaseException, message: str) -> RewardError:
     return raised
 
 
-# ------------------------------------------------------------------------------------------ by name, and several at once
-
-
-def load_reward(spec: str) -> StepReward | SentenceReward:
-    """The callable behind "package.module:name" or "path/to/file.py:name".
-
-    Modules are looked for in the current directory first; a file may import its neighbours.
-
-    Raises:
-        ConfigError: no such module, file or name (with the closest there is), it cannot be imported, or it is no reward.
-    """
-    place, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
-    if not colon or not place or not name:
-        raise ConfigError(f'a reward is named "module:function" or "path/to/file.py:function", got {spec!r}')
-    module = _import_file(Path(place).expanduser()) if place.endswith(".py") or "/" in place else _import_module(place)
-    if not hasattr(module, name):
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ConfigError(f"{place} has no {name!r}; {closest(name, known)}")
-    reward = getattr(module, name)
-    is_sentence_reward(reward)
-    return reward
-
-
-def _import_module(name: str):
-    here = Path.cwd()
-    try:
-        with _neighbours(here):
-            return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            near = _near(name, [path.stem for path in here.glob("*.py")])
-            raise ConfigError(f"there is no module {error.name!r} here ({here}) or among the installed packages{near}") from error
-        raise ConfigError(f"importing {name} failed: {error!r}") from error
-    except (Exception, SystemExit) as error:  # scripts end with sys.exit
-        raise ConfigError(f"importing {name} failed: {error!r}") from error
-
-
-def _import_file(path: Path):
-    if not path.is_file():
-        near = _near(path.name, [found.name for found in path.parent.glob("*.py")])
-        raise ConfigError(f"there is no file {path} ({Path.cwd()} is the current directory){near}")
-    spec = importlib.util.spec_from_file_location(f"textrl_swarm_reward_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up by name
-    try:
-        with _neighbours(path.resolve().parent):
-            spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
-        raise ConfigError(f"importing {path} failed: {error!r}") from error
-    return module
-
-
-@contextlib.contextmanager
-def _neighbours(directory: Path) -> Iterator[None]:
-    """Modules of a directory come first during an import, as with `python -m`, and last from then on, for imports inside functions."""
-    sys.path.insert(0, str(directory))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the module may have changed the path itself
-            sys.path.remove(str(directory))
-        if str(directory) not in sys.path:
-            sys.path.append(str(directory))
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    return f"; {closest(name, known)}" if known else ""
+# ------------------------------------------------------------------------------------------ several at once
 
 
 class CombinedReward:

@@ -31,8 +31,9 @@ from textrl_swarm.files import published, sha256, tidy, write_text
 from textrl_swarm.generation import check_prompts
 from textrl_swarm.policy import Policy, load_policy
 from textrl_swarm.prompts import load_prompts
+from textrl_swarm.reward_files import load_reward
 from textrl_swarm.reward_models import reward_model
-from textrl_swarm.rewards import CombinedReward, load_reward
+from textrl_swarm.rewards import CombinedReward
 from textrl_swarm.rollout import Sampled
 from textrl_swarm.run_config import HEADER, RewardSection, RunConfig, differences
 from textrl_swarm.trackers import Trackers, read_metrics
