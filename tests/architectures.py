@@ -25,6 +25,22 @@ CONFIGS = {
     "qwen2": ("qwen2", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
 }
 ARCHITECTURES = sorted(CONFIGS)
+UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
+    "gemma2": ("gemma2", {**_LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 3.0}),
+    "cohere": ("cohere", {**_LLAMA_LIKE, "logit_scale": 0.0625}),
+    "granite": ("granite", {**_LLAMA_LIKE, "logits_scaling": 8.0}),
+    "bert": (
+        "bert",
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "is_decoder": True},
+    ),
+    "openai-gpt": ("openai-gpt", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}),
+    "bamba": (
+        "bamba",
+        {**_LLAMA_LIKE, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+    "minimax": ("minimax", {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "block_size": 8}),
+}
 LINEARS = {  # of one block, by hand
     "gpt2": {"c_attn", "c_proj", "c_fc"},
     "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
@@ -38,7 +54,7 @@ BLOCKS_NAME = {name: "h" if name in ("gpt2", "bloom") else "layers" for name in 
 
 def tiny_model(architecture: str, seed: int = 0, **overrides):
     """An untrained model of 3 blocks whose every weight matters; peaked logits, so that the most likely token is no tie."""
-    model_type, settings = CONFIGS[architecture]
+    model_type, settings = {**CONFIGS, **UNUSUAL}[architecture]
     ids = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
     config = AutoConfig.for_model(model_type, **{**settings, **ids, **overrides})
     with torch.random.fork_rng(devices=[]):

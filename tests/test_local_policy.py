@@ -129,6 +129,45 @@ def test_right_padding_changes_nothing(architecture):
     torch.testing.assert_close(other_padding.logits[:1, :7], alone.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "cohere", "granite", "bert"])
+def test_logits_are_the_models_own_where_it_scales_or_caps_them(architecture):
+    model, tokens = tiny_model(architecture), random_tokens(3, 9)
+    policy = load_policy(copy.deepcopy(model), lora=LoraSettings(targets=("k_proj", "key")[architecture == "bert"]))
+    with torch.no_grad():
+        assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
+        hidden = policy.hidden_states(tokens)
+        torch.testing.assert_close(policy.project(hidden[1, 4]), policy.project(hidden)[1, 4], rtol=1e-5, atol=1e-5)
+    perturb(policy)
+    policy(tokens).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in policy.adapter_parameters().values())
+
+
+def test_a_cap_is_seen_where_logits_are_small():
+    model, tokens = tiny_model("gemma2", final_logit_softcapping=30.0), random_tokens(2, 9)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)  # the cap now changes logits by less than 1 in 10,000
+        assert torch.equal(load_policy(model)(tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_the_decoder_is_back_after_an_error_in_the_models_own_head(monkeypatch):
+    policy, tokens = load_policy(tiny_model("gemma2")), random_tokens(2, 9)
+    expected = policy(tokens).logits
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(policy._head, "forward", lambda hidden: 1 / 0)
+        policy(tokens)
+    assert torch.equal(policy(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", ["openai-gpt", "rwkv", "bamba", "minimax", "bert"])
+def test_generation_agrees_with_whole_forwards_whatever_the_models_cache_is(architecture, caplog):
+    policy = load_policy(tiny_model(architecture))
+    assert ("cannot be used with an attention cache" in caplog.text) == (architecture in ("openai-gpt", "rwkv"))
+    tokens = random_tokens(2, 12)
+    with torch.no_grad(), policy.session(2, 12) as session:
+        pieces = [session.step(tokens[:, :5]), *(session.step(tokens[:, i : i + 1]) for i in range(5, 12))]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), policy.hidden_states(tokens), rtol=1e-4, atol=1e-4)
+
+
 # The ref policy
 
 
@@ -428,10 +467,6 @@ def wrapped(model):
             "bert", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=VOCAB,
             initializer_range=0.5,
         )), r"BertLMHeadModel \(model type bert\) sees later tokens"),
-        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(
-            "cohere", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16,
-            vocab_size=VOCAB, logit_scale=0.0625, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        )), "CohereForCausalLM changes its logits after the output embeddings"),
         (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
     ],
 )  # fmt: skip

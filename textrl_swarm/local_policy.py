@@ -5,10 +5,12 @@ Any decoder-only Hugging Face model; PEFT applies the adapter. Knows nothing abo
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,13 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from textrl_swarm.adapters import choose_targets, find_blocks, initial_tensor, is_conv1d, keep_differentiable, linear_layers, lora_config
 from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings
 from textrl_swarm.errors import ConfigError, ModelError
-from textrl_swarm.policy import Policy
+from textrl_swarm.policy import DecodingSession, Policy
 from textrl_swarm.value_head import ValueHead
+
+logger = logging.getLogger(__name__)
 
 
 def load_local_policy(model, quantization, lora: LoraSettings, dtype, device, seed: int, *, tokenizer=None) -> LocalPolicy:
@@ -124,7 +129,7 @@ class LocalPolicy(Policy):
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings; pass a model for causal language modelling")
-        self.hidden_size, self.vocab_size = head.weight.shape[1], head.weight.shape[0]
+        self.vocab_size = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]  # 4-bit weights have another shape
         self.max_length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
         blocks_path, blocks = find_blocks(model)
         linears = linear_layers(blocks[0])
@@ -140,49 +145,98 @@ class LocalPolicy(Policy):
             self._peft = get_peft_model(model, self.peft_config)
         self._peft.eval()
         keep_differentiable(self._peft)
-        self._model, self._head = model, head
+        self._model, self._decoder, self._head = model, _decoder(model, blocks_path), head
         self._parameters = {
             name.replace(".default.", "."): parameter for name, parameter in self._peft.named_parameters() if ".lora_" in name
         }
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
-        self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
         try:
-            self._check_model()
+            with torch.no_grad():
+                self._check_model()
         except BaseException:
             self.close()
             raise
+        self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
 
     def _check_model(self) -> None:
-        """Some models scale or cap their logits after the output embeddings, or look ahead; then `project` or padding would be wrong."""
-        tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
-        with torch.no_grad():
-            hidden, shorter = self.hidden_states(tokens), self.hidden_states(tokens[:, :-1])
-            ours, theirs = self.project(hidden), self._model(tokens).logits
-        name = type(self._model).__name__
+        """Finds out how the model makes its logits and keeps its caches; refuses one that looks ahead: padding would change it."""
+        name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
+        tokens = torch.tensor([[i for i in range(5) if i != self._model.config.pad_token_id][:4]], device=self.device) % self.vocab_size
+        output = self._run(tokens, use_cache=False)
+        hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :-1]), self._model(tokens, return_dict=True).logits
         if not _close(hidden[:, :-1], shorter, 0.1):  # 8-bit products depend a little on what else is in the batch
-            raise ModelError(
-                f"{name} (model type {self._model.config.model_type}) sees later tokens; only decoder-only models can be trained"
-            )
-        if not _close(ours, theirs, 0.01):
-            raise ModelError(f"{name} changes its logits after the output embeddings; such models are not supported yet")
+            raise ModelError(f"{name} sees later tokens; only decoder-only models can be trained")
+        self.hidden_size, self._output_type = hidden.shape[-1], type(output)
+        self._head_is_all = self._is_head_all()
+        ours = self.project(hidden)
+        if ours.shape != theirs.shape or not _close(ours, theirs, 0.01):
+            raise ModelError(f"{name} makes its logits from more than the last hidden states; such models are not supported")
+        self._new_session = self._choose_session(tokens, hidden)
 
     def features(self, tokens: Tensor) -> Tensor:
         return tokens
 
     def hidden_states(self, features: Tensor) -> Tensor:
         with self._adapter():
-            return self._model.base_model(features, use_cache=False).last_hidden_state
+            return self._run(features, use_cache=False).last_hidden_state
+
+    def _run(self, tokens: Tensor, **options) -> ModelOutput:
+        return self._decoder(tokens, return_dict=True, **options)
 
     def project(self, hidden: Tensor) -> Tensor:
+        return self._head_logits(hidden) if self._head_is_all else self._model_logits(hidden)
+
+    def _head_logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden.to(self._head.weight.dtype) if self._head.weight.is_floating_point() else hidden)
 
-    @contextmanager
-    def session(self, rows: int, max_length: int) -> Iterator[_LocalSession]:
-        from transformers import DynamicCache
+    def _model_logits(self, hidden: Tensor) -> Tensor:
+        """Logits by the model's own forward, its decoder skipped: whatever it does before and after the output embeddings is done here."""
+        row = hidden.reshape(1, -1, hidden.shape[-1])
+        row = row.to(self._head.weight.dtype) if self._head.weight.is_floating_point() else row
+        with _answering(self._decoder, self._output_type(last_hidden_state=row)):
+            logits = self._model(torch.zeros(row.shape[:2], dtype=torch.int64, device=self.device), return_dict=True).logits
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
-        yield _LocalSession(self, DynamicCache(config=self._model.config))
+    def _is_head_all(self) -> bool:
+        """Whether logits are the output embeddings' and nothing else: some models scale or cap them, or have layers before.
+
+        Seen on random hidden states whose logits are so large (up to 1000) that a soft cap shows.
+        """
+        if isinstance(self._head, nn.Linear) and self._head.in_features != self.hidden_size:
+            return False
+        probe = torch.randn((1, 8, self.hidden_size), generator=torch.Generator().manual_seed(0)).to(self.device)
+        probe *= 1000 / self._head_logits(probe).float().abs().max().clamp_min(1e-3)
+        return torch.equal(self._head_logits(probe).float(), self._model_logits(probe).float())
+
+    @contextmanager
+    def session(self, rows: int, max_length: int) -> Iterator[DecodingSession]:
+        yield self._new_session()
+
+    def _choose_session(self, tokens: Tensor, hidden: Tensor):
+        """The fastest kind of session that finds `hidden`, the last hidden states of `tokens`, when the last token comes alone."""
+        exact = hidden.dtype == torch.float32 and getattr(self._model.config, "quantization_config", None) is None
+        takes = inspect.signature(self._decoder.forward).parameters
+        kinds = [True, False] if "position_ids" in takes else [False]  # False too: e.g. RoBERTa's positions begin elsewhere
+        reason = "its forward takes no past_key_values"
+        for positions in kinds if "past_key_values" in takes else []:
+            new = partial(_CachedSession, self, positions)
+            try:
+                session = new()
+                session.step(tokens[:, :-1])
+                last = session.step(tokens[:, -1:])
+            except Exception as error:  # whatever a model raises at a cache or at positions that it does not expect
+                reason = repr(error)
+                continue
+            if _close(last, hidden[:, -1:], 0.01 if exact else 0.1):
+                return new
+            reason = "with it the model computes something else"
+        logger.warning(
+            "%s cannot be used with an attention cache (%s): generation computes the whole sequence anew for every token, which is slow",
+            type(self._model).__name__, reason,
+        )  # fmt: skip
+        return partial(_RecomputingSession, self)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters
@@ -202,13 +256,50 @@ class LocalPolicy(Policy):
             self._peft = None
 
 
-class _LocalSession:
-    def __init__(self, policy: LocalPolicy, cache):
-        self._policy, self._cache = policy, cache
+def _decoder(model: nn.Module, blocks_path: str) -> nn.Module:
+    """All of a causal language model but its head; where transformers answers with the whole model, the part that holds the blocks."""
+    decoder = model.get_decoder()
+    return getattr(model, blocks_path.split(".")[0]) if decoder is model else decoder
+
+
+@contextmanager
+def _answering(module: nn.Module, output) -> Iterator[None]:
+    """Inside, the module computes nothing and returns `output`."""
+    own = module.__dict__.get("forward")  # accelerate puts its hooks there
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+class _CachedSession:
+    """Keeps the model's own kind of cache. Positions are passed where the model takes them: some do not count what the cache holds."""
+
+    def __init__(self, policy: LocalPolicy, passes_positions: bool):
+        self._policy, self._passes_positions, self._cache, self._seen = policy, passes_positions, None, 0
 
     def step(self, tokens: Tensor) -> Tensor:
+        start, self._seen = self._seen, self._seen + tokens.shape[1]
+        options = {"position_ids": torch.arange(start, self._seen, device=tokens.device)[None]} if self._passes_positions else {}
         with torch.no_grad(), self._policy._adapter():
-            return self._policy._model.base_model(tokens, past_key_values=self._cache, use_cache=True).last_hidden_state
+            output = self._policy._run(tokens, past_key_values=self._cache, use_cache=True, **options)
+        self._cache = output.past_key_values
+        return output.last_hidden_state
+
+
+class _RecomputingSession:
+    """For models without a cache that works."""
+
+    def __init__(self, policy: LocalPolicy):
+        self._policy, self._tokens = policy, None
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._tokens = tokens if self._tokens is None else torch.cat([self._tokens, tokens], dim=1)
+        with torch.no_grad():
+            return self._policy.hidden_states(self._tokens)[:, -tokens.shape[1] :]
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
