@@ -39,6 +39,33 @@ UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
         "bamba",
         {**_LLAMA_LIKE, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     ),
+    "lfm2": ("lfm2", {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"]}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_LLAMA_LIKE,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+    "phimoe": ("phimoe", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "llama4_text": (
+        "llama4_text",
+        {**_LLAMA_LIKE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2},
+    ),
+    "ctrl": ("ctrl", {"n_embd": 32, "n_layer": 3, "n_head": 4, "dff": 48, "n_positions": 64}),
+    "mamba2": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
     "minimax": ("minimax", {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "block_size": 8}),
 }
 LINEARS = {  # of one block, by hand

@@ -274,6 +274,87 @@ def test_layers_adapts_the_last_blocks_and_says_so(architecture, tmp_path):
     assert torch.equal(again(tokens).logits, expected)
 
 
+EVERY = {"gate_proj", "up_proj", "down_proj"}  # of a dense MLP
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("lfm2", {"q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"}),  # attention in the second block only
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),  # PEFT takes the others for experts
+        ("phimoe", ATTENTION),  # its router is a linear layer that returns a pair
+        ("llama4_text", ATTENTION | EVERY),
+        ("ctrl", {"Wq", "Wk", "Wv", "dense", "0", "2"}),  # a feed-forward layer called 2, beside a block called 2
+        ("bert", {"query", "key", "value", "dense"}),  # its head has a "dense" too
+    ],
+)
+def test_blocks_that_differ_or_share_names_with_other_layers(architecture, expected, layers, tmp_path):
+    model, tokens = tiny_model(architecture), random_tokens(2, 9)
+    policy = load_policy(copy.deepcopy(model), lora=LoraSettings(layers=layers))
+    perturb(policy)
+    names = policy.adapter_parameters()
+    found = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
+    assert found == expected - ({"q_proj", "k_proj", "v_proj"} if (architecture, layers) == ("lfm2", 1) else set())
+    blocks = {next(part for part in name.split(".") if part.isdigit()) for name in names}
+    assert blocks == ({"2"} if layers else {"0", "1", "2"}) and not any("lm_head" in name or "cls" in name for name in names)
+    policy.save_adapter(tmp_path)
+    with torch.no_grad():
+        expected = policy(tokens).logits
+        oracle = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+        torch.testing.assert_close(oracle(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(load_policy(copy.deepcopy(model), ref_adapter=tmp_path)(tokens).logits, expected)
+        with policy.adapter_disabled():
+            assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_a_target_that_only_some_blocks_have():
+    names = load_policy(tiny_model("lfm2"), lora=LoraSettings(targets="q_proj")).adapter_parameters()
+    assert set(names) == {f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight" for part in "AB"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lora", "message"),
+    [
+        ("mamba2", LoraSettings(), r"PEFT cannot adapt Mamba2ForCausalLM: .*'out_proj' is incompatible .*tried: in_proj, out_proj"),
+        (
+            "deepseek_v3",
+            LoraSettings(targets="up_proj"),
+            r"PEFT takes mlp\.shared_experts\.up_proj, mlp\.up_proj of DeepseekV3.* for experts",
+        ),
+    ],
+)
+def test_what_peft_cannot_adapt_leaves_the_model_as_it_was(architecture, lora, message):
+    model = tiny_model(architecture).train()
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(ModelError, match=message):
+        load_policy(model, lora=lora)
+    assert [type(module) for module in model.modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters()) and all(module.training for module in model.modules())
+    targets = {"mamba2": "in_proj", "deepseek_v3": "o_proj"}[architecture]
+    assert load_policy(model, lora=LoraSettings(targets=targets)).adapter_parameters()
+
+
+def test_a_model_that_returns_tuples_by_default():
+    model, tokens = tiny_model("gpt2"), random_tokens(2, 9)
+    expected = load_policy(copy.deepcopy(model))(tokens).logits
+    model.config.return_dict = False
+    with load_policy(model) as policy:
+        assert torch.equal(policy(tokens).logits, expected)
+    assert model.config.return_dict is False
+
+
+def test_a_model_that_needs_more_than_tokens(monkeypatch):
+    model = tiny_model("gpt2")
+    monkeypatch.setattr(model.transformer, "forward", lambda input_ids, pixels, **options: None)
+    with pytest.raises(ModelError, match=r"cannot be run as a decoder of tokens alone: TypeError.*pixels"):
+        load_policy(model)
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ModelError, match=r"\(model type gpt2\) is not supported: it has no list of 7 transformer blocks"):
+        load_policy(model)
+
+
 def test_layers_of_all_blocks_is_no_layers():
     names = [set(load_policy(tiny_model("bloom"), lora=LoraSettings(layers=layers)).adapter_parameters()) for layers in (3, None)]
     assert names[0] == names[1]

@@ -7,13 +7,17 @@ Knows nothing about servers, processes or how the numbers are used.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers, convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,25 +25,29 @@ from torch import Tensor, nn
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, ConfigError, ModelError, closest
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 VALUE_HEAD_WEIGHTS = "value_head.safetensors"
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks and its path in the model."""
-    count = getattr(model.config, "num_hidden_layers", None)
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not found:
-        raise ModelError(f"{type(model).__name__} has no list of {count} transformer blocks; such models are not supported")
-    return found[0]
+    """The list of transformer blocks of the language model, and its path in the whole model (which may see images too)."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = set(model.get_decoder().modules())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in decoder:
+            return path, module
+    expected = "its configuration has no num_hidden_layers" if count is None else f"it has no list of {count} transformer blocks"
+    raise ModelError(f"{type(model).__name__} (model type {model.config.model_type}) is not supported: {expected}")
 
 
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts."""
+    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts, routers that choose experts do not."""
     layers = {}
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router"):  # Llama 4's and PhiMoE's return tuples
             layers[path] = (module.in_features, module.out_features)
         elif is_conv1d(module):
             layers[path] = tuple(module.weight.shape)
@@ -76,9 +84,7 @@ def first_adapted_block(num_blocks: int, layers: int | None) -> int:
     return 0 if layers is None else num_blocks - layers
 
 
-def lora_config(
-    settings: LoraSettings, targets: Mapping[str, tuple[int, int]], num_blocks: int, blocks_name: str, base_model: str
-) -> LoraConfig:
+def lora_config(settings: LoraSettings, targets: Iterable[str], num_blocks: int, blocks_name: str, base_model: str) -> LoraConfig:
     """What PEFT needs to rebuild the adapter on the base model; `blocks_name` is the list of blocks' own name, e.g. "h"."""
     first = first_adapted_block(num_blocks, settings.layers)
     leaves = sorted({path.rsplit(".", 1)[-1] for path in targets} if settings.targets is None else set(settings.targets))
@@ -93,6 +99,94 @@ def lora_config(
         base_model_name_or_path=base_model or None,
         inference_mode=False,
     )
+
+
+def model_lora_config(settings: LoraSettings, model: nn.Module, base_model: str) -> LoraConfig:
+    """A configuration with which PEFT adapts the chosen linear layers of the last blocks, and nothing else, here and wherever it is loaded.
+
+    Blocks may differ (attention in every fourth, experts in all but the first): a name is adapted in the blocks that have it.
+
+    Raises:
+        ConfigError: unknown targets, or more layers than there are.
+        ModelError: PEFT cannot be told to adapt these layers.
+    """
+    blocks_path, blocks = find_blocks(model)
+    first = first_adapted_block(len(blocks), settings.layers)
+    found = {
+        f"{blocks_path}.{i}.{path}": (path, sizes) for i in range(first, len(blocks)) for path, sizes in linear_layers(blocks[i]).items()
+    }
+    targets = choose_targets(dict(found.values()), settings.targets)
+    targets = _without_converted({module: path for module, (path, _) in found.items() if path in targets}, settings, model)
+    wanted = {module for module, (path, _) in found.items() if path in targets}
+    if not wanted:
+        raise ModelError(f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to")
+    config = lora_config(settings, targets, len(blocks), blocks_path.rsplit(".", 1)[-1], base_model)
+    config.fan_in_fan_out = any(is_conv1d(model.get_submodule(path)) for path in wanted)  # or PEFT sets it, with a warning
+    if _matched(config, model) != wanted:  # something else has one of these names
+        config.target_modules = set(targets)
+        config.layers_to_transform, config.layers_pattern = list(range(first, len(blocks))), blocks_path
+    if odd := _matched(config, model) ^ wanted:
+        raise ModelError(f"PEFT cannot tell {sorted(odd)[0]} from layers of the same name; choose others with LoraSettings(targets=...)")
+    return config
+
+
+def _matched(config: LoraConfig, model: nn.Module) -> set[str]:
+    return {path for path, _ in model.named_modules() if check_target_module_exists(config, path)}
+
+
+def _without_converted(modules: Mapping[str, str], settings: LoraSettings, model: nn.Module) -> set[str]:
+    """The paths inside a block (values of `modules`, by path in the model) that mean to PEFT what they say.
+
+    Transformers 5 stores experts fused and renamed, and PEFT converts old adapters' names: layers that happen to have such a name cannot be
+    adapted, or not loaded again. Raises ModelError when they were asked for by name.
+    """
+    names = {module: f"base_model.model.{module}.lora_A.weight" for module, path in modules.items() if _means_itself(path, model)}
+    state = dict.fromkeys(names.values(), torch.zeros(1, 1))
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), state).keys()
+    paths = set(modules.values())
+    lost = {path for module, path in modules.items() if names.get(module) not in loaded}
+    if lost and (settings.targets is not None or lost == paths):
+        raise ModelError(
+            f"PEFT takes {', '.join(sorted(lost))} of {type(model).__name__} for experts of older models and cannot adapt them; "
+            f"choose others with LoraSettings(targets=...)"
+        )
+    if lost:
+        logger.warning(
+            "%s: PEFT takes %s for experts of older models and cannot adapt them; adapted are %s",
+            type(model).__name__, ", ".join(sorted(lost)), ", ".join(sorted(paths - lost)),
+        )  # fmt: skip
+    return paths - lost
+
+
+def _means_itself(path: str, model: nn.Module) -> bool:
+    config = LoraConfig(target_modules=[path])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # a part of what is fused; its other parts have such names too
+        return False
+    return config.target_modules == {path}
+
+
+def add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """Puts LoRA layers into the model, which is left as it came when that fails. Raises ModelError."""
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws from the global generator; ours replace them
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            return get_peft_model(model, config)
+    except Exception as error:  # PEFT checks names, types of layers and types of models, in many places
+        remove_adapter(model)
+        raise ModelError(
+            f"PEFT cannot adapt {type(model).__name__}: {error} Choose layers with LoraSettings(targets=...), "
+            f"tried: {', '.join(sorted(config.target_modules))}"
+        ) from error
+
+
+def remove_adapter(model: nn.Module) -> None:
+    """Puts back the layers that PEFT wrapped, even if it stopped half-way."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(path, module.get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from textrl_swarm.adapters import choose_targets, find_blocks, initial_tensor, is_conv1d, keep_differentiable, linear_layers, lora_config
+from textrl_swarm.adapters import add_adapter, find_blocks, initial_tensor, keep_differentiable, model_lora_config, remove_adapter
 from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings
 from textrl_swarm.errors import ConfigError, ModelError
@@ -123,7 +122,7 @@ class LocalPolicy(Policy):
     """
 
     def __init__(self, model: nn.Module, lora: LoraSettings, seed: int, tokenizer):
-        config = model.config
+        config = model.config.get_text_config(decoder=True)
         self.base_model, self.tokenizer, self.lora = str(model.name_or_path), tokenizer, lora
         self.device = next(model.parameters()).device
         head = model.get_output_embeddings()
@@ -131,32 +130,25 @@ class LocalPolicy(Policy):
             raise ModelError(f"{type(model).__name__} has no output embeddings; pass a model for causal language modelling")
         self.vocab_size = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]  # 4-bit weights have another shape
         self.max_length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
-        blocks_path, blocks = find_blocks(model)
-        linears = linear_layers(blocks[0])
-        if not linears:
-            raise ModelError(f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to")
-        self.peft_config = lora_config(
-            lora, choose_targets(linears, lora.targets), len(blocks), blocks_path.rsplit(".", 1)[-1], self.base_model
-        )
-        self.peft_config.fan_in_fan_out = any(is_conv1d(module) for module in blocks[0].modules())  # or PEFT sets it, with a warning
+        self.peft_config = model_lora_config(lora, model, self.base_model)
+        self._model, self._decoder, self._head = model, _decoder(model), head
         self._was_training, self._was_trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws from the global generator; ours replace them
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-            self._peft = get_peft_model(model, self.peft_config)
-        self._peft.eval()
-        keep_differentiable(self._peft)
-        self._model, self._decoder, self._head = model, _decoder(model, blocks_path), head
-        self._parameters = {
-            name.replace(".default.", "."): parameter for name, parameter in self._peft.named_parameters() if ".lora_" in name
-        }
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
+        self._peft = add_adapter(model, self.peft_config)
         try:
+            self._returned_dict, model.config.return_dict = model.config.return_dict, True
+            self._peft.eval()
+            keep_differentiable(self._peft)
+            self._parameters = {
+                name.replace(".default.", "."): parameter for name, parameter in self._peft.named_parameters() if ".lora_" in name
+            }
             with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
                 self._check_model()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, (AttributeError, LookupError, NotImplementedError, TypeError, ValueError)):  # of the model's own code
+                raise ModelError(f"{type(model).__name__} cannot be run as a decoder of tokens alone: {error!r}") from error
             raise
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
 
@@ -165,7 +157,7 @@ class LocalPolicy(Policy):
         name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
         tokens = torch.tensor([[i for i in range(5) if i != self._model.config.pad_token_id][:4]], device=self.device) % self.vocab_size
         output = self._run(tokens, use_cache=False)
-        hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :-1]), self._model(tokens, return_dict=True).logits
+        hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :-1]), self._model(tokens).logits
         if not _close(hidden[:, :-1], shorter, 0.1):  # 8-bit products depend a little on what else is in the batch
             raise ModelError(f"{name} sees later tokens; only decoder-only models can be trained")
         self.hidden_size, self._output_type = hidden.shape[-1], type(output)
@@ -183,7 +175,7 @@ class LocalPolicy(Policy):
             return self._run(features, use_cache=False).last_hidden_state
 
     def _run(self, tokens: Tensor, **options) -> ModelOutput:
-        return self._decoder(tokens, return_dict=True, **options)
+        return self._decoder(tokens, **options)
 
     def project(self, hidden: Tensor) -> Tensor:
         return self._head_logits(hidden) if self._head_is_all else self._model_logits(hidden)
@@ -196,7 +188,7 @@ class LocalPolicy(Policy):
         row = hidden.reshape(1, -1, hidden.shape[-1])
         row = row.to(self._head.weight.dtype) if self._head.weight.is_floating_point() else row
         with _answering(self._decoder, self._output_type(last_hidden_state=row)):
-            logits = self._model(torch.zeros(row.shape[:2], dtype=torch.int64, device=self.device), return_dict=True).logits
+            logits = self._model(torch.zeros(row.shape[:2], dtype=torch.int64, device=self.device)).logits
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def _is_head_all(self) -> bool:
@@ -249,17 +241,18 @@ class LocalPolicy(Policy):
     def close(self) -> None:
         """Takes the adapter's layers out of the model, which then is as it came."""
         if self._peft is not None:
-            self._peft.unload()
+            remove_adapter(self._model)
             self._model.train(self._was_training)
+            self._model.config.return_dict = self._returned_dict
             for parameter in self._was_trainable:
                 parameter.requires_grad_(True)
             self._peft = None
 
 
-def _decoder(model: nn.Module, blocks_path: str) -> nn.Module:
+def _decoder(model: nn.Module) -> nn.Module:
     """All of a causal language model but its head; where transformers answers with the whole model, the part that holds the blocks."""
     decoder = model.get_decoder()
-    return getattr(model, blocks_path.split(".")[0]) if decoder is model else decoder
+    return getattr(model, find_blocks(model)[0].split(".")[0]) if decoder is model else decoder
 
 
 @contextmanager
