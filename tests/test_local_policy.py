@@ -408,6 +408,34 @@ def test_a_model_can_be_wrapped_again_after_close():
         assert torch.equal(load_policy(model, lora=LoraSettings(r=5, layers=1))(tokens).logits, base)
 
 
+def test_a_second_policy_on_one_model_closes_the_first(caplog):
+    model, tokens = tiny_model("gpt2").train(), random_tokens(2, 9)
+    modules, fresh = [type(module) for module in model.modules()], load_policy(copy.deepcopy(model))(tokens).logits
+    first = load_policy(model)  # as in a notebook whose cell runs twice
+    perturb(first)
+    second = load_policy(model, lora=LoraSettings(r=2))
+    assert "this model was another policy's: that one is closed" in caplog.text
+    assert torch.equal(second(tokens).logits, fresh)
+    with pytest.raises(ModelError, match="this policy is closed"):
+        first(tokens)
+    first.close()
+    assert torch.equal(second(tokens).logits, fresh)  # the first one's close has nothing to take out any more
+    del first, second  # abandoned without close
+    load_policy(model).close()
+    assert [type(module) for module in model.modules()] == modules and model.training
+
+
+def test_a_models_own_save_waits_until_the_layers_are_out(tmp_path):
+    model = tiny_model("gpt2")
+    with (
+        load_policy(model),
+        pytest.raises(ModelError, match=r"use policy\.save_adapter\(directory\) for the adapter, "),
+    ):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(state(AutoModelForCausalLM.from_pretrained(tmp_path)), state(model))
+
+
 def test_a_failed_start_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_model("gpt2")
     modules = [type(module) for module in model.modules()]
@@ -532,16 +560,10 @@ def test_models_that_cannot_be_loaded(make, message, tmp_path):
         load_policy(make(tmp_path))
 
 
-def wrapped(model):
-    load_policy(model)
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: get_peft_model(tiny_model("gpt2"), LoraConfig(task_type="CAUSAL_LM")), "already has a PEFT adapter: pass the base model"),
-        (lambda: wrapped(tiny_model("gpt2")), "already has a PEFT adapter: .*close"),
         (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)), r"encoder-decoder model \(t5\)"),
         (lambda: AutoModel.from_config(tiny_model("gpt2").config), "GPT2Model has no output embeddings"),
         (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(
@@ -658,6 +680,28 @@ def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, cap
         torch.testing.assert_close(policy(tokens).logits, expected, rtol=1e-4, atol=1e-4)
     rollout = policy.generate([[4, 5, 6], [7]], SamplingConfig(max_new_tokens=6, seed=0))
     assert torch.isfinite(rollout.old_logprobs).all() and rollout.response_mask.any(dim=1).all()
+
+
+def test_a_4bit_model_that_was_repacked_for_inference_is_refused(tmp_path):
+    tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
+    # What a forward in evaluation mode does on processors with AVX512-BF16, and only there
+    model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(
+        ModelError, match=r"repacked .* for inference, at its first forward.*load the model again and make"
+    ):
+        load_policy(model)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantization_that_reaches_no_layer_or_few_is_told(quantization, tmp_path, caplog):
+    tiny_model("falcon").save_pretrained(tmp_path / "falcon")  # its linear layers are of a class that transformers does not quantise
+    with pytest.raises(ModelError, match=rf"quantization='{quantization}' reaches no weight in the blocks of FalconForCausalLM .*leave"):
+        load_policy(tmp_path / "falcon", quantization=quantization, device="cpu")
+    tiny_model("mixtral").save_pretrained(tmp_path / "mixtral")  # its experts are one tensor per block
+    load_policy(tmp_path / "mixtral", quantization=quantization, device="cpu")
+    assert f"quantization='{quantization}' leaves 9" in caplog.text and " % of the bytes in the blocks of MixtralForCausalLM" in caplog.text
 
 
 def test_a_machine_without_bitsandbytes_is_told_what_to_type(tmp_path, monkeypatch):

@@ -295,10 +295,19 @@ def read_blocks(directory: Path) -> tuple[LoraSettings, dict[int, dict[str, tupl
 
 def keep_differentiable(module) -> None:
     """On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights, at the first forward in evaluation mode, for a kernel that has no
-    backward (and fails on narrow layers). Call it before any forward of a quantised model that is to be trained."""
-    for layer in module.modules():
+    backward (and fails on narrow layers). Call it before any forward of a quantised model that is to be trained.
+
+    Raises:
+        ModelError: it has happened. It rounds the scales, so bitsandbytes' own inverse does not bring the same weights back.
+    """
+    for path, layer in module.named_modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ModelError(
+                    f"bitsandbytes has repacked {path} for inference, at its first forward on this CPU, and its gradients would be wrong: "
+                    "load the model again and make the policy before using it, or pass its directory with quantization='4bit'"
+                )
 
 
 def merged_model(base_model: str, adapter: str | Path):

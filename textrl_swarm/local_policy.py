@@ -28,12 +28,17 @@ from textrl_swarm.value_head import ValueHead
 
 logger = logging.getLogger(__name__)
 
+_POLICY = "_textrl_swarm_policy"  # attribute of a model: whose layers are in it
+
 
 def load_local_policy(model, quantization, lora: LoraSettings, dtype, device, seed: int, *, tokenizer=None) -> LocalPolicy:
     """See `policy.load_policy`."""
     if quantization not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantization must be None, '8bit' or '4bit', got {quantization!r}")
     if isinstance(model, nn.Module):
+        if (earlier := vars(model).get(_POLICY)) is not None:
+            logger.warning("this model was another policy's: that one is closed, and what it learned is no longer in the model")
+            earlier.close()
         _require_plain_decoder(model)
         if quantization is not None:
             raise ConfigError("quantization is chosen when weights are loaded: pass the model's directory or hub id, or a quantised model")
@@ -55,6 +60,8 @@ def load_local_policy(model, quantization, lora: LoraSettings, dtype, device, se
         raise ModelError(f"{len(missing)} weights are missing in the checkpoint of {str(model)!r}, e.g. {missing[0]}")
     if quantization is None:
         loaded.to(device)
+    else:
+        _check_quantised(loaded, quantization)
     return LocalPolicy(loaded, lora, seed, tokenizer or _tokenizer(hub_name(model)))
 
 
@@ -78,10 +85,7 @@ def _require_decoder(config, name: str) -> None:
 def _require_plain_decoder(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ModelError(
-            "this model already has a PEFT adapter: pass the base model, then policy.load_adapter(directory); "
-            "if another policy uses it, close() that one first"
-        )
+        raise ModelError("this model already has a PEFT adapter: pass the base model, then policy.load_adapter(directory)")
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"{name} is no transformers model; pass one, or a directory or hub id")
     _require_decoder(model.config, name)
@@ -99,6 +103,17 @@ def _quantization_config(quantization: str, device: torch.device):
         return BitsAndBytesConfig(load_in_8bit=True)
     compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def _check_quantised(model: nn.Module, quantization: str) -> None:
+    """transformers quantises layers of known classes and says nothing about the others."""
+    name, parameters = type(model).__name__, list(find_blocks(model)[1].parameters())
+    left = sum(p.nbytes for p in parameters if p.dtype not in (torch.int8, torch.uint8))
+    share = left / sum(p.nbytes for p in parameters)
+    if share == 1:
+        raise ModelError(f"quantization={quantization!r} reaches no weight in the blocks of {name} (unusual kinds of layers): leave it out")
+    if share > 0.5:
+        logger.warning("quantization=%r leaves %.0f %% of the bytes in the blocks of %s as they were", quantization, 100 * share, name)
 
 
 def _is_no_mask_notice(record: logging.LogRecord) -> bool:
@@ -134,6 +149,8 @@ class LocalPolicy(Policy):
         self._model, self._decoder, self._head = model, _decoder(model), head
         self._was_training, self._was_trainable = model.training, [p for p in model.parameters() if p.requires_grad]
         self._peft = add_adapter(model, self.peft_config)
+        setattr(model, _POLICY, self)  # notebooks run cells again: the next policy takes these layers out
+        model.save_pretrained = _refuse_to_save
         try:
             self._returned_dict, model.config.return_dict = model.config.return_dict, True
             self._peft.eval()
@@ -246,7 +263,15 @@ class LocalPolicy(Policy):
             self._model.config.return_dict = self._returned_dict
             for parameter in self._was_trainable:
                 parameter.requires_grad_(True)
+            del self._model.save_pretrained, self._model._textrl_swarm_policy
             self._peft = None
+
+
+def _refuse_to_save(*args, **options) -> None:
+    raise ModelError(
+        "this model has a policy's layers in it and would be saved under names that nothing can load: use policy.save_adapter(directory) "
+        "for the adapter, `textrl-swarm export --merge` for a whole model, or policy.close() first for the base model"
+    )
 
 
 def _decoder(model: nn.Module) -> nn.Module:
