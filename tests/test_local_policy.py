@@ -688,9 +688,7 @@ def test_a_4bit_model_that_was_repacked_for_inference_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
     # What a forward in evaluation mode does on processors with AVX512-BF16, and only there
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(
-        ModelError, match=r"repacked .* for inference, at its first forward.*load the model again and make"
-    ):
+    with pytest.raises(ModelError, match=r"repacked .* for inference, at its first forward.*load the model again and make"):
         load_policy(model)
 
 

@@ -341,11 +341,33 @@ def _read_config(path: Path) -> LoraConfig:
         raise AdapterError(f"{path} holds no adapter: there is no {ADAPTER_CONFIG}")
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ImportError: LoftQ's needs SciPy
         raise AdapterError(f"{path / ADAPTER_CONFIG} cannot be read: {error!r}") from error
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{path} holds a {getattr(config.peft_type, 'value', 'nameless')} adapter; only LoRA adapters can be loaded")
+    _require_plain_lora(path, config)
     return config
+
+
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "mica", "orthogonal")  # the others change the base weights: the adapter belongs to those
+_OTHER_FUNCTIONS = (
+    "use_dora", "alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication", "arrow_config", "kasa_config",
+    "monteclora_config",
+)  # fmt: skip
+
+
+def _require_plain_lora(path: Path, config: LoraConfig) -> None:
+    """That the adapted model is W + (alpha / r) * B A with the base model's W."""
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        raise AdapterError(
+            f"the adapter in {path} has init_lora_weights={config.init_lora_weights!r}, which changed the base weights: convert it, "
+            "i.e. save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it into the base model"
+        )
+    for name in _OTHER_FUNCTIONS:
+        if value := getattr(config, name, None):
+            raise AdapterError(
+                f"the adapter in {path} has {name}={value!r}; only plain LoRA is supported: merge it into the base model first"
+            )
 
 
 def _summary(config: LoraConfig) -> str:
