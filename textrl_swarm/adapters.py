@@ -365,9 +365,7 @@ def _require_plain_lora(path: Path, config: LoraConfig) -> None:
         )
     for name in _OTHER_FUNCTIONS:
         if value := getattr(config, name, None):
-            raise AdapterError(
-                f"the adapter in {path} has {name}={value!r}; only plain LoRA is supported: merge it into the base model first"
-            )
+            raise AdapterError(f"the adapter in {path} has {name}={value!r}; only plain LoRA can be loaded: merge it into the base model")
 
 
 def _summary(config: LoraConfig) -> str:
