@@ -1,8 +1,10 @@
 """Policies on this machine against plain transformers and peft: logits, gradients, and what is left of the model afterwards."""
 
 import copy
+import json
 import logging
 import math
+import re
 import sys
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from textrl_swarm import tiny
 from textrl_swarm.adapters import keep_differentiable
 from textrl_swarm.config import LoraSettings, SamplingConfig
-from textrl_swarm.errors import ConfigError, ModelError, PromptError
+from textrl_swarm.errors import AdapterError, ConfigError, ModelError, PromptError
 from textrl_swarm.local_policy import LocalPolicy
 from textrl_swarm.policy import load_policy
 
@@ -496,15 +498,35 @@ def test_the_base_models_name_is_in_the_saved_adapter(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(directory)
 
 
-@pytest.mark.parametrize(("architecture", "limit"), [("gpt2", 64), ("llama", 64), ("opt", 64), ("bloom", None)])
+@pytest.mark.parametrize(("architecture", "limit"), [("gpt2", 64), ("llama", 64), ("opt", 64), ("mpt", 64), ("bloom", None)])
 def test_the_models_length_limit(architecture, limit):
-    assert load_policy(tiny_model(architecture)).max_length == limit
+    policy = load_policy(tiny_model(architecture))
+    assert policy.max_length == limit
+    if limit is not None:
+        with pytest.raises(PromptError, match="input_ids has 65 tokens per row, but the model allows 64"):
+            policy(random_tokens(1, 65))
 
 
 def test_a_policys_tokenizer_may_be_given():
     tokenizer = character_tokenizer()
     assert load_policy(tiny_model("gpt2")).tokenizer is None
     assert load_policy(tiny_model("gpt2"), tokenizer=tokenizer).tokenizer is tokenizer
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path, caplog):
+    directory = tiny.random_bloom(tmp_path / "model", layers=1, hidden=32)
+    (directory / "tokenizer.json").write_text("{cut")
+    assert load_policy(directory).tokenizer is None
+    assert re.search("the tokenizer in .*model cannot be loaded, so prompts must be token ids: JSONDecodeError", caplog.text)
+    caplog.clear()
+    for path in directory.glob("*token*"):
+        path.unlink()
+    assert load_policy(directory).tokenizer is None and not caplog.text  # there is none
+
+
+def test_a_model_without_a_name_has_not_the_tokenizer_of_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.random_bloom(tmp_path / "model", layers=1, hidden=32))
+    assert load_policy(tiny_model("gpt2")).tokenizer is None
 
 
 def directory_with(tmp_path, **files):
@@ -538,6 +560,13 @@ def checkpoint_without_head(tmp_path):
     return tmp_path
 
 
+def model_with_its_own_code(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    return directory_with(tmp_path, config__json=json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -552,6 +581,7 @@ def checkpoint_without_head(tmp_path):
         (model_of_other_shape, "the weights of .* cannot be loaded: "),
         (t5_directory, r"is an encoder-decoder model \(t5\); only decoder-only"),
         (checkpoint_without_head, "1 weights are missing in the checkpoint of .*, e.g. lm_head.weight"),
+        (model_with_its_own_code, r"comes with code of its own, .*trust_remote_code=True\) and pass the model"),
         (lambda path: 7, "model must be a directory, a hub id or a transformers model, got int"),
     ],
 )
@@ -583,6 +613,75 @@ def test_unknown_dtype(tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"cannot be loaded: .*float7"):
         load_policy(tmp_path, dtype="float7")
+
+
+def test_an_adapter_beside_the_models_weights(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    with pytest.raises(
+        AdapterError, match="holds a model, which transformers would load with the adapter in it: give a directory of its own"
+    ):
+        policy.save_adapter(tmp_path)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"holds a model and, beside its weights, an adapter: move adapter_config\.json and "):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.bfloat16}, r"dtype=torch.bfloat16, but the model is loaded in torch.float32: convert it with model.to\(dtype\)"),
+        ({"dtype": "float16"}, "dtype='float16', but the model is loaded in torch.float32"),
+        ({"device": "meta"}, r"device='meta', but the model is on cpu: move it with model.to\(device\)"),
+        ({"device": "banana"}, "device='banana' cannot be used on this machine: .*banana"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used on this machine: .*(CUDA|device)"),
+    ],
+)
+def test_a_model_object_is_taken_as_it_is(options, message):
+    model = tiny_model("gpt2")
+    with pytest.raises(ConfigError, match=message):
+        load_policy(model, **options)
+    for agreeing in ({"dtype": "float32", "device": "cpu"}, {"dtype": torch.float32, "device": torch.device("cpu")}, {"dtype": "auto"}):
+        load_policy(model, **agreeing).close()
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", 99])
+def test_devices_that_do_not_exist(device, tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"device={device!r} cannot be used on this machine: "):
+        load_policy(tmp_path, device=device)
+
+
+def test_device_0_is_not_no_device(tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr("textrl_swarm.local_policy._usable_device", lambda device: asked.append(device) or torch.device("cpu"))
+    load_policy(tmp_path, device=0)
+    assert asked == [0]
+
+
+def spoiled(model, factor):
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(lambda: spoiled(tiny_model("gpt2"), float("nan")), "float32"), (lambda: spoiled(tiny_model("gpt2"), 1e6).half(), "float16")],
+)
+def test_numbers_that_are_not_finite_are_not_taken_for_something_else(make, dtype):
+    with pytest.raises(ModelError, match=f"computes NaN or infinite numbers in torch.{dtype}: its weights are damaged, or too large"):
+        load_policy(make())
+
+
+def test_dropout_stays_off_when_the_user_puts_the_model_into_training_mode():
+    model, tokens = tiny_model("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5), random_tokens(2, 9)
+    policy = load_policy(model)
+    expected = policy(tokens).logits
+    model.train()
+    assert torch.equal(policy(tokens).logits, expected)
 
 
 def test_quantization_must_be_known_and_chosen_at_loading():
@@ -690,6 +789,15 @@ def test_a_4bit_model_that_was_repacked_for_inference_is_refused(tmp_path):
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ModelError, match=r"repacked .* for inference, at its first forward.*load the model again and make"):
         load_policy(model)
+
+
+def test_a_4bit_head(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["none"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
+    assert model.lm_head.weight.dtype == torch.uint8
+    policy = load_policy(model)
+    assert (policy.vocab_size, policy.hidden_size) == (VOCAB, 32) and policy(random_tokens(2, 5)).logits.shape == (2, 5, VOCAB)
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from textrl_swarm.base_model import WEIGHT_FILES
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, ConfigError, ModelError, closest
 
@@ -210,6 +211,8 @@ def save_tensors(directory: str | Path, tensors: Mapping[str, Tensor], config: L
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise AdapterError(f"{path} is a file; give a directory to save the adapter in")
+    if any((path / name).is_file() for name in WEIGHT_FILES):
+        raise AdapterError(f"{path} holds a model, which transformers would load with the adapter in it: give a directory of its own")
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     save_file(_plain(tensors), path / ADAPTER_WEIGHTS, metadata={"format": "pt"})

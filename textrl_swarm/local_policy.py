@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -40,15 +41,14 @@ def load_local_policy(model, quantization, lora: LoraSettings, dtype, device, se
             logger.warning("this model was another policy's: that one is closed, and what it learned is no longer in the model")
             earlier.close()
         _require_plain_decoder(model)
-        if quantization is not None:
-            raise ConfigError("quantization is chosen when weights are loaded: pass the model's directory or hub id, or a quantised model")
+        _require_as_it_is(model, quantization, dtype, device)
         return LocalPolicy(model, lora, seed, tokenizer or _tokenizer(model.name_or_path))
     from transformers import AutoModelForCausalLM
 
     config = read_config(model)
     _require_decoder(config, str(model))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {"dtype": dtype or "auto"}
+    device = _usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    options = {"dtype": dtype or "auto", "trust_remote_code": False}
     if quantization is not None:
         options.update(quantization_config=_quantization_config(quantization, device), device_map={"": device})
     try:
@@ -65,13 +65,36 @@ def load_local_policy(model, quantization, lora: LoraSettings, dtype, device, se
     return LocalPolicy(loaded, lora, seed, tokenizer or _tokenizer(hub_name(model)))
 
 
+def _usable_device(device: torch.device | str | int) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # AssertionError: torch without CUDA
+        raise ConfigError(f"device={device!r} cannot be used on this machine: {error}") from error
+
+
+def _require_as_it_is(model: PreTrainedModel, quantization, dtype, device) -> None:
+    """Options of loading do not change a model that is loaded."""
+    if quantization is not None:
+        raise ConfigError("quantization is chosen when weights are loaded: pass the model's directory or hub id, or a quantised model")
+    wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if wanted not in (None, "auto", model.dtype):
+        raise ConfigError(f"dtype={dtype!r}, but the model is loaded in {model.dtype}: convert it with model.to(dtype), or leave dtype out")
+    if device is not None and _usable_device(device) != model.device:
+        raise ConfigError(f"device={device!r}, but the model is on {model.device}: move it with model.to(device), or leave device out")
+
+
 def _tokenizer(model: str):
+    """None when there is none, or none that works; prompts must then be token ids."""
     from transformers import AutoTokenizer
 
+    if not model:  # an object that was not loaded: "" would mean the current directory
+        return None
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # prompts must then be token ids
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what tokenizers raises for a damaged file is a plain Exception
+        if any(Path(model).glob("tokenizer*")):
+            logger.warning("the tokenizer in %s cannot be loaded, so prompts must be token ids: %r", model, error)
+        return None
 
 
 def _require_decoder(config, name: str) -> None:
@@ -144,7 +167,8 @@ class LocalPolicy(Policy):
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings; pass a model for causal language modelling")
         self.vocab_size = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]  # 4-bit weights have another shape
-        self.max_length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+        limits = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "max_seq_len"))
+        self.max_length = next(filter(None, limits), None)
         self.peft_config = model_lora_config(lora, model, self.base_model)
         self._model, self._decoder, self._head = model, _decoder(model), head
         self._was_training, self._was_trainable = model.training, [p for p in model.parameters() if p.requires_grad]
@@ -172,9 +196,15 @@ class LocalPolicy(Policy):
     def _check_model(self) -> None:
         """Finds out how the model makes its logits and keeps its caches; refuses one that looks ahead: padding would change it."""
         name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
-        tokens = torch.tensor([[i for i in range(5) if i != self._model.config.pad_token_id][:4]], device=self.device) % self.vocab_size
+        pad = getattr(self._model.config, "pad_token_id", None)
+        tokens = torch.tensor([[i for i in range(5) if i != pad][:4]], device=self.device) % self.vocab_size
         output = self._run(tokens, use_cache=False)
         hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :-1]), self._model(tokens).logits
+        if not (torch.isfinite(hidden).all() and torch.isfinite(theirs).all()):
+            raise ModelError(
+                f"{name} computes NaN or infinite numbers in {hidden.dtype}: its weights are damaged, or too large for float16 "
+                "(then dtype='bfloat16' or 'float32' helps)"
+            )
         if not _close(hidden[:, :-1], shorter, 0.1):  # 8-bit products depend a little on what else is in the batch
             raise ModelError(f"{name} sees later tokens; only decoder-only models can be trained")
         self.hidden_size, self._output_type = hidden.shape[-1], type(output)
@@ -253,6 +283,8 @@ class LocalPolicy(Policy):
     def _adapter(self):
         if self._peft is None:
             raise ModelError("this policy is closed, its adapter is no longer in the model; make a new one with load_policy")
+        if self._model.training:  # a user's model.train(): dropout would make another policy of every forward
+            self._model.eval()
         return nullcontext() if self._adapter_on else self._peft.disable_adapter()
 
     def close(self) -> None:
