@@ -68,6 +68,8 @@ UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
     "mamba2": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
     "falcon": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}),
     "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "falcon_40b": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "new_decoder_architecture": True}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
     "minimax": ("minimax", {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "block_size": 8}),
 }
