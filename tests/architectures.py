@@ -70,6 +70,20 @@ UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
     "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
     "falcon_40b": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "new_decoder_architecture": True}),
     "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "jamba": (
+        "jamba",
+        {
+            **_LLAMA_LIKE,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
     "minimax": ("minimax", {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "block_size": 8}),
 }

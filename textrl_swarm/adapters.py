@@ -102,7 +102,7 @@ def lora_config(settings: LoraSettings, targets: Iterable[str], num_blocks: int,
     )
 
 
-def model_lora_config(settings: LoraSettings, model: nn.Module, base_model: str) -> LoraConfig:
+def model_lora_config(settings: LoraSettings, model: nn.Module, base_model: str, tokens: Tensor) -> LoraConfig:
     """A configuration with which PEFT adapts the chosen linear layers of the last blocks, and nothing else, here and wherever it is loaded.
 
     Blocks may differ (attention in every fourth, experts in all but the first): a name is adapted in the blocks that have it.
@@ -117,7 +117,10 @@ def model_lora_config(settings: LoraSettings, model: nn.Module, base_model: str)
         f"{blocks_path}.{i}.{path}": (path, sizes) for i in range(first, len(blocks)) for path, sizes in linear_layers(blocks[i]).items()
     }
     targets = choose_targets(dict(found.values()), settings.targets)
-    targets = _without_converted({module: path for module, (path, _) in found.items() if path in targets}, settings, model)
+    chosen = {module: path for module, (path, _) in found.items() if path in targets}
+    unfit = _converted(chosen, model) | _uncalled(chosen, model, tokens)
+    if unfit:
+        targets = _without(targets, unfit, settings, type(model).__name__)
     wanted = {module for module, (path, _) in found.items() if path in targets}
     if not wanted:
         raise ModelError(f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to")
@@ -135,28 +138,47 @@ def _matched(config: LoraConfig, model: nn.Module) -> set[str]:
     return {path for path, _ in model.named_modules() if check_target_module_exists(config, path)}
 
 
-def _without_converted(modules: Mapping[str, str], settings: LoraSettings, model: nn.Module) -> set[str]:
-    """The paths inside a block (values of `modules`, by path in the model) that mean to PEFT what they say.
+def _converted(modules: Mapping[str, str], model: nn.Module) -> set[str]:
+    """The paths inside a block (values of `modules`, by path in the model) that to PEFT mean something else.
 
-    Transformers 5 stores experts fused and renamed, and PEFT converts old adapters' names: layers that happen to have such a name cannot be
-    adapted, or not loaded again. Raises ModelError when they were asked for by name.
+    Transformers 5 stores experts fused and renamed, and PEFT converts old adapters' names: it takes a layer that happens to have such a
+    name for an expert, or does not find it again.
     """
     names = {module: f"base_model.model.{module}.lora_A.weight" for module, path in modules.items() if _means_itself(path, model)}
     state = dict.fromkeys(names.values(), torch.zeros(1, 1))
     loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), state).keys()
-    paths = set(modules.values())
-    lost = {path for module, path in modules.items() if names.get(module) not in loaded}
-    if lost and (settings.targets is not None or lost == paths):
-        raise ModelError(
-            f"PEFT takes {', '.join(sorted(lost))} of {type(model).__name__} for experts of older models and cannot adapt them; "
-            f"choose others with LoraSettings(targets=...)"
-        )
-    if lost:
-        logger.warning(
-            "%s: PEFT takes %s for experts of older models and cannot adapt them; adapted are %s",
-            type(model).__name__, ", ".join(sorted(lost)), ", ".join(sorted(paths - lost)),
-        )  # fmt: skip
-    return paths - lost
+    return {path for module, path in modules.items() if names.get(module) not in loaded}
+
+
+def _uncalled(modules: Mapping[str, str], model: nn.Module, tokens: Tensor) -> set[str]:
+    """Likewise the paths whose layers a forward never calls: cross-attention without an encoder, or weights that the model's code reads as
+    matrices (Mamba's dt_proj). LoRA would do nothing there, but change the model when it is merged. One called expert speaks for all."""
+    called: set[str] = set()
+    hooks = [
+        model.get_submodule(module).register_forward_hook(lambda *_, path=path: called.add(_kind(path))) for module, path in modules.items()
+    ]
+    try:
+        model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path for path in modules.values() if _kind(path) not in called}
+
+
+def _kind(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _without(targets: dict[str, tuple[int, int]], unfit: set[str], settings: LoraSettings, model: str) -> dict[str, tuple[int, int]]:
+    """Leaves out what was not asked for by name. Raises ModelError otherwise."""
+    kept = {path: sizes for path, sizes in targets.items() if path not in unfit}
+    message = (
+        f"{model}: LoRA cannot adapt {', '.join(sorted(unfit))} (never called by a forward, or taken for experts of older models by PEFT)"
+    )
+    if settings.targets is not None or not kept:
+        raise ModelError(f"{message}; choose others with LoraSettings(targets=...)")
+    logger.warning("%s; adapted are %s", message, ", ".join(sorted(kept)))
+    return kept
 
 
 def _means_itself(path: str, model: nn.Module) -> bool:

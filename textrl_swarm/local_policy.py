@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from textrl_swarm.adapters import add_adapter, find_blocks, initial_tensor, keep_differentiable, model_lora_config, remove_adapter
 from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings
-from textrl_swarm.errors import ConfigError, ModelError
+from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError
 from textrl_swarm.policy import DecodingSession, Policy
 from textrl_swarm.value_head import ValueHead
 
@@ -169,35 +169,40 @@ class LocalPolicy(Policy):
         self.vocab_size = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]  # 4-bit weights have another shape
         limits = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "max_seq_len"))
         self.max_length = next(filter(None, limits), None)
-        self.peft_config = model_lora_config(lora, model, self.base_model)
-        self._model, self._decoder, self._head = model, _decoder(model), head
-        self._was_training, self._was_trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-        self._peft = add_adapter(model, self.peft_config)
-        setattr(model, _POLICY, self)  # notebooks run cells again: the next policy takes these layers out
-        model.save_pretrained = _refuse_to_save
+        self._model, self._decoder, self._head, self._peft = model, _decoder(model), head, None
+        self._before = (model.training, model.config.return_dict, [p for p in model.parameters() if p.requires_grad])
+        pad = getattr(config, "pad_token_id", None)
+        tokens = torch.tensor([[i for i in range(5) if i != pad][:4]], device=self.device) % self.vocab_size
         try:
-            self._returned_dict, model.config.return_dict = model.config.return_dict, True
-            self._peft.eval()
-            keep_differentiable(self._peft)
-            self._parameters = {
-                name.replace(".default.", "."): parameter for name, parameter in self._peft.named_parameters() if ".lora_" in name
-            }
+            model.eval()
+            model.config.return_dict = True
+            keep_differentiable(model)
             with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
-                self._check_model()
+                self._adapt(tokens, seed)
+                self._check_model(tokens)
         except BaseException as error:
-            self.close()
-            if isinstance(error, (AttributeError, LookupError, NotImplementedError, TypeError, ValueError)):  # of the model's own code
+            self._restore()
+            of_the_model = isinstance(error, (AttributeError, LookupError, NotImplementedError, TypeError, ValueError))
+            if of_the_model and not isinstance(error, TextRLSwarmError):
                 raise ModelError(f"{type(model).__name__} cannot be run as a decoder of tokens alone: {error!r}") from error
             raise
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
 
-    def _check_model(self) -> None:
+    def _adapt(self, tokens: Tensor, seed: int) -> None:
+        model = self._model
+        self.peft_config = model_lora_config(self.lora, model, self.base_model, tokens)
+        self._peft = add_adapter(model, self.peft_config).eval()
+        self._parameters = {
+            name.replace(".default.", "."): parameter for name, parameter in self._peft.named_parameters() if ".lora_" in name
+        }
+        for name, parameter in self._parameters.items():
+            parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
+        setattr(model, _POLICY, self)  # notebooks run cells again: the next policy takes these layers out
+        model.save_pretrained = _refuse_to_save
+
+    def _check_model(self, tokens: Tensor) -> None:
         """Finds out how the model makes its logits and keeps its caches; refuses one that looks ahead: padding would change it."""
         name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
-        pad = getattr(self._model.config, "pad_token_id", None)
-        tokens = torch.tensor([[i for i in range(5) if i != pad][:4]], device=self.device) % self.vocab_size
         output = self._run(tokens, use_cache=False)
         hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :-1]), self._model(tokens).logits
         if not (torch.isfinite(hidden).all() and torch.isfinite(theirs).all()):
@@ -290,13 +295,17 @@ class LocalPolicy(Policy):
     def close(self) -> None:
         """Takes the adapter's layers out of the model, which then is as it came."""
         if self._peft is not None:
-            remove_adapter(self._model)
-            self._model.train(self._was_training)
-            self._model.config.return_dict = self._returned_dict
-            for parameter in self._was_trainable:
-                parameter.requires_grad_(True)
-            del self._model.save_pretrained, self._model._textrl_swarm_policy
-            self._peft = None
+            self._restore()
+
+    def _restore(self) -> None:
+        was_training, self._model.config.return_dict, was_trainable = self._before
+        remove_adapter(self._model)
+        self._model.train(was_training)
+        for parameter in was_trainable:
+            parameter.requires_grad_(True)
+        for name in (_POLICY, "save_pretrained"):
+            vars(self._model).pop(name, None)
+        self._peft = None
 
 
 def _refuse_to_save(*args, **options) -> None:
