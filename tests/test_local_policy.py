@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, BLOCKS_NAME, EOS, LINEARS, VOCAB, character_tokenizer, perturb, random_tokens, tiny_model
+from architectures import ARCHITECTURES, BLOCKS_NAME, CONFIGS, EOS, LINEARS, VOCAB, character_tokenizer, perturb, random_tokens, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
@@ -341,6 +341,20 @@ def test_what_peft_cannot_adapt_leaves_the_model_as_it_was(architecture, lora, m
     assert load_policy(model, lora=LoraSettings(targets=targets)).adapter_parameters()
 
 
+def test_a_model_that_sees_images_too_is_trained_on_text():
+    text = {**CONFIGS["llama"][1], "vocab_size": VOCAB, "head_dim": 8, "max_position_embeddings": 64}
+    vision = {  # as many blocks as the language model has
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, image_token_index=47, mm_tokens_per_image=4)
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), random_tokens(2, 9)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        with load_policy(model) as policy:
+            assert torch.equal(policy(tokens).logits, expected) and (policy.max_length, policy.vocab_size) == (64, VOCAB)
+            assert all(name.startswith("base_model.model.model.language_model.layers.") for name in policy.adapter_parameters())
+
+
 def test_a_model_that_returns_tuples_by_default():
     model, tokens = tiny_model("gpt2"), random_tokens(2, 9)
     expected = load_policy(copy.deepcopy(model))(tokens).logits
@@ -603,6 +617,7 @@ def test_models_that_cannot_be_loaded(make, message, tmp_path):
             "bert", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=VOCAB,
             initializer_range=0.5,
         )), r"BertLMHeadModel \(model type bert\) sees later tokens"),
+        (lambda: tiny_model("gpt2").to("meta"), "GPT2LMHeadModel has weights that are not in memory"),
         (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
     ],
 )  # fmt: skip

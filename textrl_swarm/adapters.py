@@ -45,14 +45,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts, routers that choose experts do not."""
+    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts, subclasses that compute something else do not."""
     layers = {}
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router"):  # Llama 4's and PhiMoE's return tuples
+        if isinstance(module, nn.Linear) and not type(module).__name__.endswith(_OTHER_LINEARS):
             layers[path] = (module.in_features, module.out_features)
         elif is_conv1d(module):
             layers[path] = tuple(module.weight.shape)
     return layers
+
+
+_OTHER_LINEARS = ("Router", "GroupedLinear")  # of Llama 4 and PhiMoE, which return pairs; of DeepSeek V4, a matrix for each group
 
 
 def is_conv1d(module: nn.Module) -> bool:

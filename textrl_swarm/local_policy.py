@@ -166,6 +166,10 @@ class LocalPolicy(Policy):
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings; pass a model for causal language modelling")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError(
+                f"{type(model).__name__} has weights that are not in memory (meta device, or offloaded to disk): load all of it"
+            )
         self.vocab_size = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]  # 4-bit weights have another shape
         limits = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "max_seq_len"))
         self.max_length = next(filter(None, limits), None)
@@ -182,8 +186,7 @@ class LocalPolicy(Policy):
                 self._check_model(tokens)
         except BaseException as error:
             self._restore()
-            of_the_model = isinstance(error, (AttributeError, LookupError, NotImplementedError, TypeError, ValueError))
-            if of_the_model and not isinstance(error, TextRLSwarmError):
+            if isinstance(error, Exception) and not isinstance(error, (TextRLSwarmError, torch.cuda.OutOfMemoryError)):  # the model's own
                 raise ModelError(f"{type(model).__name__} cannot be run as a decoder of tokens alone: {error!r}") from error
             raise
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
