@@ -325,3 +325,16 @@ def test_first_values_depend_on_name_and_seed_only():
     assert first.abs().max() <= 0.1 and not torch.equal(adapters.initial_tensor(name, (4, 100), 1), first)
     assert not torch.equal(adapters.initial_tensor(name.replace("h.0", "h.1"), (4, 100), 0), first)
     assert not adapters.initial_tensor(name.replace("lora_A", "lora_B"), (100, 4), 0).any()
+
+
+class TopKRouter(torch.nn.Linear):
+    """Returns a pair, as Llama 4's router does."""
+
+
+class GroupedLinear(torch.nn.Linear):
+    """One matrix for each group of inputs, as in DeepSeek V4."""
+
+
+def test_subclasses_that_compute_something_else_are_no_linear_layers():
+    block = torch.nn.ModuleDict({"router": TopKRouter(4, 2), "grouped": GroupedLinear(4, 2), "dense": torch.nn.Linear(4, 3)})
+    assert adapters.linear_layers(block) == {"dense": (4, 3)}

@@ -170,6 +170,17 @@ def test_generation_agrees_with_whole_forwards_whatever_the_models_cache_is(arch
         torch.testing.assert_close(torch.cat(pieces, dim=1), policy.hidden_states(tokens), rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_that_forgets_is_not_used(caplog):
+    model = tiny_model("gpt2")
+    remembering = model.transformer.forward
+    model.transformer.forward = lambda input_ids, past_key_values=None, **options: remembering(input_ids, **options)
+    policy, tokens = load_policy(model), random_tokens(2, 6)
+    assert "GPT2LMHeadModel cannot be used with an attention cache (with it the model computes something else)" in caplog.text
+    with torch.no_grad(), policy.session(2, 6) as session:
+        session.step(tokens[:, :4])
+        torch.testing.assert_close(session.step(tokens[:, 4:]), policy.hidden_states(tokens)[:, 4:])
+
+
 # The ref policy
 
 
@@ -541,9 +552,9 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path, caplog):
     assert load_policy(directory).tokenizer is None and not caplog.text  # there is none
 
 
-def test_a_model_without_a_name_has_not_the_tokenizer_of_the_current_directory(tmp_path, monkeypatch):
+def test_a_model_without_a_name_has_not_the_tokenizer_of_the_current_directory(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tiny.random_bloom(tmp_path / "model", layers=1, hidden=32))
-    assert load_policy(tiny_model("gpt2")).tokenizer is None
+    assert load_policy(tiny_model("gpt2")).tokenizer is None and not caplog.text
 
 
 def directory_with(tmp_path, **files):

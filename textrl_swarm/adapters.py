@@ -194,13 +194,12 @@ def _means_itself(path: str, model: nn.Module) -> bool:
 
 
 def add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """Puts LoRA layers into the model, which is left as it came when that fails. Raises ModelError."""
+    """Puts LoRA layers into the model. Raises ModelError; some may be in it even then, until `remove_adapter`."""
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws from the global generator; ours replace them
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             return get_peft_model(model, config)
     except Exception as error:  # PEFT checks names, types of layers and types of models, in many places
-        remove_adapter(model)
         raise ModelError(
             f"PEFT cannot adapt {type(model).__name__}: {error} Choose layers with LoraSettings(targets=...), "
             f"tried: {', '.join(sorted(config.target_modules))}"
