@@ -33,6 +33,11 @@ UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
         "bert",
         {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "is_decoder": True},
     ),
+    "modernbert-decoder": ("modernbert-decoder", {**_LLAMA_LIKE, "cls_token_id": 0, "sep_token_id": 0}),
+    "roformer": (
+        "roformer",
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "embedding_size": 32},
+    ),
     "openai-gpt": ("openai-gpt", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}),
     "bamba": (

@@ -131,10 +131,12 @@ def test_right_padding_changes_nothing(architecture):
     torch.testing.assert_close(other_padding.logits[:1, :7], alone.logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "cohere", "granite", "bert"])
+@pytest.mark.parametrize("architecture", ["gemma2", "cohere", "granite", "bert", "modernbert-decoder"])
 def test_logits_are_the_models_own_where_it_scales_or_caps_them(architecture):
-    model, tokens = tiny_model(architecture), random_tokens(3, 9)
-    policy = load_policy(copy.deepcopy(model), lora=LoraSettings(targets=("k_proj", "key")[architecture == "bert"]))
+    model, tokens = tiny_model(architecture, bos_token_id=0), random_tokens(3, 9)
+    policy = load_policy(
+        copy.deepcopy(model), lora=LoraSettings(targets={"bert": "key", "modernbert-decoder": "Wo"}.get(architecture, "k_proj"))
+    )
     with torch.no_grad():
         assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
         hidden = policy.hidden_states(tokens)
@@ -629,6 +631,7 @@ def test_models_that_cannot_be_loaded(make, message, tmp_path):
             initializer_range=0.5,
         )), r"BertLMHeadModel \(model type bert\) sees later tokens"),
         (lambda: tiny_model("gpt2").to("meta"), "GPT2LMHeadModel has weights that are not in memory"),
+        (lambda: tiny_model("roformer"), r"RoFormerForCausalLM \(model type roformer\) sees later tokens"),
         (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
     ],
 )  # fmt: skip

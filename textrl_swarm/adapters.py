@@ -36,10 +36,10 @@ VALUE_HEAD_WEIGHTS = "value_head.safetensors"
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of transformer blocks of the language model, and its path in the whole model (which may see images too)."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    decoder = set(model.get_decoder().modules())
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and module in decoder:
-            return path, module
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    inside = set(model.get_decoder().modules())  # which is the head, in ModernBERT
+    if found:
+        return next(((path, module) for path, module in found if module in inside), found[0])
     expected = "its configuration has no num_hidden_layers" if count is None else f"it has no list of {count} transformer blocks"
     raise ModelError(f"{type(model).__name__} (model type {model.config.model_type}) is not supported: {expected}")
 

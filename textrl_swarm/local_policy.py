@@ -207,20 +207,22 @@ class LocalPolicy(Policy):
         """Finds out how the model makes its logits and keeps its caches; refuses one that looks ahead: padding would change it."""
         name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
         output = self._run(tokens, use_cache=False)
-        hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :-1]), self._model(tokens).logits
+        hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :2]), self._model(tokens).logits
         if not (torch.isfinite(hidden).all() and torch.isfinite(theirs).all()):
             raise ModelError(
                 f"{name} computes NaN or infinite numbers in {hidden.dtype}: its weights are damaged, or too large for float16 "
                 "(then dtype='bfloat16' or 'float32' helps)"
             )
-        if not _close(hidden[:, :-1], shorter, 0.1):  # 8-bit products depend a little on what else is in the batch
+        is_exact = hidden.dtype == torch.float32 and getattr(self._model.config, "quantization_config", None) is None
+        tolerance = 0.01 if is_exact else 0.1  # 8-bit products depend a little on what else is in the batch
+        if not _close(hidden[:, :2], shorter, tolerance):
             raise ModelError(f"{name} sees later tokens; only decoder-only models can be trained")
         self.hidden_size, self._output_type = hidden.shape[-1], type(output)
         self._head_is_all = self._is_head_all()
         ours = self.project(hidden)
         if ours.shape != theirs.shape or not _close(ours, theirs, 0.01):
             raise ModelError(f"{name} makes its logits from more than the last hidden states; such models are not supported")
-        self._new_session = self._choose_session(tokens, hidden)
+        self._new_session = self._choose_session(tokens, hidden, tolerance)
 
     def features(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -261,9 +263,8 @@ class LocalPolicy(Policy):
     def session(self, rows: int, max_length: int) -> Iterator[DecodingSession]:
         yield self._new_session()
 
-    def _choose_session(self, tokens: Tensor, hidden: Tensor):
+    def _choose_session(self, tokens: Tensor, hidden: Tensor, tolerance: float):
         """The fastest kind of session that finds `hidden`, the last hidden states of `tokens`, when the last token comes alone."""
-        exact = hidden.dtype == torch.float32 and getattr(self._model.config, "quantization_config", None) is None
         takes = inspect.signature(self._decoder.forward).parameters
         kinds = [True, False] if "position_ids" in takes else [False]  # False too: e.g. RoBERTa's positions begin elsewhere
         reason = "its forward takes no past_key_values"
@@ -276,7 +277,7 @@ class LocalPolicy(Policy):
             except Exception as error:  # whatever a model raises at a cache or at positions that it does not expect
                 reason = repr(error)
                 continue
-            if _close(last, hidden[:, -1:], 0.01 if exact else 0.1):
+            if _close(last, hidden[:, -1:], tolerance):
                 return new
             reason = "with it the model computes something else"
         logger.warning(
@@ -319,9 +320,10 @@ def _refuse_to_save(*args, **options) -> None:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """All of a causal language model but its head; where transformers answers with the whole model, the part that holds the blocks."""
-    decoder = model.get_decoder()
-    return getattr(model, find_blocks(model)[0].split(".")[0]) if decoder is model else decoder
+    """All of a causal language model but its head; where transformers names the whole model or the head, the part that holds the blocks."""
+    decoder, (blocks_path, blocks) = model.get_decoder(), find_blocks(model)
+    is_right = decoder is not model and any(module is blocks for module in decoder.modules())
+    return decoder if is_right else getattr(model, blocks_path.split(".")[0])
 
 
 @contextmanager
