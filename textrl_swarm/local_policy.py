@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from textrl_swarm.adapters import add_adapter, find_blocks, initial_tensor, keep_differentiable, model_lora_config, remove_adapter
 from textrl_swarm.base_model import hub_name, read_config
@@ -206,7 +205,7 @@ class LocalPolicy(Policy):
     def _check_model(self, tokens: Tensor) -> None:
         """Finds out how the model makes its logits and keeps its caches; refuses one that looks ahead: padding would change it."""
         name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
-        output = self._run(tokens, use_cache=False)
+        output = self._decoder(tokens, use_cache=False)
         hidden, shorter, theirs = output.last_hidden_state, self.hidden_states(tokens[:, :2]), self._model(tokens).logits
         if not (torch.isfinite(hidden).all() and torch.isfinite(theirs).all()):
             raise ModelError(
@@ -229,10 +228,7 @@ class LocalPolicy(Policy):
 
     def hidden_states(self, features: Tensor) -> Tensor:
         with self._adapter():
-            return self._run(features, use_cache=False).last_hidden_state
-
-    def _run(self, tokens: Tensor, **options) -> ModelOutput:
-        return self._decoder(tokens, **options)
+            return self._decoder(features, use_cache=False).last_hidden_state
 
     def project(self, hidden: Tensor) -> Tensor:
         return self._head_logits(hidden) if self._head_is_all else self._model_logits(hidden)
@@ -349,7 +345,7 @@ class _CachedSession:
         start, self._seen = self._seen, self._seen + tokens.shape[1]
         options = {"position_ids": torch.arange(start, self._seen, device=tokens.device)[None]} if self._passes_positions else {}
         with torch.no_grad(), self._policy._adapter():
-            output = self._policy._run(tokens, past_key_values=self._cache, use_cache=True, **options)
+            output = self._policy._decoder(tokens, past_key_values=self._cache, use_cache=True, **options)
         self._cache = output.past_key_values
         return output.last_hidden_state
 
