@@ -25,6 +25,73 @@ CONFIGS = {
     "qwen2": ("qwen2", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
 }
 ARCHITECTURES = sorted(CONFIGS)
+UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
+    "gemma2": ("gemma2", {**_LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 3.0}),
+    "cohere": ("cohere", {**_LLAMA_LIKE, "logit_scale": 0.0625}),
+    "granite": ("granite", {**_LLAMA_LIKE, "logits_scaling": 8.0}),
+    "bert": (
+        "bert",
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "is_decoder": True},
+    ),
+    "modernbert-decoder": ("modernbert-decoder", {**_LLAMA_LIKE, "cls_token_id": 0, "sep_token_id": 0}),
+    "roformer": (
+        "roformer",
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "embedding_size": 32},
+    ),
+    "openai-gpt": ("openai-gpt", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}),
+    "bamba": (
+        "bamba",
+        {**_LLAMA_LIKE, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+    "lfm2": ("lfm2", {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"]}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_LLAMA_LIKE,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+    "phimoe": ("phimoe", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "llama4_text": (
+        "llama4_text",
+        {**_LLAMA_LIKE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2},
+    ),
+    "ctrl": ("ctrl", {"n_embd": 32, "n_layer": 3, "n_head": 4, "dff": 48, "n_positions": 64}),
+    "mamba2": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
+    "falcon": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}),
+    "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "falcon_40b": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "new_decoder_architecture": True}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "jamba": (
+        "jamba",
+        {
+            **_LLAMA_LIKE,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "mpt": ("mpt", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
+    "minimax": ("minimax", {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "block_size": 8}),
+}
 LINEARS = {  # of one block, by hand
     "gpt2": {"c_attn", "c_proj", "c_fc"},
     "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
@@ -38,7 +105,7 @@ BLOCKS_NAME = {name: "h" if name in ("gpt2", "bloom") else "layers" for name in 
 
 def tiny_model(architecture: str, seed: int = 0, **overrides):
     """An untrained model of 3 blocks whose every weight matters; peaked logits, so that the most likely token is no tie."""
-    model_type, settings = CONFIGS[architecture]
+    model_type, settings = {**CONFIGS, **UNUSUAL}[architecture]
     ids = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
     config = AutoConfig.for_model(model_type, **{**settings, **ids, **overrides})
     with torch.random.fork_rng(devices=[]):

@@ -92,6 +92,12 @@ def test_an_adapter_that_plain_peft_trained_can_be_loaded(tmp_path):
     assert torch.equal(policy.value_head.weight, head)  # there was none to load
 
 
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_first_values_that_leave_the_base_alone_are_fine(start, tmp_path):
+    rewrite(saved(tmp_path, bloom_policy()), lambda config: config.update(init_lora_weights=start), adapters.ADAPTER_CONFIG)
+    bloom_policy(seed=1).load_adapter(tmp_path)
+
+
 def test_half_precision_adapters_are_loaded_as_fp32(tmp_path):
     policy = bloom_policy()
     saved(tmp_path, policy)
@@ -227,7 +233,20 @@ CASES = {
     "rank zero in the config": (with_settings(r=0), "alpha / r = 8 / 0, this policy by 8 / 4"),
     "DoRA": (
         plain_adapter(LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", use_dora=True)),
-        "12 tensors are unknown here, e.g. .*lora_magnitude_vector",
+        "has use_dora=True; only plain LoRA can be loaded: merge it into the base model",
+    ),
+    "DoRA in the config only": (with_settings(use_dora=True), "has use_dora=True; only plain LoRA"),
+    "activated LoRA": (with_settings(alora_invocation_tokens=[5]), r"has alora_invocation_tokens=\[5\]; only plain LoRA"),
+    **{
+        start: (
+            with_settings(init_lora_weights=start),
+            rf"has init_lora_weights='{start}', which changed the base weights: convert it, .*path_initial_model_for_weight_conversion",
+        )
+        for start in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")
+    },
+    "LoftQ": (  # PEFT itself reads it only where SciPy is installed
+        with_settings(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}),
+        "has init_lora_weights='loftq'|cannot be read: ImportError.*scipy",
     ),
 }
 
@@ -306,3 +325,16 @@ def test_first_values_depend_on_name_and_seed_only():
     assert first.abs().max() <= 0.1 and not torch.equal(adapters.initial_tensor(name, (4, 100), 1), first)
     assert not torch.equal(adapters.initial_tensor(name.replace("h.0", "h.1"), (4, 100), 0), first)
     assert not adapters.initial_tensor(name.replace("lora_A", "lora_B"), (100, 4), 0).any()
+
+
+class TopKRouter(torch.nn.Linear):
+    """Returns a pair, as Llama 4's router does."""
+
+
+class GroupedLinear(torch.nn.Linear):
+    """One matrix for each group of inputs, as in DeepSeek V4."""
+
+
+def test_subclasses_that_compute_something_else_are_no_linear_layers():
+    block = torch.nn.ModuleDict({"router": TopKRouter(4, 2), "grouped": GroupedLinear(4, 2), "dense": torch.nn.Linear(4, 3)})
+    assert adapters.linear_layers(block) == {"dense": (4, 3)}

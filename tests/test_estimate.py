@@ -34,7 +34,7 @@ def run(config, lora=None, **changes):
 # ------------------------------------------------------------------------------------------ parameters
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "lfm2", "llama4_text", "rwkv"])
 @pytest.mark.parametrize("lora", [LoraSettings(r=3), LoraSettings(r=2, layers=2)], ids=["all", "last two blocks"])
 def test_parameters_are_those_of_the_real_policy(architecture, lora):
     model = tiny_model(architecture)
@@ -48,7 +48,18 @@ def test_parameters_are_those_of_the_real_policy(architecture, lora):
     assert estimate.total_parameters == total
 
 
-def test_named_targets_count_alone():
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "falcon", "falcon_40b", "gpt_bigcode", "rwkv"])
+def test_the_key_size_is_that_of_a_real_cache(architecture):
+    model = tiny_model(architecture)
+    cache = getattr(model(input_ids=torch.zeros((1, 5), dtype=torch.int64)), "past_key_values", None)
+    expected = 0 if cache is None else cache.layers[0].keys.numel() // 5
+    sizes = model_sizes(model.config)
+    assert sizes.key_size == expected
+    assert run(model.config).working_bytes > 0 and (sizes.num_heads > 0) == (expected > 0)
+
+
+def test_named_targets_count_alone_and_where_they_are():
+    assert run(tiny_model("lfm2").config, LoraSettings(r=5, targets=("q_proj",))).adapter_bytes == 4 * 5 * (32 + 32)  # one block of three
     config = tiny_model("bloom").config  # query_key_value is 32 -> 96
     assert run(config, LoraSettings(r=5, targets=("query_key_value",))).adapter_bytes == 4 * 3 * 5 * (32 + 96)
 

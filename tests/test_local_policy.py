@@ -1,13 +1,15 @@
 """Policies on this machine against plain transformers and peft: logits, gradients, and what is left of the model afterwards."""
 
 import copy
+import json
 import logging
 import math
+import re
 import sys
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, BLOCKS_NAME, EOS, LINEARS, VOCAB, character_tokenizer, perturb, random_tokens, tiny_model
+from architectures import ARCHITECTURES, BLOCKS_NAME, CONFIGS, EOS, LINEARS, VOCAB, character_tokenizer, perturb, random_tokens, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from textrl_swarm import tiny
 from textrl_swarm.adapters import keep_differentiable
 from textrl_swarm.config import LoraSettings, SamplingConfig
-from textrl_swarm.errors import ConfigError, ModelError, PromptError
+from textrl_swarm.errors import AdapterError, ConfigError, ModelError, PromptError
 from textrl_swarm.local_policy import LocalPolicy
 from textrl_swarm.policy import load_policy
 
@@ -129,6 +131,58 @@ def test_right_padding_changes_nothing(architecture):
     torch.testing.assert_close(other_padding.logits[:1, :7], alone.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "cohere", "granite", "bert", "modernbert-decoder"])
+def test_logits_are_the_models_own_where_it_scales_or_caps_them(architecture):
+    model, tokens = tiny_model(architecture, bos_token_id=0), random_tokens(3, 9)
+    policy = load_policy(
+        copy.deepcopy(model), lora=LoraSettings(targets={"bert": "key", "modernbert-decoder": "Wo"}.get(architecture, "k_proj"))
+    )
+    with torch.no_grad():
+        assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
+        hidden = policy.hidden_states(tokens)
+        torch.testing.assert_close(policy.project(hidden[1, 4]), policy.project(hidden)[1, 4], rtol=1e-5, atol=1e-5)
+    perturb(policy)
+    policy(tokens).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in policy.adapter_parameters().values())
+
+
+def test_a_cap_is_seen_where_logits_are_small():
+    model, tokens = tiny_model("gemma2", final_logit_softcapping=30.0), random_tokens(2, 9)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)  # the cap now changes logits by less than 1 in 10,000
+        assert torch.equal(load_policy(model)(tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_the_decoder_is_back_after_an_error_in_the_models_own_head(monkeypatch):
+    policy, tokens = load_policy(tiny_model("gemma2")), random_tokens(2, 9)
+    expected = policy(tokens).logits
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(policy._head, "forward", lambda hidden: 1 / 0)
+        policy(tokens)
+    assert torch.equal(policy(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", ["openai-gpt", "rwkv", "bamba", "minimax", "bert"])
+def test_generation_agrees_with_whole_forwards_whatever_the_models_cache_is(architecture, caplog):
+    policy = load_policy(tiny_model(architecture))
+    assert ("cannot be used with an attention cache" in caplog.text) == (architecture in ("openai-gpt", "rwkv"))
+    tokens = random_tokens(2, 12)
+    with torch.no_grad(), policy.session(2, 12) as session:
+        pieces = [session.step(tokens[:, :5]), *(session.step(tokens[:, i : i + 1]) for i in range(5, 12))]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), policy.hidden_states(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_forgets_is_not_used(caplog):
+    model = tiny_model("gpt2")
+    remembering = model.transformer.forward
+    model.transformer.forward = lambda input_ids, past_key_values=None, **options: remembering(input_ids, **options)
+    policy, tokens = load_policy(model), random_tokens(2, 6)
+    assert "GPT2LMHeadModel cannot be used with an attention cache (with it the model computes something else)" in caplog.text
+    with torch.no_grad(), policy.session(2, 6) as session:
+        session.step(tokens[:, :4])
+        torch.testing.assert_close(session.step(tokens[:, 4:]), policy.hidden_states(tokens)[:, 4:])
+
+
 # The ref policy
 
 
@@ -235,6 +289,104 @@ def test_layers_adapts_the_last_blocks_and_says_so(architecture, tmp_path):
     assert torch.equal(again(tokens).logits, expected)
 
 
+EVERY = {"gate_proj", "up_proj", "down_proj"}  # of a dense MLP
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("lfm2", {"q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"}),  # attention in the second block only
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),  # PEFT takes the others for experts
+        ("jamba", ATTENTION | EVERY | {"in_proj", "out_proj", "x_proj"}),  # without dt_proj, which its code reads as a matrix
+        ("phimoe", ATTENTION),  # its router is a linear layer that returns a pair
+        ("llama4_text", ATTENTION | EVERY),
+        ("ctrl", {"Wq", "Wk", "Wv", "dense", "0", "2"}),  # a feed-forward layer called 2, beside a block called 2
+        ("bert", {"query", "key", "value", "dense"}),  # its head has a "dense" too
+    ],
+)
+def test_blocks_that_differ_or_share_names_with_other_layers(architecture, expected, layers, tmp_path):
+    model, tokens = tiny_model(architecture).requires_grad_(False), random_tokens(2, 9)  # torch multiplies frozen matrices in other ways
+    policy = load_policy(copy.deepcopy(model), lora=LoraSettings(layers=layers))
+    perturb(policy)
+    names = policy.adapter_parameters()
+    found = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
+    absent = {"lfm2": {"q_proj", "k_proj", "v_proj"}, "jamba": ATTENTION}.get(architecture, set()) if layers == 1 else set()  # last block
+    assert found == expected - absent
+    blocks = {next(part for part in name.split(".") if part.isdigit()) for name in names}
+    assert blocks == ({"2"} if layers else {"0", "1", "2"}) and not any("lm_head" in name or "cls" in name for name in names)
+    policy.save_adapter(tmp_path)
+    with torch.no_grad():
+        expected = policy(tokens).logits
+        oracle = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+        torch.testing.assert_close(oracle(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(load_policy(copy.deepcopy(model), ref_adapter=tmp_path)(tokens).logits, expected)
+        with policy.adapter_disabled():
+            assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
+        torch.testing.assert_close(oracle.merge_and_unload()(input_ids=tokens).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_target_that_only_some_blocks_have():
+    names = load_policy(tiny_model("lfm2"), lora=LoraSettings(targets="q_proj")).adapter_parameters()
+    assert set(names) == {f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight" for part in "AB"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lora", "message"),
+    [
+        ("mamba2", LoraSettings(), r"PEFT cannot adapt Mamba2ForCausalLM: .*'out_proj' is incompatible .*tried: in_proj, out_proj"),
+        (
+            "deepseek_v3",
+            LoraSettings(targets="up_proj"),
+            r"LoRA cannot adapt mlp\.shared_experts\.up_proj, mlp\.up_proj .*experts.*; choose",
+        ),
+    ],
+)
+def test_what_peft_cannot_adapt_leaves_the_model_as_it_was(architecture, lora, message):
+    model = tiny_model(architecture).train()
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(ModelError, match=message):
+        load_policy(model, lora=lora)
+    assert [type(module) for module in model.modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters()) and all(module.training for module in model.modules())
+    targets = {"mamba2": "in_proj", "deepseek_v3": "o_proj"}[architecture]
+    assert load_policy(model, lora=LoraSettings(targets=targets)).adapter_parameters()
+
+
+def test_a_model_that_sees_images_too_is_trained_on_text():
+    text = {**CONFIGS["llama"][1], "vocab_size": VOCAB, "head_dim": 8, "max_position_embeddings": 64}
+    vision = {  # as many blocks as the language model has
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, image_token_index=47, mm_tokens_per_image=4)
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), random_tokens(2, 9)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        with load_policy(model) as policy:
+            assert torch.equal(policy(tokens).logits, expected) and (policy.max_length, policy.vocab_size) == (64, VOCAB)
+            assert all(name.startswith("base_model.model.model.language_model.layers.") for name in policy.adapter_parameters())
+
+
+def test_a_model_that_returns_tuples_by_default():
+    model, tokens = tiny_model("gpt2"), random_tokens(2, 9)
+    expected = load_policy(copy.deepcopy(model))(tokens).logits
+    model.config.return_dict = False
+    with load_policy(model) as policy:
+        assert torch.equal(policy(tokens).logits, expected)
+    assert model.config.return_dict is False
+
+
+def test_a_model_that_needs_more_than_tokens(monkeypatch):
+    model = tiny_model("gpt2")
+    monkeypatch.setattr(model.transformer, "forward", lambda input_ids, pixels, **options: None)
+    with pytest.raises(ModelError, match=r"cannot be run as a decoder of tokens alone: TypeError.*pixels"):
+        load_policy(model)
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ModelError, match=r"\(model type gpt2\) is not supported: it has no list of 7 transformer blocks"):
+        load_policy(model)
+
+
 def test_layers_of_all_blocks_is_no_layers():
     names = [set(load_policy(tiny_model("bloom"), lora=LoraSettings(layers=layers)).adapter_parameters()) for layers in (3, None)]
     assert names[0] == names[1]
@@ -286,6 +438,34 @@ def test_a_model_can_be_wrapped_again_after_close():
     with torch.no_grad():
         base = model(input_ids=tokens).logits
         assert torch.equal(load_policy(model, lora=LoraSettings(r=5, layers=1))(tokens).logits, base)
+
+
+def test_a_second_policy_on_one_model_closes_the_first(caplog):
+    model, tokens = tiny_model("gpt2").train(), random_tokens(2, 9)
+    modules, fresh = [type(module) for module in model.modules()], load_policy(copy.deepcopy(model))(tokens).logits
+    first = load_policy(model)  # as in a notebook whose cell runs twice
+    perturb(first)
+    second = load_policy(model, lora=LoraSettings(r=2))
+    assert "this model was another policy's: that one is closed" in caplog.text
+    assert torch.equal(second(tokens).logits, fresh)
+    with pytest.raises(ModelError, match="this policy is closed"):
+        first(tokens)
+    first.close()
+    assert torch.equal(second(tokens).logits, fresh)  # the first one's close has nothing to take out any more
+    del first, second  # abandoned without close
+    load_policy(model).close()
+    assert [type(module) for module in model.modules()] == modules and model.training
+
+
+def test_a_models_own_save_waits_until_the_layers_are_out(tmp_path):
+    model = tiny_model("gpt2")
+    with (
+        load_policy(model),
+        pytest.raises(ModelError, match=r"use policy\.save_adapter\(directory\) for the adapter, "),
+    ):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(state(AutoModelForCausalLM.from_pretrained(tmp_path)), state(model))
 
 
 def test_a_failed_start_leaves_the_model_as_it_was(monkeypatch):
@@ -348,15 +528,35 @@ def test_the_base_models_name_is_in_the_saved_adapter(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(directory)
 
 
-@pytest.mark.parametrize(("architecture", "limit"), [("gpt2", 64), ("llama", 64), ("opt", 64), ("bloom", None)])
+@pytest.mark.parametrize(("architecture", "limit"), [("gpt2", 64), ("llama", 64), ("opt", 64), ("mpt", 64), ("bloom", None)])
 def test_the_models_length_limit(architecture, limit):
-    assert load_policy(tiny_model(architecture)).max_length == limit
+    policy = load_policy(tiny_model(architecture))
+    assert policy.max_length == limit
+    if limit is not None:
+        with pytest.raises(PromptError, match="input_ids has 65 tokens per row, but the model allows 64"):
+            policy(random_tokens(1, 65))
 
 
 def test_a_policys_tokenizer_may_be_given():
     tokenizer = character_tokenizer()
     assert load_policy(tiny_model("gpt2")).tokenizer is None
     assert load_policy(tiny_model("gpt2"), tokenizer=tokenizer).tokenizer is tokenizer
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path, caplog):
+    directory = tiny.random_bloom(tmp_path / "model", layers=1, hidden=32)
+    (directory / "tokenizer.json").write_text("{cut")
+    assert load_policy(directory).tokenizer is None
+    assert re.search("the tokenizer in .*model cannot be loaded, so prompts must be token ids: JSONDecodeError", caplog.text)
+    caplog.clear()
+    for path in directory.glob("*token*"):
+        path.unlink()
+    assert load_policy(directory).tokenizer is None and not caplog.text  # there is none
+
+
+def test_a_model_without_a_name_has_not_the_tokenizer_of_the_current_directory(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tiny.random_bloom(tmp_path / "model", layers=1, hidden=32))
+    assert load_policy(tiny_model("gpt2")).tokenizer is None and not caplog.text
 
 
 def directory_with(tmp_path, **files):
@@ -390,6 +590,13 @@ def checkpoint_without_head(tmp_path):
     return tmp_path
 
 
+def model_with_its_own_code(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    return directory_with(tmp_path, config__json=json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -404,6 +611,7 @@ def checkpoint_without_head(tmp_path):
         (model_of_other_shape, "the weights of .* cannot be loaded: "),
         (t5_directory, r"is an encoder-decoder model \(t5\); only decoder-only"),
         (checkpoint_without_head, "1 weights are missing in the checkpoint of .*, e.g. lm_head.weight"),
+        (model_with_its_own_code, r"comes with code of its own, .*trust_remote_code=True\) and pass the model"),
         (lambda path: 7, "model must be a directory, a hub id or a transformers model, got int"),
     ],
 )
@@ -412,26 +620,18 @@ def test_models_that_cannot_be_loaded(make, message, tmp_path):
         load_policy(make(tmp_path))
 
 
-def wrapped(model):
-    load_policy(model)
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: get_peft_model(tiny_model("gpt2"), LoraConfig(task_type="CAUSAL_LM")), "already has a PEFT adapter: pass the base model"),
-        (lambda: wrapped(tiny_model("gpt2")), "already has a PEFT adapter: .*close"),
         (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)), r"encoder-decoder model \(t5\)"),
         (lambda: AutoModel.from_config(tiny_model("gpt2").config), "GPT2Model has no output embeddings"),
         (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(
             "bert", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=VOCAB,
             initializer_range=0.5,
         )), r"BertLMHeadModel \(model type bert\) sees later tokens"),
-        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(
-            "cohere", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16,
-            vocab_size=VOCAB, logit_scale=0.0625, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        )), "CohereForCausalLM changes its logits after the output embeddings"),
+        (lambda: tiny_model("gpt2").to("meta"), "GPT2LMHeadModel has weights that are not in memory"),
+        (lambda: tiny_model("roformer"), r"RoFormerForCausalLM \(model type roformer\) sees later tokens"),
         (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
     ],
 )  # fmt: skip
@@ -445,6 +645,75 @@ def test_unknown_dtype(tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"cannot be loaded: .*float7"):
         load_policy(tmp_path, dtype="float7")
+
+
+def test_an_adapter_beside_the_models_weights(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    with pytest.raises(
+        AdapterError, match="holds a model, which transformers would load with the adapter in it: give a directory of its own"
+    ):
+        policy.save_adapter(tmp_path)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"holds a model and, beside its weights, an adapter: move adapter_config\.json and "):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.bfloat16}, r"dtype=torch.bfloat16, but the model is loaded in torch.float32: convert it with model.to\(dtype\)"),
+        ({"dtype": "float16"}, "dtype='float16', but the model is loaded in torch.float32"),
+        ({"device": "meta"}, r"device='meta', but the model is on cpu: move it with model.to\(device\)"),
+        ({"device": "banana"}, "device='banana' cannot be used on this machine: .*banana"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used on this machine: .*(CUDA|device)"),
+    ],
+)
+def test_a_model_object_is_taken_as_it_is(options, message):
+    model = tiny_model("gpt2")
+    with pytest.raises(ConfigError, match=message):
+        load_policy(model, **options)
+    for agreeing in ({"dtype": "float32", "device": "cpu"}, {"dtype": torch.float32, "device": torch.device("cpu")}, {"dtype": "auto"}):
+        load_policy(model, **agreeing).close()
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", 99])
+def test_devices_that_do_not_exist(device, tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"device={device!r} cannot be used on this machine: "):
+        load_policy(tmp_path, device=device)
+
+
+def test_device_0_is_not_no_device(tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr("textrl_swarm.local_policy._usable_device", lambda device: asked.append(device) or torch.device("cpu"))
+    load_policy(tmp_path, device=0)
+    assert asked == [0]
+
+
+def spoiled(model, factor):
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(lambda: spoiled(tiny_model("gpt2"), float("nan")), "float32"), (lambda: spoiled(tiny_model("gpt2"), 1e6).half(), "float16")],
+)
+def test_numbers_that_are_not_finite_are_not_taken_for_something_else(make, dtype):
+    with pytest.raises(ModelError, match=f"computes NaN or infinite numbers in torch.{dtype}: its weights are damaged, or too large"):
+        load_policy(make())
+
+
+def test_dropout_stays_off_when_the_user_puts_the_model_into_training_mode():
+    model, tokens = tiny_model("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5), random_tokens(2, 9)
+    policy = load_policy(model)
+    expected = policy(tokens).logits
+    model.train()
+    assert torch.equal(policy(tokens).logits, expected)
 
 
 def test_quantization_must_be_known_and_chosen_at_loading():
@@ -542,6 +811,35 @@ def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, cap
         torch.testing.assert_close(policy(tokens).logits, expected, rtol=1e-4, atol=1e-4)
     rollout = policy.generate([[4, 5, 6], [7]], SamplingConfig(max_new_tokens=6, seed=0))
     assert torch.isfinite(rollout.old_logprobs).all() and rollout.response_mask.any(dim=1).all()
+
+
+def test_a_4bit_model_that_was_repacked_for_inference_is_refused(tmp_path):
+    tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
+    # What a forward in evaluation mode does on processors with AVX512-BF16, and only there
+    model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ModelError, match=r"repacked .* for inference, at its first forward.*load the model again and make"):
+        load_policy(model)
+
+
+def test_a_4bit_head(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["none"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
+    assert model.lm_head.weight.dtype == torch.uint8
+    policy = load_policy(model)
+    assert (policy.vocab_size, policy.hidden_size) == (VOCAB, 32) and policy(random_tokens(2, 5)).logits.shape == (2, 5, VOCAB)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantization_that_reaches_no_layer_or_few_is_told(quantization, tmp_path, caplog):
+    tiny_model("falcon").save_pretrained(tmp_path / "falcon")  # its linear layers are of a class that transformers does not quantise
+    with pytest.raises(ModelError, match=rf"quantization='{quantization}' reaches no weight in the blocks of FalconForCausalLM .*leave"):
+        load_policy(tmp_path / "falcon", quantization=quantization, device="cpu")
+    tiny_model("mixtral").save_pretrained(tmp_path / "mixtral")  # its experts are one tensor per block
+    load_policy(tmp_path / "mixtral", quantization=quantization, device="cpu")
+    assert f"quantization='{quantization}' leaves 9" in caplog.text and " % of the bytes in the blocks of MixtralForCausalLM" in caplog.text
 
 
 def test_a_machine_without_bitsandbytes_is_told_what_to_type(tmp_path, monkeypatch):

@@ -7,19 +7,26 @@ Knows nothing about servers, processes or how the numbers are used.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers, convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from textrl_swarm.base_model import WEIGHT_FILES
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, ConfigError, ModelError, closest
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -27,23 +34,28 @@ VALUE_HEAD_WEIGHTS = "value_head.safetensors"
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks and its path in the model."""
-    count = getattr(model.config, "num_hidden_layers", None)
+    """The list of transformer blocks of the language model, and its path in the whole model (which may see images too)."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not found:
-        raise ModelError(f"{type(model).__name__} has no list of {count} transformer blocks; such models are not supported")
-    return found[0]
+    inside = set(model.get_decoder().modules())  # which is the head, in ModernBERT
+    if found:
+        return next(((path, module) for path, module in found if module in inside), found[0])
+    expected = "its configuration has no num_hidden_layers" if count is None else f"it has no list of {count} transformer blocks"
+    raise ModelError(f"{type(model).__name__} (model type {model.config.model_type}) is not supported: {expected}")
 
 
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts."""
+    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts, subclasses that compute something else do not."""
     layers = {}
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not type(module).__name__.endswith(_OTHER_LINEARS):
             layers[path] = (module.in_features, module.out_features)
         elif is_conv1d(module):
             layers[path] = tuple(module.weight.shape)
     return layers
+
+
+_OTHER_LINEARS = ("Router", "GroupedLinear")  # of Llama 4 and PhiMoE, which return pairs; of DeepSeek V4, a matrix for each group
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -76,9 +88,7 @@ def first_adapted_block(num_blocks: int, layers: int | None) -> int:
     return 0 if layers is None else num_blocks - layers
 
 
-def lora_config(
-    settings: LoraSettings, targets: Mapping[str, tuple[int, int]], num_blocks: int, blocks_name: str, base_model: str
-) -> LoraConfig:
+def lora_config(settings: LoraSettings, targets: Iterable[str], num_blocks: int, blocks_name: str, base_model: str) -> LoraConfig:
     """What PEFT needs to rebuild the adapter on the base model; `blocks_name` is the list of blocks' own name, e.g. "h"."""
     first = first_adapted_block(num_blocks, settings.layers)
     leaves = sorted({path.rsplit(".", 1)[-1] for path in targets} if settings.targets is None else set(settings.targets))
@@ -93,6 +103,115 @@ def lora_config(
         base_model_name_or_path=base_model or None,
         inference_mode=False,
     )
+
+
+def model_lora_config(settings: LoraSettings, model: nn.Module, base_model: str, tokens: Tensor) -> LoraConfig:
+    """A configuration with which PEFT adapts the chosen linear layers of the last blocks, and nothing else, here and wherever it is loaded.
+
+    Blocks may differ (attention in every fourth, experts in all but the first): a name is adapted in the blocks that have it.
+
+    Raises:
+        ConfigError: unknown targets, or more layers than there are.
+        ModelError: PEFT cannot be told to adapt these layers.
+    """
+    blocks_path, blocks = find_blocks(model)
+    first = first_adapted_block(len(blocks), settings.layers)
+    found = {
+        f"{blocks_path}.{i}.{path}": (path, sizes) for i in range(first, len(blocks)) for path, sizes in linear_layers(blocks[i]).items()
+    }
+    targets = choose_targets(dict(found.values()), settings.targets)
+    chosen = {module: path for module, (path, _) in found.items() if path in targets}
+    unfit = _converted(chosen, model) | _uncalled(chosen, model, tokens)
+    if unfit:
+        targets = _without(targets, unfit, settings, type(model).__name__)
+    wanted = {module for module, (path, _) in found.items() if path in targets}
+    if not wanted:
+        raise ModelError(f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to")
+    config = lora_config(settings, targets, len(blocks), blocks_path.rsplit(".", 1)[-1], base_model)
+    config.fan_in_fan_out = any(is_conv1d(model.get_submodule(path)) for path in wanted)  # or PEFT sets it, with a warning
+    if _matched(config, model) != wanted:  # something else has one of these names
+        config.target_modules = set(targets)
+        config.layers_to_transform, config.layers_pattern = list(range(first, len(blocks))), blocks_path
+    if odd := _matched(config, model) ^ wanted:
+        raise ModelError(f"PEFT cannot tell {sorted(odd)[0]} from layers of the same name; choose others with LoraSettings(targets=...)")
+    return config
+
+
+def _matched(config: LoraConfig, model: nn.Module) -> set[str]:
+    return {path for path, _ in model.named_modules() if check_target_module_exists(config, path)}
+
+
+def _converted(modules: Mapping[str, str], model: nn.Module) -> set[str]:
+    """The paths inside a block (values of `modules`, by path in the model) that to PEFT mean something else.
+
+    Transformers 5 stores experts fused and renamed, and PEFT converts old adapters' names: it takes a layer that happens to have such a
+    name for an expert, or does not find it again.
+    """
+    names = {module: f"base_model.model.{module}.lora_A.weight" for module, path in modules.items() if _means_itself(path, model)}
+    state = dict.fromkeys(names.values(), torch.zeros(1, 1))
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), state).keys()
+    return {path for module, path in modules.items() if names.get(module) not in loaded}
+
+
+def _uncalled(modules: Mapping[str, str], model: nn.Module, tokens: Tensor) -> set[str]:
+    """Likewise the paths whose layers a forward never calls: cross-attention without an encoder, or weights that the model's code reads as
+    matrices (Mamba's dt_proj). LoRA would do nothing there, but change the model when it is merged. One called expert speaks for all."""
+    called: set[str] = set()
+    hooks = [
+        model.get_submodule(module).register_forward_hook(lambda *_, path=path: called.add(_kind(path))) for module, path in modules.items()
+    ]
+    try:
+        model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path for path in modules.values() if _kind(path) not in called}
+
+
+def _kind(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _without(targets: dict[str, tuple[int, int]], unfit: set[str], settings: LoraSettings, model: str) -> dict[str, tuple[int, int]]:
+    """Leaves out what was not asked for by name. Raises ModelError otherwise."""
+    kept = {path: sizes for path, sizes in targets.items() if path not in unfit}
+    message = (
+        f"{model}: LoRA cannot adapt {', '.join(sorted(unfit))} (never called by a forward, or taken for experts of older models by PEFT)"
+    )
+    if settings.targets is not None or not kept:
+        raise ModelError(f"{message}; choose others with LoraSettings(targets=...)")
+    logger.warning("%s; adapted are %s", message, ", ".join(sorted(kept)))
+    return kept
+
+
+def _means_itself(path: str, model: nn.Module) -> bool:
+    config = LoraConfig(target_modules=[path])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # a part of what is fused; its other parts have such names too
+        return False
+    return config.target_modules == {path}
+
+
+def add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """Puts LoRA layers into the model. Raises ModelError; some may be in it even then, until `remove_adapter`."""
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws from the global generator; ours replace them
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            return get_peft_model(model, config)
+    except Exception as error:  # PEFT checks names, types of layers and types of models, in many places
+        raise ModelError(
+            f"PEFT cannot adapt {type(model).__name__}: {error} Choose layers with LoraSettings(targets=...), "
+            f"tried: {', '.join(sorted(config.target_modules))}"
+        ) from error
+
+
+def remove_adapter(model: nn.Module) -> None:
+    """Puts back the layers that PEFT wrapped, even if it stopped half-way."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(path, module.get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -116,6 +235,8 @@ def save_tensors(directory: str | Path, tensors: Mapping[str, Tensor], config: L
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise AdapterError(f"{path} is a file; give a directory to save the adapter in")
+    if any((path / name).is_file() for name in WEIGHT_FILES):
+        raise AdapterError(f"{path} holds a model, which transformers would load with the adapter in it: give a directory of its own")
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     save_file(_plain(tensors), path / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -201,10 +322,19 @@ def read_blocks(directory: Path) -> tuple[LoraSettings, dict[int, dict[str, tupl
 
 def keep_differentiable(module) -> None:
     """On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights, at the first forward in evaluation mode, for a kernel that has no
-    backward (and fails on narrow layers). Call it before any forward of a quantised model that is to be trained."""
-    for layer in module.modules():
+    backward (and fails on narrow layers). Call it before any forward of a quantised model that is to be trained.
+
+    Raises:
+        ModelError: it has happened. It rounds the scales, so bitsandbytes' own inverse does not bring the same weights back.
+    """
+    for path, layer in module.named_modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ModelError(
+                    f"bitsandbytes has repacked {path} for inference, at its first forward on this CPU, and its gradients would be wrong: "
+                    "load the model again and make the policy before using it, or pass its directory with quantization='4bit'"
+                )
 
 
 def merged_model(base_model: str, adapter: str | Path):
@@ -238,11 +368,31 @@ def _read_config(path: Path) -> LoraConfig:
         raise AdapterError(f"{path} holds no adapter: there is no {ADAPTER_CONFIG}")
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ImportError: LoftQ's needs SciPy
         raise AdapterError(f"{path / ADAPTER_CONFIG} cannot be read: {error!r}") from error
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{path} holds a {getattr(config.peft_type, 'value', 'nameless')} adapter; only LoRA adapters can be loaded")
+    _require_plain_lora(path, config)
     return config
+
+
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "mica", "orthogonal")  # the others change the base weights: the adapter belongs to those
+_OTHER_FUNCTIONS = (
+    "use_dora", "alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication", "arrow_config", "kasa_config",
+    "monteclora_config",
+)  # fmt: skip
+
+
+def _require_plain_lora(path: Path, config: LoraConfig) -> None:
+    """That the adapted model is W + (alpha / r) * B A with the base model's W."""
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        raise AdapterError(
+            f"the adapter in {path} has init_lora_weights={config.init_lora_weights!r}, which changed the base weights: convert it, "
+            "i.e. save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it into the base model"
+        )
+    for name in _OTHER_FUNCTIONS:
+        if value := getattr(config, name, None):
+            raise AdapterError(f"the adapter in {path} has {name}={value!r}; only plain LoRA can be loaded: merge it into the base model")
 
 
 def _summary(config: LoraConfig) -> str:

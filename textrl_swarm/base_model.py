@@ -21,7 +21,7 @@ def read_config(model: str | Path) -> PretrainedConfig:
     """The configuration of a model directory or hub id.
 
     Raises:
-        ModelError: no such directory or hub id, no config.json, no weights in the directory, or neither name nor path.
+        ModelError: no such directory or hub id, no config.json, no weights or an adapter in the directory, code of its own, or no name.
     """
     from transformers import AutoConfig
 
@@ -33,13 +33,23 @@ def read_config(model: str | Path) -> PretrainedConfig:
             raise ModelError(f"{path} has no config.json; point to a directory written by save_pretrained")
         if not any((path / name).is_file() for name in WEIGHT_FILES):
             raise ModelError(f"{path} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}")
+        if (path / "adapter_config.json").is_file():  # transformers would put that adapter into the model, or fail on it
+            raise ModelError(
+                f"{path} holds a model and, beside its weights, an adapter: move adapter_config.json and adapter_model.safetensors to a "
+                "directory of their own (and give that as ref_adapter to start from it)"
+            )
     elif path.exists():
         raise ModelError(f"{path} is a file; point to the directory that holds config.json and the weights")
     elif path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise ModelError(f"there is no directory {path}")
     try:
-        return AutoConfig.from_pretrained(hub_name(model))
+        return AutoConfig.from_pretrained(hub_name(model), trust_remote_code=False)  # None would ask on the terminal
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{str(model)!r} comes with code of its own, which is not run here: if you trust it, load it with "
+                "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) and pass the model"
+            ) from error
         raise ModelError(f"{str(model)!r} is neither a model directory here nor a model that can be had from the hub: {error}") from error
 
 

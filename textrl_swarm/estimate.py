@@ -36,17 +36,18 @@ _HOP_OVERHEAD_S = 0.018  # what petals itself adds to every hop (its sequence_ma
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers (not bytes) in the parts of a model. All blocks are taken to be like the first."""
+    """Numbers (not bytes) in the parts of a model. What is said of one block is the mean of all."""
 
     num_blocks: int
     hidden_size: int  # H, numbers per token between two blocks
     head_size: int  # numbers per token that output embeddings and value head read; other than H only in models such as opt-350m
     vocab_size: int
-    num_heads: int
+    num_heads: int  # 0 in models without attention
     key_size: int  # numbers per token that one block's cache keeps for the keys, and again for the values
     block: int  # parameters of one block
     outside: int  # parameters of embeddings, final norm and output embeddings (tied ones once): all that a client of a swarm holds
-    linears: Mapping[str, tuple[int, int]]  # path of a linear layer inside a block -> (in_features, out_features)
+    linears: Mapping[str, tuple[int, int]]  # path of a linear layer inside a block -> (in_features, out_features); those of all blocks
+    block_linears: tuple[Mapping[str, tuple[int, int]], ...]  # those of each block
 
     @property
     def total(self) -> int:
@@ -56,7 +57,7 @@ class ModelSizes:
     @property
     def block_linear(self) -> int:
         """Parameters of one block that quantization reaches: the weights of its linear layers."""
-        return sum(fan_in * fan_out for fan_in, fan_out in self.linears.values())
+        return sum(fan_in * fan_out for layers in self.block_linears for fan_in, fan_out in layers.values()) // self.num_blocks
 
 
 def model_sizes(config: PretrainedConfig) -> ModelSizes:
@@ -67,26 +68,43 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
     except ValueError as error:
         raise ModelError(f"a {config.model_type} model is no causal language model that transformers knows: {error}") from error
     blocks = find_blocks(model)[1]
-    block = sum(p.numel() for p in blocks[0].parameters())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block = sum(p.numel() for p in blocks.parameters()) // len(blocks)
+    text = config.get_text_config(decoder=True)  # of models that see images too
+    block_linears = tuple(linear_layers(one) for one in blocks)
     return ModelSizes(
         num_blocks=len(blocks),
-        hidden_size=config.hidden_size,
+        hidden_size=text.hidden_size,
         head_size=model.get_output_embeddings().weight.shape[1],
-        vocab_size=config.vocab_size,
-        num_heads=config.num_attention_heads,
-        key_size=head_dim * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        vocab_size=text.vocab_size,
+        num_heads=getattr(text, "num_attention_heads", 0),
+        key_size=_key_size(text),
         block=block,
         outside=sum(p.numel() for p in model.parameters()) - len(blocks) * block,
-        linears=linear_layers(blocks[0]),
+        linears={path: sizes for layers in block_linears for path, sizes in layers.items()},
+        block_linears=block_linears,
     )
 
 
-def adapter_parameters(sizes: ModelSizes, lora: LoraSettings) -> int:
-    """Numbers in the LoRA tensors: sum over adapted blocks and targets of r (in + out). Source: Hu et al. 2021, arXiv 2106.09685, 4.1."""
+def _key_size(config: PretrainedConfig) -> int:
+    heads = getattr(config, "num_attention_heads", 0)
+    if heads == 0:  # e.g. RWKV and Mamba: their state does not grow with the sequence
+        return 0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):  # the latter: Falcon 40B
+        return head_dim
+    return head_dim * (getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _adapted(sizes: ModelSizes, lora: LoraSettings) -> list[tuple[int, int]]:
+    """(in_features, out_features) of every linear layer that is adapted."""
     targets = choose_targets(sizes.linears, lora.targets)
-    blocks = sizes.num_blocks - first_adapted_block(sizes.num_blocks, lora.layers)
-    return blocks * sum(lora.r * (fan_in + fan_out) for fan_in, fan_out in targets.values())
+    adapted_blocks = sizes.block_linears[_first(sizes, lora) :]
+    return [fans for layers in adapted_blocks for path, fans in layers.items() if path in targets]
+
+
+def adapter_parameters(sizes: ModelSizes, lora: LoraSettings) -> int:
+    """Numbers in the LoRA tensors: sum over adapted layers of r (in + out). Source: Hu et al. 2021, arXiv 2106.09685, 4.1."""
+    return sum(lora.r * (fan_in + fan_out) for fan_in, fan_out in _adapted(sizes, lora))
 
 
 def value_head_parameters(sizes: ModelSizes) -> int:
@@ -106,7 +124,8 @@ def block_bytes(sizes: ModelSizes, precision: str, rest: str = "bfloat16") -> in
     per_number = PRECISIONS[_known(precision)]
     if precision not in ("8bit", "4bit"):
         return int(sizes.block * per_number)
-    scales = sum(_FP32 * fan_out for _, fan_out in sizes.linears.values()) if precision == "8bit" else 0
+    rows = sum(fan_out for layers in sizes.block_linears for _, fan_out in layers.values()) // sizes.num_blocks
+    scales = _FP32 * rows if precision == "8bit" else 0
     return int(sizes.block_linear * per_number) + scales + int((sizes.block - sizes.block_linear) * PRECISIONS[rest])
 
 
@@ -243,9 +262,8 @@ def activation_bytes(sizes: ModelSizes, lora: LoraSettings, rows: int, length: i
     keep nothing.
     """
     blocks = sizes.num_blocks - _first(sizes, lora)
-    adapted_inputs = sum(fan_in for fan_in, _ in choose_targets(sizes.linears, lora.targets).values())
-    copies = _FP32 * adapted_inputs if per_number < _FP32 else 0
-    return blocks * rows * length * ((16 * sizes.hidden_size + 2 * sizes.num_heads * length) * per_number + copies)
+    copies = _FP32 * sum(fan_in for fan_in, _ in _adapted(sizes, lora)) if per_number < _FP32 else 0
+    return rows * length * (blocks * (16 * sizes.hidden_size + 2 * sizes.num_heads * length) * per_number + copies)
 
 
 def _logits_bytes(sizes: ModelSizes, tokens: int) -> int:

@@ -109,9 +109,11 @@ class Policy(ABC):
             attention_mask: (B, S), 1 on real tokens; only checked: what follows a token cannot change it in a causal model.
 
         Raises:
-            PromptError: tokens out of range, a wrong shape, or padding that is not on the right.
+            PromptError: tokens out of range, a wrong shape, more than `max_length` tokens, or padding that is not on the right.
         """
         tokens = self._checked_tokens(input_ids, attention_mask)
+        if self.max_length is not None and tokens.shape[1] > self.max_length:
+            raise PromptError(f"input_ids has {tokens.shape[1]} tokens per row, but {self.length_limit_reason} allows {self.max_length}")
         hidden = self.hidden_states(self.features(tokens))
         return PolicyOutput(self.project(hidden), self.value_head(hidden))
 
@@ -230,8 +232,8 @@ def load_policy(
         dht_prefix: name under which the swarm announces the model; None = made from `model`.
         quantization: None, "8bit" or "4bit" (bitsandbytes); local only, servers quantise with their own option.
         lora: which weights are trained; None = those of `ref_adapter`, or else the defaults.
-        dtype: of the local weights; None = the checkpoint's.
-        device: None = CUDA when there is one (local), else the CPU.
+        dtype: of the local weights; None = the checkpoint's. A model that is loaded already is taken as it is.
+        device: None = CUDA when there is one (local), else the CPU; likewise.
         seed: of the adapter's and the value head's first values.
         tokenizer: instead of the one that belongs to `model`.
         ref_adapter: directory of a PEFT LoRA adapter to start from, which is also the ref policy (default: the base model is).
