@@ -251,16 +251,65 @@ def test_a_checkpoint_of_something_that_is_no_run(trained):
         find_source("trained", "last")
 
 
-def test_what_is_not_written_over(trained, run):
-    for out, told in (
+def everything_in(directory: Path | str) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(directory).rglob("*")}
+
+
+@pytest.mark.parametrize("write", [export_adapter, export_merged])
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("runs/../base", "base holds the base model that is to be exported"),
+        ("link", "link holds the base model"),
+        ("trained", "trained holds the adapter"),
+        (".", "holds the base model"),
+        ("base_alike", "it holds config.json, generation_config.json, model.safetensors"),
+        ("adapter_alike", "it holds README.md, adapter_config.json, adapter_model.safetensors, value_head.safetensors; move that away"),
         ("tasks.py", "is a file"),
-        ("runs", "holds something else"),
-        ("runs/a/checkpoints/iteration_000003", "a training run"),
-    ):
-        with pytest.raises(ExportError, match=told):
-            export_adapter(find_source(run), out, silent(), verify=False)
-    for _ in range(2):  # an earlier export is replaced
-        export_adapter(find_source(run), "out", silent(), verify=False)
+    ],
+)
+def test_what_is_not_an_earlier_export_is_not_written_over(trained, write, out, told):
+    trained()
+    Path("link").symlink_to("base")
+    Path("tasks.py").write_text("")
+    shutil.copytree("base", "base_alike")
+    shutil.copytree("trained", "adapter_alike")
+    Path("adapter_alike/README.md").write_text("---\ntags: [lora]\n---\nmy notes")
+    Path("runs").mkdir()
+    before = everything_in(".")
+    with pytest.raises(ExportError, match=re.escape(told)):
+        write(find_source("trained"), out, silent(), verify=False)
+    assert everything_in(".") == before
+
+
+@pytest.mark.parametrize("out", ["runs", "runs/a", "runs/a/adapter", "runs/a/checkpoints", "runs/a/checkpoints/iteration_000002"])
+def test_a_run_is_not_written_over(run, out):
+    before = everything_in(".")
+    for checkpoint in (None, "3"):
+        with pytest.raises(ExportError, match=r"is to be exported|is no earlier export"):
+            export_adapter(find_source(run, checkpoint), out, silent(), verify=False)
+    assert everything_in(".") == before
+
+
+@pytest.mark.parametrize("foreign", ["NOTES", ".git"])
+def test_an_earlier_export_is_replaced_if_nothing_was_added_to_it(trained, foreign):
+    trained()
+    for write in (export_adapter, export_adapter, export_merged, export_merged, export_adapter):
+        write(find_source("trained"), "out", silent(), verify=False)
+    assert not Path("out/config.json").exists()
+    Path("out", foreign).mkdir() if foreign == ".git" else Path("out", foreign).write_text("mine")
+    with pytest.raises(ExportError, match=f"or more than that: it holds {foreign}; move that away or name another directory"):
+        export_adapter(find_source("trained"), "out", silent(), verify=False)
+    assert Path("out", foreign).exists()
+
+
+def test_an_export_of_an_export_does_not_replace_what_it_is_made_from(trained):
+    trained()
+    export_merged(find_source("trained"), "merged", silent(), verify=False)  # has a card of ours, and is a base model now
+    export_adapter(find_source("trained"), "out", silent(), verify=False)
+    for source, out in ((find_source("trained", base_model="merged"), "merged"), (find_source("out"), "out")):
+        with pytest.raises(ExportError, match=f"{out} holds the .* that is to be exported"):
+            export_adapter(source, out, silent(), verify=False)
 
 
 def test_a_base_model_that_it_does_not_fit_or_that_is_not_there(trained):
