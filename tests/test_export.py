@@ -182,6 +182,19 @@ def test_what_a_machine_cannot_quantise_is_not_compared(run, monkeypatch):
     assert "the policy in 8bit cannot be loaded here to be compared: quantization='8bit' needs bitsandbytes" in console.file.getvalue()
 
 
+def test_the_fresh_process_finds_what_this_one_finds_and_nothing_of_ours_by_accident(tmp_path, monkeypatch):
+    for directory in ("lib", "package", "relative/to/here"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "lib" / "only_here.py").write_text("found = 'in lib'")
+    (tmp_path / "package" / "types.py").write_text("raise ImportError('shadows that of Python')")
+    script = tmp_path / "package" / "plain_check.py"
+    script.write_text("import enum, json, os, only_here\nprint(json.dumps([only_here.found, os.getcwd()]))")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    monkeypatch.setattr(export.plain_check, "__file__", str(script))
+    monkeypatch.chdir(tmp_path / "relative")
+    assert export.answers_of_fresh_process("./to/here", None, []) == ["in lib", str(tmp_path / "relative")]
+
+
 # ------------------------------------------------------------------------------------------ the model card
 
 
@@ -218,6 +231,67 @@ def test_of_a_run_the_finished_adapter_or_a_checkpoint(run):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(CheckpointError, match="never finished an iteration, so there is nothing to export"):
         find_source(run)
+
+
+def finished_after(run: Path, iterations: int) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "iterations": iterations}))
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = checkpoint / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_of_a_run_that_went_on_after_it_was_finished_the_newest_checkpoint(run):
+    finished_after(run, 2)  # then it was extended, and killed in iteration 4
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 4, "score": 99.0}) + "\n" + '{"iteration": 3, "sco')
+    source = find_source(run)
+    assert source.adapter == run / "checkpoints" / "iteration_000003" and source.metrics["iteration"] == 3
+    assert "last iteration: iteration 3, score" in export.model_card(source, merged=False).text
+    finished_after(run, 3)
+    source = find_source(run)
+    assert source.adapter == run / "adapter" and source.metrics["iteration"] == 3
+
+
+@pytest.mark.parametrize("summary", [None, '{"iterations"', "[]", '{"iterations": null}'])
+def test_of_a_run_without_a_whole_summary_the_newest_checkpoint(run, summary):
+    (run / "summary.json").unlink()
+    if summary is not None:
+        (run / "summary.json").write_text(summary)
+    assert find_source(run).adapter == run / "checkpoints" / "iteration_000003"
+    shutil.rmtree(run / "checkpoints")
+    source = find_source(run)
+    assert source.adapter == run / "adapter" and source.metrics == {}  # of which iteration it is, nobody knows
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, caplog):
+    shutil.rmtree(run / "adapter")
+    third, second = (run / "checkpoints" / f"iteration_00000{number}" for number in (3, 2))
+    flip_a_bit(third)
+    for checkpoint in (None, "last"):
+        caplog.clear()
+        source = find_source(run, checkpoint)
+        assert source.adapter == second and source.metrics["iteration"] == 2
+        assert f"{third} is damaged (adapter_model.safetensors is not what was written); exporting an older one" in caplog.text
+    for path, checkpoint in ((run, "3"), (third, None)):
+        with pytest.raises(CheckpointError, match=r"iteration_000003 is damaged .*; export another one"):
+            find_source(path, checkpoint)
+    flip_a_bit(second)
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged$"):
+        find_source(run)
+
+
+def test_when_all_checkpoints_are_damaged_the_finished_adapter_is_named(run):
+    finished_after(run, 1)
+    for checkpoint in (run / "checkpoints").iterdir():
+        flip_a_bit(checkpoint)
+    with pytest.raises(CheckpointError, match="are damaged; an older adapter is in runs/a/adapter, export that"):
+        find_source(run)
+    assert find_source(run / "adapter").adapter == run / "adapter"
 
 
 @pytest.mark.parametrize(
