@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from architectures import character_tokenizer, perturb, tiny_model
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -216,6 +218,26 @@ def test_the_card_names_a_base_model_of_the_hub_and_not_a_directory_of_this_mach
     assert "merge_and_unload" not in export.model_card(found, merged=True).text
 
 
+def test_the_card_shows_weights_of_rewards_that_are_not_1(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    function, model = {**config["reward"][0], "weight": 0.5}, {"weight": 1.0, "function": None, "model": "judge", "label": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "reward": [function, model]}))
+    assert "reward: `0.5 * tasks.py:vowels` + `judge (label 1)`" in export.model_card(find_source(run), merged=False).text
+
+
+def test_names_are_no_markup_and_no_template(trained, monkeypatch):
+    trained()
+    base = Path("base[/b] {{ x }} {% y %}")
+    base.parent.mkdir()
+    Path("base").rename(base)
+    monkeypatch.setattr(export, "_verify", lambda *_: None)
+    for write in (export_adapter, export_merged):
+        console, out = silent(), f"out/[/b]{write.__name__}"
+        written = write(find_source("trained", base_model=f"./{base}"), out, console)
+        assert f" in {out}\n" in console.file.getvalue()
+        assert f"`./{base}`" in (written / "README.md").read_text()
+
+
 # ------------------------------------------------------------------------------------------ where adapters are found
 
 
@@ -393,8 +415,70 @@ def test_a_base_model_that_it_does_not_fit_or_that_is_not_there(trained):
         export_merged(find_source("trained", base_model="./other"), "out", silent())
     with pytest.raises(AdapterError, match="does not fit"):
         export_adapter(find_source("trained", base_model="./other"), "out", silent())
-    with pytest.raises(ModelError, match="there is no directory nowhere"):
-        export_merged(find_source("trained", base_model="./nowhere"), "out2", silent())
+
+
+@pytest.mark.parametrize("base", ["./nowhere", "models/nowhere"])
+def test_a_base_model_that_is_not_there_is_told_before_anything_is_written(trained, base):
+    trained()
+    Path("out").mkdir()
+    for write, verify in ((export_adapter, True), (export_merged, True), (export_merged, False)):
+        with pytest.raises(ModelError, match=rf"(?s)nowhere.*\nlooked for from {Path.cwd()}; say where it is with --model"):
+            write(find_source("trained", base_model=base), "out", silent(), verify=verify)
+        assert not list(Path("out").iterdir())
+    export_adapter(find_source("trained", base_model=base), "out", silent(), verify=False)  # needs no model
+
+
+def test_the_exported_adapter_names_the_base_model_that_was_given(trained, tmp_path):
+    trained()
+    out = export_adapter(find_source("trained", base_model=str(tmp_path / "base")), "out", silent(), verify=False)
+    assert PeftConfig.from_pretrained(str(out)).base_model_name_or_path == str(tmp_path / "base")
+    assert read_settings(out) == read_settings("trained")
+
+
+# ------------------------------------------------------------------------------------------ broken files, stubborn disks
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "adapter_config.json cannot be read: Expecting"), ("[]", "holds a list instead of")])
+def test_adapter_settings_that_are_none(trained, text, told):
+    trained()
+    Path("trained/adapter_config.json").write_text(text)
+    with pytest.raises(AdapterError, match=told):
+        find_source("trained")
+
+
+@pytest.mark.parametrize("text", ["model: [", "\x00", "{model: m, reward: f, sampling: {}, ppo: {}}"])
+def test_a_broken_configuration_of_a_run(run, text):
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read as the configuration of a run"):
+        find_source(run)
+
+
+@pytest.mark.parametrize("text", ["{lr: 3, name: mine}", "- a\n- b", "", "model: gpt2"])
+def test_a_configuration_of_another_program_makes_no_run(trained, text):
+    trained()
+    Path("trained/config.yaml").write_text(text)
+    source = find_source("trained")
+    assert source.adapter == Path("trained") and source.config is None
+
+
+def test_a_disk_that_does_not_take_it(trained, monkeypatch):
+    trained()
+    Path("file").write_text("")
+    for write in (export_adapter, export_merged):
+        with pytest.raises(ExportError, match=r"file/out cannot be written: .*Not a directory.*; make room or name another directory"):
+            write(find_source("trained"), "file/out", silent(), verify=False)
+    Path("mounted").mkdir()
+    replace = os.replace
+
+    def busy(source, target):  # as renaming a mount point is answered
+        if Path(source).name == "mounted":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(ExportError, match=r"mounted cannot be written: .*resource busy.*mounted'; make room"):
+        export_adapter(find_source("trained"), "mounted", silent(), verify=False)
+    assert not list(Path("mounted").iterdir()) and not list(Path().glob(".*"))
 
 
 # ------------------------------------------------------------------------------------------ the hub
