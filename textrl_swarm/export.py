@@ -118,7 +118,8 @@ def _run_config(path: Path) -> dict[str, Any] | None:
         _settings_of_run(config)  # the card must not fail on it when the weights are already merged
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as the configuration of a run ({error!r}); restore it, or export the adapter in a directory below it"
+            f"{path} cannot be read as the configuration of a run ({type(error).__name__}: {error}); "
+            f"restore it, or export an adapter below it, such as {path.parent / ADAPTER}"
         ) from error
     return config
 
@@ -370,10 +371,10 @@ def answers_of_fresh_process(
         "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="textrl-swarm-") as directory:
-        path = Path(directory) / "request.json"
+        path, script = Path(directory) / "request.json", Path(directory) / "plain_check.py"
         path.write_text(json.dumps(request), encoding="utf-8")
         # A script's directory comes first in its sys.path, and ours has a types.py: a copy alone shadows nothing of Python's.
-        script = shutil.copyfile(plain_check.__file__, Path(directory) / "plain_check.py")
+        shutil.copyfile(plain_check.__file__, script)
         searched = os.pathsep.join(map(os.path.abspath, sys.path))  # the packages may come from anywhere that this process looks
         answer = subprocess.run(
             [sys.executable, script, str(path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": searched}
