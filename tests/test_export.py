@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from architectures import character_tokenizer, perturb, tiny_model
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -182,6 +184,19 @@ def test_what_a_machine_cannot_quantise_is_not_compared(run, monkeypatch):
     assert "the policy in 8bit cannot be loaded here to be compared: quantization='8bit' needs bitsandbytes" in console.file.getvalue()
 
 
+def test_the_fresh_process_finds_what_this_one_finds_and_nothing_of_ours_by_accident(tmp_path, monkeypatch):
+    for directory in ("lib", "package", "relative/to/here"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "lib" / "only_here.py").write_text("found = 'in lib'")
+    (tmp_path / "package" / "types.py").write_text("raise ImportError('shadows that of Python')")
+    script = tmp_path / "package" / "plain_check.py"
+    script.write_text("import enum, json, os, only_here\nprint(json.dumps([only_here.found, os.getcwd()]))")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    monkeypatch.setattr(export.plain_check, "__file__", str(script))
+    monkeypatch.chdir(tmp_path / "relative")
+    assert export.answers_of_fresh_process("./to/here", None, []) == ["in lib", str(tmp_path / "relative")]
+
+
 # ------------------------------------------------------------------------------------------ the model card
 
 
@@ -203,6 +218,26 @@ def test_the_card_names_a_base_model_of_the_hub_and_not_a_directory_of_this_mach
     assert "merge_and_unload" not in export.model_card(found, merged=True).text
 
 
+def test_the_card_shows_weights_of_rewards_that_are_not_1(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    function, model = {**config["reward"][0], "weight": 0.5}, {"weight": 1.0, "function": None, "model": "judge", "label": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "reward": [function, model]}))
+    assert "reward: `0.5 * tasks.py:vowels` + `judge (label 1)`" in export.model_card(find_source(run), merged=False).text
+
+
+def test_names_are_no_markup_and_no_template(trained, monkeypatch):
+    trained()
+    base = Path("base[/b] {{ x }} {% y %}")
+    base.parent.mkdir()
+    Path("base").rename(base)
+    monkeypatch.setattr(export, "_verify", lambda *_: None)
+    for write in (export_adapter, export_merged):
+        console, out = silent(), f"out/[/b]{write.__name__}"
+        written = write(find_source("trained", base_model=f"./{base}"), out, console)
+        assert f" in {out}\n" in console.file.getvalue()
+        assert f"`./{base}`" in (written / "README.md").read_text()
+
+
 # ------------------------------------------------------------------------------------------ where adapters are found
 
 
@@ -218,6 +253,67 @@ def test_of_a_run_the_finished_adapter_or_a_checkpoint(run):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(CheckpointError, match="never finished an iteration, so there is nothing to export"):
         find_source(run)
+
+
+def finished_after(run: Path, iterations: int) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "iterations": iterations}))
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = checkpoint / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_of_a_run_that_went_on_after_it_was_finished_the_newest_checkpoint(run):
+    finished_after(run, 2)  # then it was extended, and killed in iteration 4
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 4, "score": 99.0}) + "\n" + '{"iteration": 3, "sco')
+    source = find_source(run)
+    assert source.adapter == run / "checkpoints" / "iteration_000003" and source.metrics["iteration"] == 3
+    assert "last iteration: iteration 3, score" in export.model_card(source, merged=False).text
+    finished_after(run, 3)
+    source = find_source(run)
+    assert source.adapter == run / "adapter" and source.metrics["iteration"] == 3
+
+
+@pytest.mark.parametrize("summary", [None, '{"iterations"', "[]", '{"iterations": null}'])
+def test_of_a_run_without_a_whole_summary_the_newest_checkpoint(run, summary):
+    (run / "summary.json").unlink()
+    if summary is not None:
+        (run / "summary.json").write_text(summary)
+    assert find_source(run).adapter == run / "checkpoints" / "iteration_000003"
+    shutil.rmtree(run / "checkpoints")
+    source = find_source(run)
+    assert source.adapter == run / "adapter" and source.metrics == {}  # of which iteration it is, nobody knows
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, caplog):
+    shutil.rmtree(run / "adapter")
+    third, second = (run / "checkpoints" / f"iteration_00000{number}" for number in (3, 2))
+    flip_a_bit(third)
+    for checkpoint in (None, "last"):
+        caplog.clear()
+        source = find_source(run, checkpoint)
+        assert source.adapter == second and source.metrics["iteration"] == 2
+        assert f"{third} is damaged (adapter_model.safetensors is not what was written); exporting an older one" in caplog.text
+    for path, checkpoint in ((run, "3"), (third, None)):
+        with pytest.raises(CheckpointError, match=r"iteration_000003 is damaged .*; export another one"):
+            find_source(path, checkpoint)
+    flip_a_bit(second)
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged$"):
+        find_source(run)
+
+
+def test_when_all_checkpoints_are_damaged_the_finished_adapter_is_named(run):
+    finished_after(run, 1)
+    for checkpoint in (run / "checkpoints").iterdir():
+        flip_a_bit(checkpoint)
+    with pytest.raises(CheckpointError, match="are damaged; an older adapter is in runs/a/adapter, export that"):
+        find_source(run)
+    assert find_source(run / "adapter").adapter == run / "adapter"
 
 
 @pytest.mark.parametrize(
@@ -251,16 +347,65 @@ def test_a_checkpoint_of_something_that_is_no_run(trained):
         find_source("trained", "last")
 
 
-def test_what_is_not_written_over(trained, run):
-    for out, told in (
+def everything_in(directory: Path | str) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(directory).rglob("*")}
+
+
+@pytest.mark.parametrize("write", [export_adapter, export_merged])
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("runs/../base", "base holds the base model that is to be exported"),
+        ("link", "link holds the base model"),
+        ("trained", "trained holds the adapter"),
+        (".", "holds the base model"),
+        ("base_alike", "it holds config.json, generation_config.json, model.safetensors"),
+        ("adapter_alike", "it holds README.md, adapter_config.json, adapter_model.safetensors, value_head.safetensors; move that away"),
         ("tasks.py", "is a file"),
-        ("runs", "holds something else"),
-        ("runs/a/checkpoints/iteration_000003", "a training run"),
-    ):
-        with pytest.raises(ExportError, match=told):
-            export_adapter(find_source(run), out, silent(), verify=False)
-    for _ in range(2):  # an earlier export is replaced
-        export_adapter(find_source(run), "out", silent(), verify=False)
+    ],
+)
+def test_what_is_not_an_earlier_export_is_not_written_over(trained, write, out, told):
+    trained()
+    Path("link").symlink_to("base")
+    Path("tasks.py").write_text("")
+    shutil.copytree("base", "base_alike")
+    shutil.copytree("trained", "adapter_alike")
+    Path("adapter_alike/README.md").write_text("---\ntags: [lora]\n---\nmy notes")
+    Path("runs").mkdir()
+    before = everything_in(".")
+    with pytest.raises(ExportError, match=re.escape(told)):
+        write(find_source("trained"), out, silent(), verify=False)
+    assert everything_in(".") == before
+
+
+@pytest.mark.parametrize("out", ["runs", "runs/a", "runs/a/adapter", "runs/a/checkpoints", "runs/a/checkpoints/iteration_000002"])
+def test_a_run_is_not_written_over(run, out):
+    before = everything_in(".")
+    for checkpoint in (None, "3"):
+        with pytest.raises(ExportError, match=r"is to be exported|is no earlier export"):
+            export_adapter(find_source(run, checkpoint), out, silent(), verify=False)
+    assert everything_in(".") == before
+
+
+@pytest.mark.parametrize("foreign", ["NOTES", ".git"])
+def test_an_earlier_export_is_replaced_if_nothing_was_added_to_it(trained, foreign):
+    trained()
+    for write in (export_adapter, export_adapter, export_merged, export_merged, export_adapter):
+        write(find_source("trained"), "out", silent(), verify=False)
+    assert not Path("out/config.json").exists()
+    Path("out", foreign).mkdir() if foreign == ".git" else Path("out", foreign).write_text("mine")
+    with pytest.raises(ExportError, match=f"or more than that: it holds {foreign}; move that away or name another directory"):
+        export_adapter(find_source("trained"), "out", silent(), verify=False)
+    assert Path("out", foreign).exists()
+
+
+def test_an_export_of_an_export_does_not_replace_what_it_is_made_from(trained):
+    trained()
+    export_merged(find_source("trained"), "merged", silent(), verify=False)  # has a card of ours, and is a base model now
+    export_adapter(find_source("trained"), "out", silent(), verify=False)
+    for source, out in ((find_source("trained", base_model="merged"), "merged"), (find_source("out"), "out")):
+        with pytest.raises(ExportError, match=f"{out} holds the .* that is to be exported"):
+            export_adapter(source, out, silent(), verify=False)
 
 
 def test_a_base_model_that_it_does_not_fit_or_that_is_not_there(trained):
@@ -270,8 +415,70 @@ def test_a_base_model_that_it_does_not_fit_or_that_is_not_there(trained):
         export_merged(find_source("trained", base_model="./other"), "out", silent())
     with pytest.raises(AdapterError, match="does not fit"):
         export_adapter(find_source("trained", base_model="./other"), "out", silent())
-    with pytest.raises(ModelError, match="there is no directory nowhere"):
-        export_merged(find_source("trained", base_model="./nowhere"), "out2", silent())
+
+
+@pytest.mark.parametrize("base", ["./nowhere", "models/nowhere"])
+def test_a_base_model_that_is_not_there_is_told_before_anything_is_written(trained, base):
+    trained()
+    Path("out").mkdir()
+    for write, verify in ((export_adapter, True), (export_merged, True), (export_merged, False)):
+        with pytest.raises(ModelError, match=rf"(?s)nowhere.*\nlooked for from {Path.cwd()}; say where it is with --model"):
+            write(find_source("trained", base_model=base), "out", silent(), verify=verify)
+        assert not list(Path("out").iterdir())
+    export_adapter(find_source("trained", base_model=base), "out", silent(), verify=False)  # needs no model
+
+
+def test_the_exported_adapter_names_the_base_model_that_was_given(trained, tmp_path):
+    trained()
+    out = export_adapter(find_source("trained", base_model=str(tmp_path / "base")), "out", silent(), verify=False)
+    assert PeftConfig.from_pretrained(str(out)).base_model_name_or_path == str(tmp_path / "base")
+    assert read_settings(out) == read_settings("trained")
+
+
+# ------------------------------------------------------------------------------------------ broken files, stubborn disks
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "adapter_config.json cannot be read: Expecting"), ("[]", "holds a list instead of")])
+def test_adapter_settings_that_are_none(trained, text, told):
+    trained()
+    Path("trained/adapter_config.json").write_text(text)
+    with pytest.raises(AdapterError, match=told):
+        find_source("trained")
+
+
+@pytest.mark.parametrize("text", ["model: [", "\x00", "{model: m, reward: f, sampling: {}, ppo: {}}"])
+def test_a_broken_configuration_of_a_run(run, text):
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read as the configuration of a run"):
+        find_source(run)
+
+
+@pytest.mark.parametrize("text", ["{lr: 3, name: mine}", "- a\n- b", "", "model: gpt2"])
+def test_a_configuration_of_another_program_makes_no_run(trained, text):
+    trained()
+    Path("trained/config.yaml").write_text(text)
+    source = find_source("trained")
+    assert source.adapter == Path("trained") and source.config is None
+
+
+def test_a_disk_that_does_not_take_it(trained, monkeypatch):
+    trained()
+    Path("file").write_text("")
+    for write in (export_adapter, export_merged):
+        with pytest.raises(ExportError, match=r"file/out cannot be written: .*Not a directory.*; make room or name another directory"):
+            write(find_source("trained"), "file/out", silent(), verify=False)
+    Path("mounted").mkdir()
+    replace = os.replace
+
+    def busy(source, target):  # as renaming a mount point is answered
+        if Path(source).name == "mounted":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(ExportError, match=r"mounted cannot be written: .*resource busy.*mounted'; make room"):
+        export_adapter(find_source("trained"), "mounted", silent(), verify=False)
+    assert not list(Path("mounted").iterdir()) and not list(Path().glob(".*"))
 
 
 # ------------------------------------------------------------------------------------------ the hub

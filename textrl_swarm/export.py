@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,28 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from rich.console import Console
+from rich.markup import escape
+from safetensors import SafetensorError
 
+from textrl_swarm import checkpoint as saving
 from textrl_swarm import plain_check
-from textrl_swarm.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merged_model, read_settings
+from textrl_swarm.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD_WEIGHTS, merged_model, read_settings
 from textrl_swarm.base_model import hub_name, read_config
-from textrl_swarm.checkpoint import checkpoints
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.display import status
 from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ExportError, ModelError
 from textrl_swarm.files import published
 from textrl_swarm.policy import Policy, load_policy
-from textrl_swarm.run import ADAPTER, CONFIG
+from textrl_swarm.run import ADAPTER, CONFIG, SUMMARY
 from textrl_swarm.trackers import METRICS
 
+logger = logging.getLogger(__name__)
+
+_CARD_FILE, _TAG = "README.md", "textrl_swarm"
+# All that an export writes, in this version of transformers or another; tokenizers differ most.
+_WRITTEN = (_CARD_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD_WEIGHTS, "config.json", "generation_config.json", "model*.safetensors",
+            "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+            "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja")  # fmt: skip
 _TOLERANCE = 1e-3  # of a logit, relative to the largest: sums of products in another order, in fp32
 _HALF_TOLERANCE = 0.05  # for models in 16 bits
 _PROBE_TOKENS = 8
@@ -42,6 +54,7 @@ _PROBE_TOKENS = 8
 class Source:
     """An adapter on disk and what is known about how it came about."""
 
+    directory: Path  # that was named: a run's, or the adapter's own
     adapter: Path
     base_model: str
     config: dict[str, Any] | None  # of the run, if it was one
@@ -68,48 +81,100 @@ def find_source(path: str | Path, checkpoint: str | None = None, base_model: str
     """The adapter in a run's directory, in one of pfrl's (`best`), or in an adapter's own.
 
     Args:
-        checkpoint: of a run: "last", or the number of an iteration; None = the finished adapter, or else the last checkpoint.
+        checkpoint: of a run: "last", or the number of an iteration; None = the finished adapter, or the last checkpoint if that is newer.
         base_model: instead of the one that the adapter names.
 
     Raises:
-        CheckpointError: a run without a finished iteration, or no such checkpoint. AdapterError: nothing of the kind there.
+        CheckpointError: a run without a finished iteration, no such checkpoint, or a damaged one. AdapterError: nothing of the kind there.
     """
     path = Path(path)
     if not path.is_dir():
         near = sorted(p.parent.name for p in path.parent.glob(f"*/{ADAPTER_CONFIG}")) if path.parent.is_dir() else []
         raise AdapterError(f"there is no directory {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
-    adapter, config, iteration = path, None, None
-    if (path / CONFIG).is_file():
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    adapter, config, iteration = path, _run_config(path / CONFIG), None
+    if config is not None:
         adapter, iteration = _of_run(path, checkpoint)
     elif checkpoint is not None:
         raise CheckpointError(f"{path} is no run of `textrl-swarm train`, so it has no checkpoint {checkpoint!r}; leave --checkpoint out")
     if not (adapter / ADAPTER_CONFIG).is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
         raise _no_adapter(adapter)
-    named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    base = base_model or named or (config or {}).get("model")
+    damage = saving._damage(adapter) if (adapter / saving.STATE).is_file() else None
+    if damage is not None:
+        raise CheckpointError(f"the checkpoint {adapter} is damaged ({damage}); export another one")
+    base = base_model or _adapter_config(adapter).get("base_model_name_or_path") or (config or {}).get("model")
     if not base:
         raise AdapterError(f"{adapter / ADAPTER_CONFIG} names no base model; give it with --model")
-    metrics = _metrics(path / METRICS, iteration) if config is not None else {}
-    return Source(adapter, str(base), config, metrics)
+    return Source(path, adapter, str(base), config, _metrics(path / METRICS, iteration))
+
+
+def _run_config(path: Path) -> dict[str, Any] | None:
+    """The configuration of a run of ours; None when there is none, or another program's (the name is a common one)."""
+    if not path.is_file():
+        return None
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not {"model", "reward", "sampling", "ppo"} <= config.keys():
+            return None
+        _settings_of_run(config)  # the card must not fail on it when the weights are already merged
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as the configuration of a run ({type(error).__name__}: {error}); "
+            f"restore it, or export an adapter below it, such as {path.parent / ADAPTER}"
+        ) from error
+    return config
 
 
 def _of_run(run: Path, checkpoint: str | None) -> tuple[Path, int | None]:
-    saved = {int(path.name.rsplit("_", 1)[1]): path for path in checkpoints(run)}
+    """An adapter of a run, and the iterations it has behind it if that is known."""
+    numbered = {path.name.removeprefix("iteration_"): path for path in saving.checkpoints(run)}
+    saved = {int(number): path for number, path in numbered.items() if number.isdecimal()}
     if checkpoint is None and (run / ADAPTER / ADAPTER_CONFIG).is_file():
-        return run / ADAPTER, None
+        finished = _finished(run / SUMMARY)
+        if not saved or (finished is not None and finished >= max(saved)):  # else the run went on after it was finished
+            return run / ADAPTER, finished
     if not saved:
         raise CheckpointError(
             f"the run in {run} never finished an iteration, so there is nothing to export; continue it with textrl-swarm train"
         )
     if checkpoint in (None, "last"):
-        return saved[max(saved)], max(saved)
+        return _newest_undamaged(run, saved)
     if not str(checkpoint).isdecimal() or int(checkpoint) not in saved:
         kept = ", ".join(map(str, sorted(saved)))
         raise CheckpointError(
             f"the run in {run} has no checkpoint {checkpoint!r}; give last or one of {kept} (train.keep_checkpoints keeps more)"
         )
     return saved[int(checkpoint)], int(checkpoint)
+
+
+def _finished(summary: Path) -> int | None:
+    """The iterations that `adapter/` has behind it; None when the summary is missing or torn."""
+    try:
+        return int(json.loads(summary.read_text(encoding="utf-8"))["iterations"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _newest_undamaged(run: Path, saved: dict[int, Path]) -> tuple[Path, int]:
+    for iteration in sorted(saved, reverse=True):
+        damage = saving._damage(saved[iteration])
+        if damage is None:
+            return saved[iteration], iteration
+        logger.warning("%s is damaged (%s); exporting an older one", saved[iteration], damage)
+    finished = f"; an older adapter is in {run / ADAPTER}, export that" if (run / ADAPTER / ADAPTER_CONFIG).is_file() else ""
+    raise CheckpointError(f"all checkpoints in {run / saving.CHECKPOINTS} are damaged{finished}")
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}; copy it again from where it was trained") from error
+    if not isinstance(config, dict):
+        raise AdapterError(
+            f"{path} holds a {type(config).__name__} instead of an adapter's settings; copy it again from where it was trained"
+        )
+    return config
 
 
 def _no_adapter(path: Path) -> AdapterError:
@@ -123,11 +188,15 @@ def _no_adapter(path: Path) -> AdapterError:
 
 
 def _metrics(path: Path, iteration: int | None) -> dict[str, float]:
-    if not path.is_file():
+    """Of that iteration; none when it is unknown or was not written. A line that a crash cut short is passed over."""
+    if iteration is None or not path.is_file():
         return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    known = [line for line in lines if iteration is None or line["iteration"] <= iteration]
-    return known[-1] if known else {}
+    for text in reversed(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and line.get("iteration") == iteration:
+                return line
+    return {}
 
 
 # ------------------------------------------------------------------------------------------ exporting
@@ -137,62 +206,117 @@ def export_adapter(source: Source, out: str | Path, console: Console, *, verify:
     """Writes the adapter with a model card; returns its directory.
 
     Raises:
-        ExportError: `out` holds something else, or what was written does not load as what was trained.
+        ExportError: `out` holds something else or cannot be written, or what was written does not load as what was trained.
+        ModelError: the base model, which the check needs, is not there.
     """
-    out = _target(out, ADAPTER_CONFIG)
-    with published(out) as staging:
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "value_head.safetensors"):
+    out = _target(source, out)
+    if verify:
+        _require_base_model(source)
+    with _disk_errors(out), published(out) as staging:
+        for name in (ADAPTER_WEIGHTS, VALUE_HEAD_WEIGHTS):
             if (source.adapter / name).is_file():
                 shutil.copyfile(source.adapter / name, staging / name)
-        model_card(source, merged=False).save(staging / "README.md")
-    console.print(f"adapter with a model card in {out}", soft_wrap=True)
+        settings = {**_adapter_config(source.adapter), "base_model_name_or_path": hub_name(source.base_model)}
+        (staging / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        model_card(source, merged=False).save(staging / _CARD_FILE)
+    _say(console, f"adapter with a model card in {out}")
     if verify:
         _verify(source, source.base_model, out, console)
     return out
 
 
 def export_merged(source: Source, out: str | Path, console: Console, *, verify: bool = True) -> Path:
-    """Writes the base model with the adapter added to its weights, and the tokenizer; returns its directory."""
-    from transformers import AutoTokenizer
-
-    out = _target(out, "config.json")
+    """Writes the base model with the adapter added to its weights, and the tokenizer; returns its directory. Raises as `export_adapter`."""
+    out = _target(source, out)
+    _require_base_model(source)
     quantization = (source.config or {}).get("quantization")
     if quantization:
-        console.print(
-            f"[yellow]note:[/] the adapter was trained on weights in {quantization}; it is merged into the weights as they were before "
+        _note(
+            console,
+            f"the adapter was trained on weights in {quantization}; it is merged into the weights as they were before "
             "(8 or 4 bits would round it away), so the merged model answers a little differently from the trained policy",
-            soft_wrap=True,
         )
-    read_config(source.base_model)
-    with status(console, f"merging the adapter into {source.base_model}"):
-        model = merged_model(hub_name(source.base_model), source.adapter)
+    with status(console, escape(f"merging the adapter into {source.base_model}")):
+        model, tokenizer = merged_model(hub_name(source.base_model), source.adapter), _tokenizer(source, console)
         dtype = model.dtype
-        with published(out) as staging:
+        with _disk_errors(out), published(out) as staging:
             model.save_pretrained(staging)
-            try:
-                AutoTokenizer.from_pretrained(hub_name(source.base_model)).save_pretrained(staging)
-            except (OSError, ValueError) as error:
-                console.print(f"[yellow]note:[/] {source.base_model} has no tokenizer that could be copied: {error}", soft_wrap=True)
-            model_card(source, merged=True).save(staging / "README.md")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            model_card(source, merged=True).save(staging / _CARD_FILE)
         del model
     if dtype != torch.float32:
-        console.print(f"[yellow]note:[/] the weights are {dtype}: merging rounds the adapter's part to that", soft_wrap=True)
-    console.print(f"merged model in {out}", soft_wrap=True)
+        _note(console, f"the weights are {dtype}: merging rounds the adapter's part to that")
+    _say(console, f"merged model in {out}")
     if verify:
         _verify(source, str(out), None, console)
     return out
 
 
-def _target(out: str | Path, marker: str) -> Path:
-    """An export of ours may be replaced, anything else may not."""
+def _tokenizer(source: Source, console: Console):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(hub_name(source.base_model))
+    except (OSError, ValueError) as error:
+        _note(console, f"{source.base_model} has no tokenizer that could be copied: {error}")
+        return None
+
+
+def _target(source: Source, out: str | Path) -> Path:
+    """Where to write: an earlier export of ours may be replaced; nothing else may, least of all what this export is made from."""
     out = Path(out)
-    if out.is_file():
-        raise ExportError(f"{out} is a file; name a directory")
-    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
-        raise ExportError(f"{out} holds something else; name an empty or a new directory")
-    if (out / CONFIG).is_file() or (out / "learner.pt").is_file():
-        raise ExportError(f"{out} holds a training run; export to another directory")
+    with _disk_errors(out):
+        if out.exists() and not out.is_dir():
+            raise ExportError(f"{out} is a file; name a directory")
+        for what, needed in (("base model", source.base_model), ("adapter", source.adapter), ("run", source.directory)):
+            if Path(needed).is_dir() and Path(needed).resolve().is_relative_to(out.resolve()):
+                raise ExportError(f"{out} holds the {what} that is to be exported ({needed}); name another directory")
+        foreign = _foreign(out) if out.is_dir() else []
+    if foreign:
+        raise ExportError(
+            f"{out} is no earlier export, or more than that: it holds {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}; "
+            "move that away or name another directory"
+        )
     return out
+
+
+def _foreign(out: Path) -> list[str]:
+    """What no export of ours wrote; without a model card of ours that is all there is."""
+    try:
+        ours = _TAG in (ModelCard.load(out / _CARD_FILE).data.tags or ())
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        ours = False
+    return sorted(
+        path.name for path in out.iterdir() if not (ours and path.is_file() and any(fnmatch(path.name, name) for name in _WRITTEN))
+    )
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """A full disk, a mount point, no permission: one line that says where and why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out} cannot be written: {error}; make room or name another directory") from error
+
+
+def _require_base_model(source: Source) -> None:
+    """Before anything is written, and before minutes of merging."""
+    try:
+        read_config(source.base_model)
+    except ModelError as error:
+        raise ModelError(
+            f"base model: {error}\nlooked for from {Path.cwd()}; say where it is with --model, which takes a directory or a hub id"
+        ) from error
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(escape(text), soft_wrap=True)  # a directory may be called [/b]
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
 
 
 def _verify(source: Source, model: str, adapter: Path | None, console: Console) -> None:
@@ -209,16 +333,16 @@ def _verify(source: Source, model: str, adapter: Path | None, console: Console) 
             f"what was written is not what was trained: a logit differs by {agreement.largest_difference:.3g} (at most {allowed:.3g} is "
             f"rounding). Is {source.base_model} the model it was trained on?"
         )
-    console.print(f"loaded back: {agreement}", soft_wrap=True)
+    _say(console, f"loaded back: {agreement}")
     quantization = (source.config or {}).get("quantization")
     if quantization:
         try:
-            with status(console, f"comparing it with the policy in {quantization}"), _policy(source, quantization) as policy:
+            with status(console, escape(f"comparing it with the policy in {quantization}")), _policy(source, quantization) as policy:
                 trained = compare(policy, probes, answers)
         except (ConfigError, ModelError) as error:
-            console.print(f"[yellow]note:[/] the policy in {quantization} cannot be loaded here to be compared: {error}", soft_wrap=True)
+            _note(console, f"the policy in {quantization} cannot be loaded here to be compared: {error}")
         else:
-            console.print(f"beside the policy in {quantization}: {trained} (of at most {trained.largest_logit:.1f})", soft_wrap=True)
+            _say(console, f"beside the policy in {quantization}: {trained} (of at most {trained.largest_logit:.1f})")
 
 
 @contextlib.contextmanager
@@ -247,9 +371,14 @@ def answers_of_fresh_process(
         "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="textrl-swarm-") as directory:
-        path = Path(directory) / "request.json"
+        path, script = Path(directory) / "request.json", Path(directory) / "plain_check.py"
         path.write_text(json.dumps(request), encoding="utf-8")
-        answer = subprocess.run([sys.executable, "-I", plain_check.__file__, str(path)], capture_output=True, text=True)
+        # A script's directory comes first in its sys.path, and ours has a types.py: a copy alone shadows nothing of Python's.
+        shutil.copyfile(plain_check.__file__, script)
+        searched = os.pathsep.join(map(os.path.abspath, sys.path))  # the packages may come from anywhere that this process looks
+        answer = subprocess.run(
+            [sys.executable, script, str(path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": searched}
+        )
     if answer.returncode != 0:
         raise ExportError(f"plain transformers + peft could not load {adapter or model}:\n{answer.stderr.strip()[-2000:]}")
     return json.loads(answer.stdout.strip().splitlines()[-1])
@@ -273,7 +402,7 @@ def compare(policy: Policy, probes: Sequence[Sequence[int]], answers: Sequence[d
 # ------------------------------------------------------------------------------------------ the model card, the hub
 
 _CARD = """---
-{{{{ card_data }}}}
+{data}
 ---
 
 # {title}
@@ -308,16 +437,17 @@ def model_card(source: Source, *, merged: bool) -> ModelCard:
     base, on_hub = hub_name(source.base_model), not Path(source.base_model).is_dir()
     data = ModelCardData(
         base_model=base if on_hub else None, library_name="transformers" if merged else "peft", pipeline_tag="text-generation",
-        tags=["ppo", "reinforcement-learning", "textrl_swarm", *([] if merged else ["lora"])],
+        tags=["ppo", "reinforcement-learning", _TAG, *([] if merged else ["lora"])],
     )  # fmt: skip
     text = _CARD.format(
+        data=data.to_yaml(),
         title=Path(base).name + (" with a merged adapter" if merged else " adapter"),
         what="A version" if merged else "A LoRA adapter",
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
         training="\n".join(f"- {line}" for line in _training(source)),
         usage=(_USE_MERGED if merged else _USE_ADAPTER).format(base=base),
     )
-    return ModelCard.from_template(data, template_str=text)
+    return ModelCard(text)
 
 
 def _training(source: Source) -> list[str]:
@@ -325,19 +455,29 @@ def _training(source: Source) -> list[str]:
     blocks = "all blocks" if lora.layers is None else f"the last {lora.layers} blocks"
     lines = [f"LoRA: r={lora.r}, alpha={lora.alpha:g}, targets {', '.join(lora.targets or ())}, in {blocks}"]
     if source.config is not None:
-        rewards = [part["function"] or f"{part['model']} (label {part['label']})" for part in source.config["reward"]]
-        ppo, temperature = source.config["ppo"], source.config["sampling"]["temperature"]
-        lines.append(f"reward: {', '.join(f'`{reward}`' for reward in rewards)}")
-        lines.append(f"PPO: lr {ppo['lr']:g}, {ppo['epochs']} epochs, KL coefficient {ppo['kl_coef']:g}; temperature {temperature:g}")
+        lines += _settings_of_run(source.config)
     shown = {name: source.metrics[name] for name in ("iteration", "score", "kl") if source.metrics.get(name) is not None}
     return [*lines, "last iteration: " + ", ".join(f"{name} {value:g}" for name, value in shown.items())] if shown else lines
+
+
+def _settings_of_run(config: dict[str, Any]) -> list[str]:
+    rewards = [part["function"] or f"{part['model']} (label {part['label']})" for part in config["reward"]]
+    weighted = [
+        f"`{reward}`" if part["weight"] == 1 else f"`{part['weight']:g} * {reward}`"
+        for reward, part in zip(rewards, config["reward"], strict=True)
+    ]
+    ppo, temperature = config["ppo"], config["sampling"]["temperature"]
+    return [
+        f"reward: {' + '.join(weighted)}",
+        f"PPO: lr {ppo['lr']:g}, {ppo['epochs']} epochs, KL coefficient {ppo['kl_coef']:g}; temperature {temperature:g}",
+    ]
 
 
 def push_to_hub(directory: Path, repo_id: str, console: Console, *, private: bool = False) -> str:
     """Uploads an export; returns its address. Raises ExportError when the hub cannot be reached or says no."""
     api = HfApi()
     try:
-        with status(console, f"uploading {directory} to {repo_id}"):
+        with status(console, escape(f"uploading {directory} to {repo_id}")):
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(folder_path=str(directory), repo_id=repo_id, commit_message="Adapter trained with textrl_swarm")
     except Exception as error:  # huggingface_hub and its HTTP library raise many kinds
@@ -345,5 +485,5 @@ def push_to_hub(directory: Path, repo_id: str, console: Console, *, private: boo
             f"{directory} is written, but {repo_id} could not be uploaded: {error}\n"
             "log in with `hf auth login` (or set HF_TOKEN), look at the network, and type the command again"
         ) from error
-    console.print(f"uploaded to {address}", soft_wrap=True)
+    _say(console, f"uploaded to {address}")
     return str(address)
