@@ -98,7 +98,7 @@ def find_source(path: str | Path, checkpoint: str | None = None, base_model: str
         raise CheckpointError(f"{path} is no run of `textrl-swarm train`, so it has no checkpoint {checkpoint!r}; leave --checkpoint out")
     if not (adapter / ADAPTER_CONFIG).is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
         raise _no_adapter(adapter)
-    damage = saving._damage(adapter) if (adapter / saving.STATE).is_file() else None
+    damage = saving.damage_of(adapter) if (adapter / saving.STATE).is_file() else None
     if damage is not None:
         raise CheckpointError(f"the checkpoint {adapter} is damaged ({damage}); export another one")
     base = base_model or _adapter_config(adapter).get("base_model_name_or_path") or (config or {}).get("model")
@@ -156,7 +156,7 @@ def _finished(summary: Path) -> int | None:
 
 def _newest_undamaged(run: Path, saved: dict[int, Path]) -> tuple[Path, int]:
     for iteration in sorted(saved, reverse=True):
-        damage = saving._damage(saved[iteration])
+        damage = saving.damage_of(saved[iteration])
         if damage is None:
             return saved[iteration], iteration
         logger.warning("%s is damaged (%s); exporting an older one", saved[iteration], damage)
