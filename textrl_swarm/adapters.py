@@ -11,7 +11,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -196,14 +197,21 @@ def _means_itself(path: str, model: nn.Module) -> bool:
 def add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Puts LoRA layers into the model. Raises ModelError; some may be in it even then, until `remove_adapter`."""
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws from the global generator; ours replace them
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        with torch.random.fork_rng(devices=[]), _without_notices():  # PEFT draws from the global generator; ours replace them
             return get_peft_model(model, config)
     except Exception as error:  # PEFT checks names, types of layers and types of models, in many places
         raise ModelError(
             f"PEFT cannot adapt {type(model).__name__}: {error} Choose layers with LoraSettings(targets=...), "
             f"tried: {', '.join(sorted(config.target_modules))}"
         ) from error
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """PEFT still asks transformers for something by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def remove_adapter(model: nn.Module) -> None:
@@ -347,7 +355,8 @@ def merged_model(base_model: str, adapter: str | Path):
 
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with _without_notices():
+            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as error:
         raise AdapterError(f"the adapter in {adapter} does not fit {base_model}: {error}") from error
 
