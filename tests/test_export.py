@@ -26,7 +26,8 @@ from textrl_swarm import cli, export
 from textrl_swarm.adapters import read_settings
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, CheckpointError, ExportError, ModelError
-from textrl_swarm.export import export_adapter, export_merged, find_source
+from textrl_swarm.export import export_adapter, export_merged
+from textrl_swarm.export_source import find_source
 from textrl_swarm.policy import load_policy
 from textrl_swarm.run_config import load_config
 from textrl_swarm.train_command import train_command

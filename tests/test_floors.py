@@ -35,7 +35,7 @@ FLOORS: dict[str, tuple[str, list[str]]] = {
     "rollouts": ("rewards reward_files reward_models prompts env rollout", ["policies"]),
     "agents": ("ppo agent actor", ["rollouts"]),
     "training": ("checkpoint training trackers", ["agents"]),
-    "runs": ("run_config run plain_check export", ["training"]),
+    "runs": ("run_config run plain_check export export_source", ["training"]),
     "faces": ("demo serving status train_command cli __init__ __main__", ["runs"]),
 }
 FLOOR_OF = {module: floor for floor, (modules, _) in FLOORS.items() for module in modules.split()}

@@ -146,8 +146,9 @@ def export(
     """Write an adapter in PEFT's format with a model card, or a merged model, and check that it loads elsewhere."""
     with console.status("loading torch, transformers and peft ..."):
         from textrl_swarm import export as exporting
+        from textrl_swarm.export_source import find_source
 
-    found = exporting.find_source(source, checkpoint, model)
+    found = find_source(source, checkpoint, model)
     written = (exporting.export_merged if merge else exporting.export_adapter)(found, out, console, verify=verify)
     if not verify:
         console.print("not checked: --no-verify")
@@ -162,7 +163,8 @@ def _dump(
 ) -> None:
     """Write a full model that AutoModelForCausalLM loads, as TextRL's command of this name."""
     with console.status("loading torch, transformers and peft ..."):
-        from textrl_swarm.export import export_merged, find_source
+        from textrl_swarm.export import export_merged
+        from textrl_swarm.export_source import find_source
 
     export_merged(find_source(rl, base_model=model), directory, console)
     console.print("Finish model dump.")

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -26,17 +25,15 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from textrl_swarm import checkpoint as saving
 from textrl_swarm import plain_check
 from textrl_swarm.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD_WEIGHTS, merged_model, read_settings
 from textrl_swarm.base_model import hub_name, read_config
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.display import status
-from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ExportError, ModelError
+from textrl_swarm.errors import ConfigError, ExportError, ModelError
+from textrl_swarm.export_source import Source, adapter_config, settings_of_run
 from textrl_swarm.files import published
 from textrl_swarm.policy import Policy, load_policy
-from textrl_swarm.run import ADAPTER, CONFIG, SUMMARY
-from textrl_swarm.trackers import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +45,6 @@ _WRITTEN = (_CARD_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD_WEIGHTS, "co
 _TOLERANCE = 1e-3  # of a logit, relative to the largest: sums of products in another order, in fp32
 _HALF_TOLERANCE = 0.05  # for models in 16 bits
 _PROBE_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter on disk and what is known about how it came about."""
-
-    directory: Path  # that was named: a run's, or the adapter's own
-    adapter: Path
-    base_model: str
-    config: dict[str, Any] | None  # of the run, if it was one
-    metrics: dict[str, float]  # of the last iteration the adapter has seen
 
 
 @dataclass(frozen=True)
@@ -75,128 +61,6 @@ class Agreement:
             f"{self.same_continuations} of {self.rows} greedy continuations are the same; "
             f"largest difference of a logit: {self.largest_difference:.1e}"
         )
-
-
-def find_source(path: str | Path, checkpoint: str | None = None, base_model: str | None = None) -> Source:
-    """The adapter in a run's directory, in one of pfrl's (`best`), or in an adapter's own.
-
-    Args:
-        checkpoint: of a run: "last", or the number of an iteration; None = the finished adapter, or the last checkpoint if that is newer.
-        base_model: instead of the one that the adapter names.
-
-    Raises:
-        CheckpointError: a run without a finished iteration, no such checkpoint, or a damaged one. AdapterError: nothing of the kind there.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        near = sorted(p.parent.name for p in path.parent.glob(f"*/{ADAPTER_CONFIG}")) if path.parent.is_dir() else []
-        raise AdapterError(f"there is no directory {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
-    adapter, config, iteration = path, _run_config(path / CONFIG), None
-    if config is not None:
-        adapter, iteration = _of_run(path, checkpoint)
-    elif checkpoint is not None:
-        raise CheckpointError(f"{path} is no run of `textrl-swarm train`, so it has no checkpoint {checkpoint!r}; leave --checkpoint out")
-    if not (adapter / ADAPTER_CONFIG).is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise _no_adapter(adapter)
-    damage = saving.damage_of(adapter) if (adapter / saving.STATE).is_file() else None
-    if damage is not None:
-        raise CheckpointError(f"the checkpoint {adapter} is damaged ({damage}); export another one")
-    base = base_model or _adapter_config(adapter).get("base_model_name_or_path") or (config or {}).get("model")
-    if not base:
-        raise AdapterError(f"{adapter / ADAPTER_CONFIG} names no base model; give it with --model")
-    return Source(path, adapter, str(base), config, _metrics(path / METRICS, iteration))
-
-
-def _run_config(path: Path) -> dict[str, Any] | None:
-    """The configuration of a run of ours; None when there is none, or another program's (the name is a common one)."""
-    if not path.is_file():
-        return None
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not {"model", "reward", "sampling", "ppo"} <= config.keys():
-            return None
-        _settings_of_run(config)  # the card must not fail on it when the weights are already merged
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as the configuration of a run ({type(error).__name__}: {error}); "
-            f"restore it, or export an adapter below it, such as {path.parent / ADAPTER}"
-        ) from error
-    return config
-
-
-def _of_run(run: Path, checkpoint: str | None) -> tuple[Path, int | None]:
-    """An adapter of a run, and the iterations it has behind it if that is known."""
-    numbered = {path.name.removeprefix("iteration_"): path for path in saving.checkpoints(run)}
-    saved = {int(number): path for number, path in numbered.items() if number.isdecimal()}
-    if checkpoint is None and (run / ADAPTER / ADAPTER_CONFIG).is_file():
-        finished = _finished(run / SUMMARY)
-        if not saved or (finished is not None and finished >= max(saved)):  # else the run went on after it was finished
-            return run / ADAPTER, finished
-    if not saved:
-        raise CheckpointError(
-            f"the run in {run} never finished an iteration, so there is nothing to export; continue it with textrl-swarm train"
-        )
-    if checkpoint in (None, "last"):
-        return _newest_undamaged(run, saved)
-    if not str(checkpoint).isdecimal() or int(checkpoint) not in saved:
-        kept = ", ".join(map(str, sorted(saved)))
-        raise CheckpointError(
-            f"the run in {run} has no checkpoint {checkpoint!r}; give last or one of {kept} (train.keep_checkpoints keeps more)"
-        )
-    return saved[int(checkpoint)], int(checkpoint)
-
-
-def _finished(summary: Path) -> int | None:
-    """The iterations that `adapter/` has behind it; None when the summary is missing or torn."""
-    try:
-        return int(json.loads(summary.read_text(encoding="utf-8"))["iterations"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _newest_undamaged(run: Path, saved: dict[int, Path]) -> tuple[Path, int]:
-    for iteration in sorted(saved, reverse=True):
-        damage = saving.damage_of(saved[iteration])
-        if damage is None:
-            return saved[iteration], iteration
-        logger.warning("%s is damaged (%s); exporting an older one", saved[iteration], damage)
-    finished = f"; an older adapter is in {run / ADAPTER}, export that" if (run / ADAPTER / ADAPTER_CONFIG).is_file() else ""
-    raise CheckpointError(f"all checkpoints in {run / saving.CHECKPOINTS} are damaged{finished}")
-
-
-def _adapter_config(adapter: Path) -> dict[str, Any]:
-    path = adapter / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}; copy it again from where it was trained") from error
-    if not isinstance(config, dict):
-        raise AdapterError(
-            f"{path} holds a {type(config).__name__} instead of an adapter's settings; copy it again from where it was trained"
-        )
-    return config
-
-
-def _no_adapter(path: Path) -> AdapterError:
-    if (path / "model.pt").is_file():
-        return AdapterError(
-            f"{path} was saved by TextRL itself (model.pt holds an output layer, no adapter); train again with this package"
-        )
-    near = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{ADAPTER_CONFIG}"))
-    hint = f"; did you mean {path / near[0]}? there are {', '.join(near)}" if near else ""
-    return AdapterError(f"{path} holds no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}{hint}")
-
-
-def _metrics(path: Path, iteration: int | None) -> dict[str, float]:
-    """Of that iteration; none when it is unknown or was not written. A line that a crash cut short is passed over."""
-    if iteration is None or not path.is_file():
-        return {}
-    for text in reversed(path.read_text(encoding="utf-8", errors="replace").split("\n")):
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            if isinstance(line, dict) and line.get("iteration") == iteration:
-                return line
-    return {}
 
 
 # ------------------------------------------------------------------------------------------ exporting
@@ -216,7 +80,7 @@ def export_adapter(source: Source, out: str | Path, console: Console, *, verify:
         for name in (ADAPTER_WEIGHTS, VALUE_HEAD_WEIGHTS):
             if (source.adapter / name).is_file():
                 shutil.copyfile(source.adapter / name, staging / name)
-        settings = {**_adapter_config(source.adapter), "base_model_name_or_path": hub_name(source.base_model)}
+        settings = {**adapter_config(source.adapter), "base_model_name_or_path": hub_name(source.base_model)}
         (staging / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         model_card(source, merged=False).save(staging / _CARD_FILE)
     _say(console, f"adapter with a model card in {out}")
@@ -455,22 +319,9 @@ def _training(source: Source) -> list[str]:
     blocks = "all blocks" if lora.layers is None else f"the last {lora.layers} blocks"
     lines = [f"LoRA: r={lora.r}, alpha={lora.alpha:g}, targets {', '.join(lora.targets or ())}, in {blocks}"]
     if source.config is not None:
-        lines += _settings_of_run(source.config)
+        lines += settings_of_run(source.config)
     shown = {name: source.metrics[name] for name in ("iteration", "score", "kl") if source.metrics.get(name) is not None}
     return [*lines, "last iteration: " + ", ".join(f"{name} {value:g}" for name, value in shown.items())] if shown else lines
-
-
-def _settings_of_run(config: dict[str, Any]) -> list[str]:
-    rewards = [part["function"] or f"{part['model']} (label {part['label']})" for part in config["reward"]]
-    weighted = [
-        f"`{reward}`" if part["weight"] == 1 else f"`{part['weight']:g} * {reward}`"
-        for reward, part in zip(rewards, config["reward"], strict=True)
-    ]
-    ppo, temperature = config["ppo"], config["sampling"]["temperature"]
-    return [
-        f"reward: {' + '.join(weighted)}",
-        f"PPO: lr {ppo['lr']:g}, {ppo['epochs']} epochs, KL coefficient {ppo['kl_coef']:g}; temperature {temperature:g}",
-    ]
 
 
 def push_to_hub(directory: Path, repo_id: str, console: Console, *, private: bool = False) -> str:
