@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from textrl_swarm.actor import TextRLActor
 from textrl_swarm.agent import PPOAgent
-from textrl_swarm.config import LoraSettings
+from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, RewardError
 from textrl_swarm.policy import load_policy
+from textrl_swarm.rollout import collect_env_steps
 from textrl_swarm.training import train, train_agent_with_evaluation
 
 LENGTH = 5
@@ -283,12 +284,11 @@ def test_random_numbers_of_a_rollout_depend_on_the_updates_before_it():
 def test_an_update_has_update_interval_env_steps_however_short_the_responses(tmp_path, monkeypatch, interval):
     agent, env = make_agent(max_length=30, update_interval=interval)
     env.gen_stop_toks += list("aeioust")  # most responses end after a few tokens
-    learn, sizes, draws = agent.learn, [], []
+    learn, sizes = agent.learn, []
 
     def counted(rollout, rewards):
         lengths = rollout.response_lengths.view(-1, env.compare_sample).amax(dim=1)
         sizes.append((int(lengths.sum()), int(lengths.max())))
-        draws.append({(tuple(row.tolist())) for row in rollout.tokens})
         assert rewards.shape == rollout.response_mask.shape == rollout.old_logprobs.shape and len(rollout.texts) == len(rollout)
         assert (rewards.sum(dim=1) == 1).all() and bool(rewards[~rollout.response_mask].eq(0).all())
         return learn(rollout, rewards)
@@ -297,7 +297,16 @@ def test_an_update_has_update_interval_env_steps_however_short_the_responses(tmp
     run(agent, env, tmp_path, steps=3 * interval, eval_interval=10_000)
     assert all(interval <= steps for steps, _ in sizes)
     assert sum(steps for steps, _ in sizes) < 3 * interval + len(sizes) * 4 * 30  # no update collects much more than it needs
-    assert max(len(rows) for rows in draws) > 2 * (interval > 1)  # later parts are not the first again
+
+
+def test_the_parts_of_a_rollout_have_random_numbers_of_their_own():
+    agent, env = make_agent(samples=1, max_length=30)
+    env.gen_stop_toks += list("aeioust")
+    env._items = env._items[:1]  # always the same prompt
+    env.seed(0)
+    found = collect_env_steps(agent.policy, env, 30, SamplingConfig(max_new_tokens=30, seed=0))
+    first, second = (row[int(n) :].tolist() for row, n in list(zip(found.rollout.tokens, found.rollout.prompt_lengths))[:2])
+    assert len(found.items) > 2 and first != second  # the first part has one response
 
 
 def test_what_pfrl_users_import_from_textrl():
