@@ -228,9 +228,8 @@ def test_examples_1_with_the_environment_that_it_means(world, capsys, caplog):
     type_in(world, IMPORTS, LOAD, REWARD, TRAIN.replace("env = TextRLEnv(", "env = MyRLEnv("), checkpoint="gpt2")
     assert_trained(world, capsys.readouterr().out, 100)
     assert "a list of one for 2 samples" in caplog.text
-    assert [float(line.split("\t")[3]) for line in Path("bloom—test", "scores.txt").read_text().splitlines()[1:]] == pytest.approx(
-        [1.0] * 5, abs=1
-    )
+    scores = [float(line.split("\t")[3]) for line in Path("bloom—test", "scores.txt").read_text().splitlines()[1:]]
+    assert len(scores) > 1 and set(scores) == {1.0}  # [1] at the end, and both samples get it
 
 
 @pytest.mark.swarm
