@@ -136,11 +136,12 @@ def test_what_may_be_written_shorter(changes, get, expected):
     [
         ("model: a\nseed: 1\nseed: 2\n", "the key 'seed' is there twice"),
         ("ppo: {lr: 1}\nmodel: a\nppo: {epochs: 2}\n", "the key 'ppo' is there twice"),
+        ("? [a, b]\n: 1\n", "is not YAML"),
         ("model: " + "[" * 3000, "is not YAML"),
         ("seed: " + "1" * 5000, "is not YAML"),
         ("output: 2024-99-99", "is not YAML: month must be in 1..12"),
     ],
-    ids=["key", "section", "deep", "digits", "date"],
+    ids=["key", "section", "list", "deep", "digits", "date"],
 )
 def test_files_that_are_refused(tmp_path, text, told):
     (tmp_path / "run.yaml").write_text(text)

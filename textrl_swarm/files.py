@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>part|old)")  # names that are made below
 
 
 @contextmanager
@@ -37,15 +40,18 @@ def published(directory: str | Path) -> Iterator[Path]:
 
 
 def tidy(directory: str | Path) -> None:
-    """Removes what processes that were killed while they wrote left in a directory; what they were about to replace is put back."""
-    for path in Path(directory).glob(".*.part"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in Path(directory).glob(".*.old"):
-        name = path.with_name(path.name[1:].rsplit(".", 2)[0])
-        if name.exists():
+    """Removes what processes that were killed inside `published` or `write_text` left in a directory; what they were about to replace is
+    put back. Files of others, however similar their names, stay."""
+    for path in list(Path(directory).glob(".*")):
+        match = _LEFT.fullmatch(path.name)
+        if match is None:
+            continue
+        if match["kind"] == "old" and not path.with_name(match["name"]).exists():
+            os.replace(path, path.with_name(match["name"]))
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            os.replace(path, name)
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -240,10 +240,8 @@ class PPO:
             chosen = [dict(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
             for group, mine in zip(self.optimizer.param_groups, chosen, strict=True):
-                schedule = (
-                    ("lr",) if group.get("initial_lr") == mine["initial_lr"] else ()
-                )  # where the saved run's own schedule had come to
-                group.update({name: value for name, value in mine.items() if name not in ("params", *schedule)})
+                kept = {"params", "lr"} if group.get("initial_lr") == mine["initial_lr"] else {"params"}
+                group.update({name: value for name, value in mine.items() if name not in kept})
         else:
             logger.warning("the checkpoint was written with the optimizer %s; %s begins afresh", saved, here)
         same = state.get("initial_kl_coef", self.config.kl_coef) == self.config.kl_coef
