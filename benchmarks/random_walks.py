@@ -33,8 +33,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 from textrl_swarm import PPO, LoraSettings, PPOConfig, SamplingConfig, load_policy
-from textrl_swarm.policy import Policy
-from textrl_swarm.returns import place_scores
+from textrl_swarm.maths.returns import place_scores
+from textrl_swarm.policies.base import Policy
 
 NODES, GOAL, LONGEST, EOS = 21, 0, 10, 21
 EPISODES, MAX_NEW_TOKENS = 128, LONGEST - 1
@@ -45,7 +45,10 @@ SETTINGS = {
     "gamma": 1.0, "gae_lambda": 1.0, "clip_range": 0.2, "value_clip_range": 0.2,
 }  # fmt: skip
 # Mean score of updates 0-9, 10-19, 20-29, 30-39, then sampled and greedy at the end (their runs had 60 updates).
-PEERS = {"mean": [0.890, 0.964, 0.973, 0.976, 0.925, 0.947], "worst seed": [0.879, 0.941, 0.956, 0.968, 0.825, 0.850]}
+PEERS = {
+    "mean": [0.890, 0.964, 0.973, 0.976, 0.925, 0.947],
+    "worst seed": [0.879, 0.941, 0.956, 0.968, 0.825, 0.850],
+}
 
 
 class Task:
@@ -89,7 +92,9 @@ class Task:
         if GOAL not in nodes:
             return 0.0
         nodes = nodes[: nodes.index(GOAL) + 1]
-        if len(nodes) > LONGEST or any(node >= NODES or not self.edges[a, node] for a, node in pairwise(nodes)):
+        if len(nodes) > LONGEST or any(
+            node >= NODES or not self.edges[a, node] for a, node in pairwise(nodes)
+        ):
             return 0.0
         return (LONGEST - len(nodes)) / (LONGEST - self.shortest[nodes[0]])
 
@@ -107,12 +112,14 @@ def make_base(task: Task, directory: Path, console: Console) -> Path:
     )  # fmt: skip
     rows = [[*walk, EOS] for walk in task.walks]
     tokens = torch.full((len(rows), LONGEST + 1), EOS + 1)
-    for row, walk in zip(tokens, rows):
+    for row, walk in zip(tokens, rows, strict=False):
         row[: len(walk)] = torch.tensor(walk)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(400):
         batch = tokens[torch.randint(len(tokens), (100,))]
-        loss = model(batch, labels=batch.masked_fill(batch == EOS + 1, -100), attention_mask=(batch != EOS + 1).long()).loss
+        loss = model(
+            batch, labels=batch.masked_fill(batch == EOS + 1, -100), attention_mask=(batch != EOS + 1).long()
+        ).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -133,10 +140,12 @@ class Tokenizer:
 
 def paths(rollout) -> list[list[int]]:
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    return [row[:n].tolist() for row, n in zip(rollout.tokens, lengths)]
+    return [row[:n].tolist() for row, n in zip(rollout.tokens, lengths, strict=False)]
 
 
-def run_seed(task: Task, base: Path, seed: int, updates: int, settings: dict, lora: LoraSettings, console: Console) -> dict:
+def run_seed(
+    task: Task, base: Path, seed: int, updates: int, settings: dict, lora: LoraSettings, console: Console
+) -> dict:
     """Trains one adapter; returns its score per update (of the 128 sampled episodes) and at the end."""
     with load_policy(base, lora=lora, seed=seed, tokenizer=Tokenizer()) as policy:
         ppo = PPO(policy, PPOConfig(seed=seed, **settings))
@@ -144,7 +153,9 @@ def run_seed(task: Task, base: Path, seed: int, updates: int, settings: dict, lo
         scores, started = [], time.perf_counter()
         for update in range(updates):
             prompts = [[int(node)] for node in starts.randint(1, NODES, EPISODES)]
-            rollout = policy.generate(prompts, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, seed=1000 * seed + update))
+            rollout = policy.generate(
+                prompts, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, seed=1000 * seed + update)
+            )
             rewards = torch.tensor([task.score(path) for path in paths(rollout)])
             metrics = ppo.update(rollout, place_scores(rewards, rollout.response_mask))
             scores.append(float(rewards.mean()))
@@ -152,12 +163,20 @@ def run_seed(task: Task, base: Path, seed: int, updates: int, settings: dict, lo
             console.print(line, end="\r" if console.is_terminal and update + 1 < updates else "\n")
         seconds = (time.perf_counter() - started) / updates
         trainable = sum(p.numel() for p in policy.trainable_parameters().values())
-        return {"seed": seed, "scores": scores, "seconds_per_update": seconds, "trainable": trainable, **final_scores(task, policy, seed)}
+        return {
+            "seed": seed,
+            "scores": scores,
+            "seconds_per_update": seconds,
+            "trainable": trainable,
+            **final_scores(task, policy, seed),
+        }
 
 
 def final_scores(task: Task, policy: Policy, seed: int) -> dict[str, float]:
     every = [[node] for node in range(1, NODES)]
-    sampled = policy.generate(every, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_samples=FINAL_SAMPLES, seed=seed))
+    sampled = policy.generate(
+        every, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_samples=FINAL_SAMPLES, seed=seed)
+    )
     greedy = policy.generate(every, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, do_sample=False))
     return {
         "final_sampled": statistics.fmean(map(task.score, paths(sampled))),
@@ -173,7 +192,9 @@ def blocks(scores: list[float]) -> list[float]:
 def table(results: list[dict]) -> Table:
     updates = len(results[0]["scores"])
     rows = [[*blocks(r["scores"]), r["final_sampled"], r["final_greedy"]] for r in results]
-    shown = Table(title="RandomWalks: mean score of the sampled episodes, per 10 updates", title_justify="left")
+    shown = Table(
+        title="RandomWalks: mean score of the sampled episodes, per 10 updates", title_justify="left"
+    )
     headings = [f"{start}-{min(start + 10, updates) - 1}" for start in range(0, updates, 10)]
     for heading in ("run", *headings, "sampled", "greedy"):
         shown.add_column(heading, justify="left" if heading == "run" else "right")
@@ -195,8 +216,10 @@ def what_was_run(results: list[dict], base: dict, total: int, settings: dict, lo
     first, seconds = results[0], statistics.median(r["seconds_per_update"] for r in results)
     episodes = FINAL_SAMPLES * (NODES - 1)
     return (
-        f"{len(results)} seeds x {len(first['scores'])} updates x {EPISODES} episodes at temperature 1, no filters; LoRA r={lora.r} "
-        f"alpha={lora.alpha:g} on all linears of the blocks, and the value head: {first['trainable']:,} trainable parameters, "
+        f"{len(results)} seeds x {len(first['scores'])} updates x {EPISODES} episodes at temperature 1, no "
+        f"filters; LoRA r={lora.r} "
+        f"alpha={lora.alpha:g} on all linears of the blocks, and the value head: {first['trainable']:,} "
+        "trainable parameters, "
         f"{total:,} frozen ones. {', '.join(f'{name} {value}' for name, value in settings.items())}. "
         f"Sampled: {episodes} episodes after the last update; greedy: {NODES - 1}. "
         f"The base model: {base['final_sampled']:.3f} sampled, {base['final_greedy']:.3f} greedy. "
@@ -205,13 +228,23 @@ def what_was_run(results: list[dict], base: dict, total: int, settings: dict, lo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0, help="10 and up were used to choose the settings")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="10 and up were used to choose the settings"
+    )
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("runs/random_walks"))
     parser.add_argument("--quick", action="store_true", help="1 seed x 10 updates")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="PPO settings (r= and alpha= are LoRA's), for tuning")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="PPO settings (r= and alpha= are LoRA's), for tuning",
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.updates = 1, 10
@@ -227,7 +260,9 @@ def main() -> None:
     disable_progress_bar()
     console, task = Console(highlight=False), Task()
     directory = make_base(task, arguments.out / "base_model", console)
-    with load_policy(directory, tokenizer=Tokenizer()) as policy:  # a new adapter changes nothing: this is the base model
+    with load_policy(
+        directory, tokenizer=Tokenizer()
+    ) as policy:  # a new adapter changes nothing: this is the base model
         base = final_scores(task, policy, seed=0)
     total = sum(p.numel() for p in GPT2LMHeadModel.from_pretrained(directory).parameters())
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)

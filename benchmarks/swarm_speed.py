@@ -21,8 +21,8 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from textrl_swarm import LocalSwarm, LoraSettings, SamplingConfig, load_policy
-from textrl_swarm.swarm.chain import run_in_background
-from textrl_swarm.tiny import random_bloom
+from textrl_swarm.models.tiny import random_bloom
+from textrl_swarm.swarm.client.chain import run_in_background
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -32,7 +32,9 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=256)
@@ -53,26 +55,36 @@ def main() -> None:
             for _ in range(options.repeats):
                 for name, (action, _) in contenders.items():
                     times[name].append(timed(action))
-    table = Table(title=f"{options.servers} servers, hidden {options.hidden}, 4 blocks, {options.rows} rows; median of {options.repeats}")
+    table = Table(
+        title=f"{options.servers} servers, hidden {options.hidden}, 4 blocks, {options.rows} rows; median of {options.repeats}"
+    )
     for heading in ("what", "seconds", "min", "max", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for name, seconds in times.items():
         median = statistics.median(seconds)
         tokens = contenders[name][1]
-        table.add_row(name, f"{median:.3f}", f"{min(seconds):.3f}", f"{max(seconds):.3f}", f"{tokens / median:.0f}")
+        table.add_row(
+            name, f"{median:.3f}", f"{min(seconds):.3f}", f"{max(seconds):.3f}", f"{tokens / median:.0f}"
+        )
     console.print(table)
 
 
-def make_contenders(model, swarm, options, stack: contextlib.ExitStack) -> dict[str, tuple[Callable[[], object], int]]:
+def make_contenders(
+    model, swarm, options, stack: contextlib.ExitStack
+) -> dict[str, tuple[Callable[[], object], int]]:
     """Name -> (action, tokens that it processes)."""
     from petals import DistributedBloomForCausalLM
 
     prompt = [list(range(10, 18))] * options.rows
     sampling = SamplingConfig(max_new_tokens=options.new_tokens, do_sample=False)
     tokens = torch.randint(2, 100, (options.rows, 40))
-    remote = stack.enter_context(load_policy(model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8)))
+    remote = stack.enter_context(
+        load_policy(model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8))
+    )
     local = stack.enter_context(load_policy(model, lora=LoraSettings(r=8)))
-    remote.tokenizer = local.tokenizer = None  # no end token: nothing ends early, all contenders do the same work
+    remote.tokenizer = local.tokenizer = (
+        None  # no end token: nothing ends early, all contenders do the same work
+    )
     stock = DistributedBloomForCausalLM.from_pretrained(
         model, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix, show_route=False
     )
@@ -91,7 +103,9 @@ def make_contenders(model, swarm, options, stack: contextlib.ExitStack) -> dict[
 
     def stock_generate():
         with torch.inference_mode():
-            stock.generate(torch.tensor(prompt), max_new_tokens=options.new_tokens, do_sample=False, eos_token_id=None)
+            stock.generate(
+                torch.tensor(prompt), max_new_tokens=options.new_tokens, do_sample=False, eos_token_id=None
+            )
 
     def stock_backward():
         embeddings = stock.transformer.word_embeddings(tokens).detach().requires_grad_(True)

@@ -18,8 +18,15 @@ import contextlib
 import logging
 from pathlib import Path
 
-from textrl_swarm import LocalSwarm, LoraSettings, TextRLActor, TextRLEnv, load_policy, train_agent_with_evaluation
-from textrl_swarm.tiny import random_bloom
+from textrl_swarm import (
+    LocalSwarm,
+    LoraSettings,
+    TextRLActor,
+    TextRLEnv,
+    load_policy,
+    train_agent_with_evaluation,
+)
+from textrl_swarm.models.tiny import random_bloom
 
 PROMPTS = [{"input": "explain how attention works in a seq2seq model"}, {"input": "the capital of france is"}]
 
@@ -35,15 +42,26 @@ class Vowels(TextRLEnv):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bigscience/bloom-petals", help="what the swarm serves (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="bigscience/bloom-petals", help="what the swarm serves (default: %(default)s)"
+    )
     parser.add_argument("--initial-peers", nargs="+", help="addresses as `textrl-swarm serve` prints them")
-    parser.add_argument("--tiny", action="store_true", help="a model made on the spot, on two servers of this machine")
-    parser.add_argument("--steps", type=int, default=2000, help="env steps: tokens of each sample (default: 2000)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a model made on the spot, on two servers of this machine"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="env steps: tokens of each sample (default: 2000)"
+    )
     parser.add_argument("--outdir", type=Path, default=Path("runs/example_swarm"))
     arguments = parser.parse_args()
     if not arguments.tiny and not arguments.initial_peers:
-        parser.error("give --initial-peers ADDRESS (of your own swarm: this example never talks to the public one), or --tiny")
+        parser.error(
+            "give --initial-peers ADDRESS (of your own swarm: this example never talks to the public one), "
+            "or --tiny"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     with contextlib.ExitStack() as stack:
@@ -55,7 +73,9 @@ def main() -> None:
         policy = stack.enter_context(load_policy(name, initial_peers=peers, lora=LoraSettings(r=8, layers=2)))
         env = Vowels(None, policy.tokenizer, observation_input=PROMPTS, max_length=20, compare_sample=8)
         actor = TextRLActor(env, policy, policy.tokenizer, act_deterministically=False, temperature=1.0)
-        agent = actor.agent_ppo(update_interval=80, minibatch_size=80, epochs=2, lr=1e-4 if not arguments.tiny else 1e-2)
+        agent = actor.agent_ppo(
+            update_interval=80, minibatch_size=80, epochs=2, lr=1e-4 if not arguments.tiny else 1e-2
+        )
         before = actor.predict(PROMPTS[0])[:2]
         train_agent_with_evaluation(
             agent, env, steps=arguments.steps, eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),
@@ -64,7 +84,10 @@ def main() -> None:
         agent.load(str(arguments.outdir / "best"))
         print("before:", before)
         print("after: ", actor.predict(PROMPTS[0])[:2])
-        print(f"{policy.traffic.total_sent / 1e6:.1f} MB sent, {policy.traffic.total_received / 1e6:.1f} MB received")
+        print(
+            f"{policy.traffic.total_sent / 1e6:.1f} MB sent, {policy.traffic.total_received / 1e6:.1f} MB "
+            "received"
+        )
 
 
 if __name__ == "__main__":

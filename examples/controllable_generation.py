@@ -25,8 +25,17 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import pipeline
 
-from textrl_swarm import SamplingConfig, TextRLActor, TextRLEnv, load_policy, load_prompts, reward_model, train_agent_with_evaluation
-from textrl_swarm.tiny import DEMO_PROMPTS, build_corpus, make_tiny_bloom, opinion
+from textrl_swarm import (
+    SamplingConfig,
+    TextRLActor,
+    TextRLEnv,
+    load_policy,
+    load_prompts,
+    reward_model,
+    train_agent_with_evaluation,
+)
+from textrl_swarm.models.corpus import DEMO_PROMPTS, build_corpus, opinion
+from textrl_swarm.models.tiny import make_tiny_bloom
 
 console = Console()
 
@@ -73,37 +82,67 @@ class Sentiment(TextRLEnv):
         self.classifier = classifier
 
     def get_reward(self, input_item, predicted_list, finish):
-        texts = [self.tokenizer.decode(self.tokenizer.convert_tokens_to_ids(tokens), skip_special_tokens=True) for tokens in predicted_list]
+        texts = [
+            self.tokenizer.decode(self.tokenizer.convert_tokens_to_ids(tokens), skip_special_tokens=True)
+            for tokens in predicted_list
+        ]
         return self.classifier.score([input_item["input"] + text for text in texts])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="gpt2", help="directory or hub id (default: gpt2)")
-    parser.add_argument("--classifier", default="lvwerra/distilbert-imdb", help="directory or hub id (default: lvwerra/distilbert-imdb)")
-    parser.add_argument("--label", default="POSITIVE", help="whose probability is the reward (default: POSITIVE)")
-    parser.add_argument("--prompts", default=None, help="a file, one prompt per line (default: short beginnings of opinions)")
-    parser.add_argument("--kl-coef", type=float, default=0.05, help="price of a nat away from the original model (default: 0.05)")
+    parser.add_argument(
+        "--classifier",
+        default="lvwerra/distilbert-imdb",
+        help="directory or hub id (default: lvwerra/distilbert-imdb)",
+    )
+    parser.add_argument(
+        "--label", default="POSITIVE", help="whose probability is the reward (default: POSITIVE)"
+    )
+    parser.add_argument(
+        "--prompts", default=None, help="a file, one prompt per line (default: short beginnings of opinions)"
+    )
+    parser.add_argument(
+        "--kl-coef",
+        type=float,
+        default=0.05,
+        help="price of a nat away from the original model (default: 0.05)",
+    )
     parser.add_argument("--tiny", action="store_true", help="a model and a classifier made on the spot")
-    parser.add_argument("--steps", type=int, default=6000, help="env steps: tokens of each sample (default: 6000)")
+    parser.add_argument(
+        "--steps", type=int, default=6000, help="env steps: tokens of each sample (default: 6000)"
+    )
     parser.add_argument("--outdir", type=Path, default=Path("runs/example_sentiment"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1 if arguments.tiny else torch.get_num_threads())
-    name, judge = make_tiny(arguments.outdir / "tiny") if arguments.tiny else (arguments.model, arguments.classifier)
+    name, judge = (
+        make_tiny(arguments.outdir / "tiny") if arguments.tiny else (arguments.model, arguments.classifier)
+    )
     prompts = load_prompts(arguments.prompts or list(DEMO_PROMPTS))
 
     classifier = reward_model(pipeline("text-classification", model=str(judge)), label=arguments.label)
     with load_policy(name) as policy:
-        env = Sentiment(classifier, None, policy.tokenizer, observation_input=prompts, max_length=24, compare_sample=4)
+        env = Sentiment(
+            classifier, None, policy.tokenizer, observation_input=prompts, max_length=24, compare_sample=4
+        )
         actor = TextRLActor(env, policy, policy.tokenizer, act_deterministically=False)
         agent = actor.agent_ppo(
-            update_interval=16 * 24, minibatch_size=16 * 24, epochs=4, kl_coef=arguments.kl_coef, lr=1e-4 if not arguments.tiny else 3e-3
+            update_interval=16 * 24,
+            minibatch_size=16 * 24,
+            epochs=4,
+            kl_coef=arguments.kl_coef,
+            lr=1e-4 if not arguments.tiny else 3e-3,
         )
 
         def listen() -> tuple[tuple[str, ...], list[float]]:
             """One response to each prompt, always with the same random numbers, and what the classifier says about it."""
-            texts = policy.generate([item["input"] for item in prompts], SamplingConfig(max_new_tokens=24, seed=1)).texts
+            texts = policy.generate(
+                [item["input"] for item in prompts], SamplingConfig(max_new_tokens=24, seed=1)
+            ).texts
             return texts, classifier(prompts, texts)
 
         before, scores_before = listen()
@@ -117,11 +156,17 @@ def main() -> None:
     table = Table(title=f"probability of {arguments.label}, the same random numbers", title_justify="left")
     for heading in ("prompt", "before", "", "after", ""):
         table.add_column(heading, overflow="fold")
-    for item, old, a, new, b in list(zip(prompts, before, scores_before, after, scores_after, strict=True))[:10]:
+    for item, old, a, new, b in list(zip(prompts, before, scores_before, after, scores_after, strict=True))[
+        :10
+    ]:
         table.add_row(escape(item["input"]), escape(old.strip()), f"{a:.2f}", escape(new.strip()), f"{b:.2f}")
     console.print(table)
     means = [sum(scores) / len(scores) for scores in (scores_before, scores_after)]
-    console.print(f"mean score before {means[0]:.2f}, after {means[1]:.2f}; the adapter is in {arguments.outdir / 'best'}", soft_wrap=True)
+    console.print(
+        f"mean score before {means[0]:.2f}, after {means[1]:.2f}; the adapter is in "
+        f"{arguments.outdir / 'best'}",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -37,11 +37,17 @@ def make_tiny(directory: Path) -> str:
     """A random GPT-2 with a tokenizer of single characters."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from textrl_swarm.tiny import random_bloom
+    from textrl_swarm.models.tiny import random_bloom
 
     tokenizer = AutoTokenizer.from_pretrained(random_bloom(directory / "tokenizer"))
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=tokenizer.eos_token_id
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
     )
     GPT2LMHeadModel(config).save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
@@ -49,10 +55,14 @@ def make_tiny(directory: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="gpt2", help="directory or hub id (default: gpt2)")
     parser.add_argument("--tiny", action="store_true", help="a model made on the spot")
-    parser.add_argument("--steps", type=int, default=2000, help="env steps: tokens of each sample (default: 2000)")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="env steps: tokens of each sample (default: 2000)"
+    )
     parser.add_argument("--outdir", type=Path, default=Path("runs/example_gpt2"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -62,7 +72,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")
     env = ShortWords(model, tokenizer, observation_input=PROMPTS, max_length=20, compare_sample=8)
     actor = TextRLActor(env, model, tokenizer, act_deterministically=False, temperature=1.0)
-    agent = actor.agent_ppo(update_interval=80, minibatch_size=80, epochs=4, lr=3e-4 if not arguments.tiny else 1e-2)
+    agent = actor.agent_ppo(
+        update_interval=80, minibatch_size=80, epochs=4, lr=3e-4 if not arguments.tiny else 1e-2
+    )
     before = actor.predict(PROMPTS[0])[:2]
     train_agent_with_evaluation(
         agent, env, steps=arguments.steps, eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),

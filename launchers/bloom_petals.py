@@ -25,20 +25,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the trainer waits for the network; toy servers share this machine
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the trainer waits for the network; toy servers share this machine
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from transformers import BloomConfig
 
+from textrl_swarm.commands.train import train_command
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import TextRLSwarmError
-from textrl_swarm.estimate import GIB, blocks_that_fit, estimate_run, model_sizes
-from textrl_swarm.run_config import load_config
+from textrl_swarm.models.corpus import DEMO_PROMPTS
+from textrl_swarm.models.sizes import model_sizes
+from textrl_swarm.models.tiny import random_bloom
+from textrl_swarm.runs.config import load_config
+from textrl_swarm.runs.estimate import GIB, blocks_that_fit, estimate_run
 from textrl_swarm.swarm.local import LocalSwarm
-from textrl_swarm.tiny import DEMO_PROMPTS, random_bloom
-from textrl_swarm.train_command import train_command
 
 BLOOM = "bigscience/bloom"
 BLOOM_176B = BloomConfig(vocab_size=250880, hidden_size=14336, n_layer=70, n_head=112, dtype="bfloat16")
@@ -56,19 +60,54 @@ def vowels(items: Sequence[dict], texts: Sequence[str]) -> list[float]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     where = parser.add_argument_group("where the blocks are")
-    where.add_argument("--initial-peers", nargs="+", metavar="ADDRESS", help="as `textrl-swarm serve` prints them; none: show the plan")
-    where.add_argument("--tiny", action="store_true", help="a toy model on two servers that this program starts and ends")
+    where.add_argument(
+        "--initial-peers",
+        nargs="+",
+        metavar="ADDRESS",
+        help="as `textrl-swarm serve` prints them; none: show the plan",
+    )
+    where.add_argument(
+        "--tiny", action="store_true", help="a toy model on two servers that this program starts and ends"
+    )
     what = parser.add_argument_group("what is learned")
-    what.add_argument("--prompts", metavar="FILE", help=".txt, .jsonl or .json; default: short beginnings of opinions")
-    what.add_argument("--reward", metavar="MODULE:FUNCTION", help="f(items, texts) -> a number per text; default: a sentiment classifier")
-    what.add_argument("--lora-layers", type=int, default=LORA_LAYERS, metavar="K", help=f"adapt the last K blocks (default {LORA_LAYERS})")
+    what.add_argument(
+        "--prompts", metavar="FILE", help=".txt, .jsonl or .json; default: short beginnings of opinions"
+    )
+    what.add_argument(
+        "--reward",
+        metavar="MODULE:FUNCTION",
+        help="f(items, texts) -> a number per text; default: a sentiment classifier",
+    )
+    what.add_argument(
+        "--lora-layers",
+        type=int,
+        default=LORA_LAYERS,
+        metavar="K",
+        help=f"adapt the last K blocks (default {LORA_LAYERS})",
+    )
     how = parser.add_argument_group("how")
-    how.add_argument("--output", default="runs/bloom-petals", metavar="DIR", help="of the run; a run found there is continued")
-    how.add_argument("--iterations", type=int, metavar="N", help="rollouts, each followed by an update (default 100; toy: 30)")
     how.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="anything else, e.g. ppo.lr=3e-4 sampling.num_samples=8"
+        "--output",
+        default="runs/bloom-petals",
+        metavar="DIR",
+        help="of the run; a run found there is continued",
+    )
+    how.add_argument(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="rollouts, each followed by an update (default 100; toy: 30)",
+    )
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="anything else, e.g. ppo.lr=3e-4 sampling.num_samples=8",
     )
     how.add_argument("--dry-run", action="store_true", help="show the configuration and its needs, and stop")
     return parser.parse_args()
@@ -80,9 +119,18 @@ def configuration(args: argparse.Namespace, initial_peers: Sequence[str]) -> dic
     return {
         "model": BLOOM,
         "swarm": {"initial_peers": list(initial_peers)},
-        "lora": {"r": 8, "alpha": 16, "layers": args.lora_layers},  # fewer blocks: less to send, and the others run once per rollout
+        "lora": {
+            "r": 8,
+            "alpha": 16,
+            "layers": args.lora_layers,
+        },  # fewer blocks: less to send, and the others run once per rollout
         "sampling": {"max_new_tokens": 48, "num_samples": 4},
-        "ppo": {"lr": 1e-4, "epochs": 2, "minibatch_size": 32, "kl_coef": 0.05},  # every epoch goes through the network again
+        "ppo": {
+            "lr": 1e-4,
+            "epochs": 2,
+            "minibatch_size": 32,
+            "kl_coef": 0.05,
+        },  # every epoch goes through the network again
         "prompts": args.prompts or DEMO_PROMPTS,
         "reward": args.reward or sentiment,
         "train": {"iterations": args.iterations or (30 if args.tiny else 100), "prompts_per_iteration": 16},
@@ -113,25 +161,40 @@ def estimate(servers: int, layers: int | None):
 
 def show_plan(args: argparse.Namespace, console: Console) -> None:
     sizes = model_sizes(BLOOM_176B)
-    fits = {gb: {name: blocks_that_fit(sizes, (gb - CUDA_GB) * GIB, key) for name, key in PRECISIONS.items()} for gb in CARDS_GB}
+    fits = {
+        gb: {name: blocks_that_fit(sizes, (gb - CUDA_GB) * GIB, key) for name, key in PRECISIONS.items()}
+        for gb in CARDS_GB
+    }
     console.print(f"BLOOM: {sizes.total:,} parameters in {sizes.num_blocks} blocks\n")
     table = Table(title="servers needed (blocks on each)", title_justify="left")
     table.add_column("GPU memory", justify="right")
     for name in PRECISIONS:
         table.add_column(name, justify="right")
     for gb, blocks in fits.items():
-        table.add_row(f"{gb} GB", *(f"{math.ceil(sizes.num_blocks / held)} ({held})" for held in blocks.values()))
+        table.add_row(
+            f"{gb} GB", *(f"{math.ceil(sizes.num_blocks / held)} ({held})" for held in blocks.values())
+        )
     console.print(table)
-    console.print("each with its attention cache (4096 tokens), 2 GiB for adapters and room for a backward\n", style="dim")
+    console.print(
+        "each with its attention cache (4096 tokens), 2 GiB for adapters and room for a backward\n",
+        style="dim",
+    )
 
     held = fits[24]["nf4"]
     serve = f"textrl-swarm serve {BLOOM} {{}} --quant_type nf4 --num_blocks {held} --throughput auto"
-    console.print("1. first server (24 GB, nf4; for int8 or bf16: --quant_type int8 or none, and --num_blocks of the table):")
+    console.print(
+        "1. first server (24 GB, nf4; for int8 or bf16: --quant_type int8 or none, and --num_blocks of the "
+        "table):"
+    )
     console.print("    " + serve.format("--new-swarm"), soft_wrap=True)
-    console.print(f"2. {math.ceil(sizes.num_blocks / held) - 1} more, with the address that the first prints:")
+    console.print(
+        f"2. {math.ceil(sizes.num_blocks / held) - 1} more, with the address that the first prints:"
+    )
     console.print("    " + serve.format("--initial-peers ADDRESS"), soft_wrap=True)
     console.print("3. until every block can be trained:\n    textrl-swarm status --initial-peers ADDRESS")
-    console.print(f"4. train, here:\n    {' '.join(['python', *sys.argv, '--initial-peers ADDRESS'])}\n", soft_wrap=True)
+    console.print(
+        f"4. train, here:\n    {' '.join(['python', *sys.argv, '--initial-peers ADDRESS'])}\n", soft_wrap=True
+    )
 
     table = Table(title="an iteration: 64 responses of 48 tokens, 2 epochs", title_justify="left")
     table.add_column("servers, adapted blocks")
@@ -140,16 +203,28 @@ def show_plan(args: argparse.Namespace, console: Console) -> None:
     for servers in sorted({math.ceil(sizes.num_blocks / fits[gb]["nf4"]) for gb in CARDS_GB}):
         for layers in (args.lora_layers, sizes.num_blocks):
             needs = estimate(servers, layers)
-            times = [span(*needs.network_seconds(bits_per_second=speed, rtt_s=ROUND_TRIP_S)) for speed in (1e8, 1e9)]
-            table.add_row(f"{servers}, the last {layers}", decimal(needs.bytes_sent), decimal(needs.bytes_received), *times)
+            times = [
+                span(*needs.network_seconds(bits_per_second=speed, rtt_s=ROUND_TRIP_S))
+                for speed in (1e8, 1e9)
+            ]
+            table.add_row(
+                f"{servers}, the last {layers}",
+                decimal(needs.bytes_sent),
+                decimal(needs.bytes_received),
+                *times,
+            )
     console.print(table)
     console.print(
-        f"the network's share, both directions at once .. one after the other, round trips of {ROUND_TRIP_S * 1000:.0f} ms; "
+        "the network's share, both directions at once .. one after the other, round trips of "
+        f"{ROUND_TRIP_S * 1000:.0f} ms; "
         "the servers' computing comes on top",
         style="dim",
     )
     here = estimate(1, args.lora_layers)
-    console.print(f"\nthe trainer itself needs about {decimal(here.memory_bytes)} of memory, {decimal(here.weight_bytes)} of it embeddings")
+    console.print(
+        f"\nthe trainer itself needs about {decimal(here.memory_bytes)} of memory, "
+        f"{decimal(here.weight_bytes)} of it embeddings"
+    )
 
 
 def span(least: float, most: float) -> str:
@@ -161,7 +236,11 @@ def main() -> int:
     if not args.tiny and not args.initial_peers:
         show_plan(args, console)
         return 0
-    with toy(args, console) if args.tiny else contextlib.nullcontext(configuration(args, args.initial_peers or ())) as values:
+    with (
+        toy(args, console)
+        if args.tiny
+        else contextlib.nullcontext(configuration(args, args.initial_peers or ())) as values
+    ):
         summary = train_command(load_config(values, args.set), console, dry_run=args.dry_run)
     return 0 if summary is not None or args.dry_run else 130
 

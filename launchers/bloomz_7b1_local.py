@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.filesize import decimal
 from transformers import BloomConfig, PretrainedConfig
 
-from textrl_swarm.base_model import read_config
+from textrl_swarm.commands.train import train_command
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ConfigError, TextRLSwarmError
-from textrl_swarm.estimate import estimate_run
-from textrl_swarm.run_config import load_config
-from textrl_swarm.tiny import DEMO_PROMPTS, random_bloom
-from textrl_swarm.train_command import train_command
+from textrl_swarm.models.base_model import resolve
+from textrl_swarm.models.corpus import DEMO_PROMPTS
+from textrl_swarm.models.tiny import random_bloom
+from textrl_swarm.runs.config import load_config
+from textrl_swarm.runs.estimate import estimate_run
 
 SPARE = 0.9  # share of the free memory that may be planned for: CUDA and fragmentation take the rest
 PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 16, 48, 64
@@ -62,7 +63,15 @@ class Choice:
         return f"{self.model} ({precision}, minibatches of {self.minibatch_size}, {self.device})"
 
 
-def bloomz(size: str, hidden: int, blocks: int, heads: int, quantization: str | None, minibatch_size: int, device: str) -> Choice:
+def bloomz(
+    size: str,
+    hidden: int,
+    blocks: int,
+    heads: int,
+    quantization: str | None,
+    minibatch_size: int,
+    device: str,
+) -> Choice:
     dtype = "float16" if device == "cuda" else "float32"
     config = BloomConfig(vocab_size=250880, hidden_size=hidden, n_layer=blocks, n_head=heads, dtype=dtype)
     return Choice(f"bigscience/bloomz-{size}", config, quantization, minibatch_size, device)
@@ -83,15 +92,43 @@ def vowels(items: Sequence[dict], texts: Sequence[str]) -> list[float]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_argument_group("what is learned")
-    what.add_argument("--prompts", metavar="FILE", help=".txt, .jsonl or .json; default: short beginnings of opinions")
-    what.add_argument("--reward", metavar="MODULE:FUNCTION", help="f(items, texts) -> a number per text; default: a sentiment classifier")
+    what.add_argument(
+        "--prompts", metavar="FILE", help=".txt, .jsonl or .json; default: short beginnings of opinions"
+    )
+    what.add_argument(
+        "--reward",
+        metavar="MODULE:FUNCTION",
+        help="f(items, texts) -> a number per text; default: a sentiment classifier",
+    )
     how = parser.add_argument_group("how")
-    how.add_argument("--output", default="runs/bloomz-7b1", metavar="DIR", help="of the run; a run found there is continued")
-    how.add_argument("--iterations", type=int, metavar="N", help="rollouts, each followed by an update (default 100; toy: 30)")
-    how.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="anything else, e.g. ppo.lr=3e-4; may be repeated")
-    how.add_argument("--no-fallback", action="store_true", help="stop when bloomz-7b1 in 8 bits does not fit, and say what is needed")
+    how.add_argument(
+        "--output",
+        default="runs/bloomz-7b1",
+        metavar="DIR",
+        help="of the run; a run found there is continued",
+    )
+    how.add_argument(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="rollouts, each followed by an update (default 100; toy: 30)",
+    )
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="anything else, e.g. ppo.lr=3e-4; may be repeated",
+    )
+    how.add_argument(
+        "--no-fallback",
+        action="store_true",
+        help="stop when bloomz-7b1 in 8 bits does not fit, and say what is needed",
+    )
     how.add_argument("--dry-run", action="store_true", help="show the configuration and its needs, and stop")
     how.add_argument("--tiny", action="store_true", help="a toy model in 8 bits on the CPU")
     return parser.parse_args()
@@ -108,7 +145,10 @@ def configuration(args: argparse.Namespace, choice: Choice) -> dict:
         "ppo": {"lr": 1e-4, "epochs": 4, "minibatch_size": choice.minibatch_size, "kl_coef": 0.05},
         "prompts": args.prompts or DEMO_PROMPTS,
         "reward": args.reward or {"model": "lvwerra/distilbert-imdb", "label": "POSITIVE"},
-        "train": {"iterations": args.iterations or (30 if args.tiny else 100), "prompts_per_iteration": RESPONSES // 4},
+        "train": {
+            "iterations": args.iterations or (30 if args.tiny else 100),
+            "prompts_per_iteration": RESPONSES // 4,
+        },
         "output": args.output,
     }
 
@@ -121,7 +161,9 @@ def free_bytes() -> dict[str, int]:
     return free
 
 
-def choose(choices: Sequence[Choice], free: dict[str, int], *, quantizes: bool, fallback: bool = True) -> tuple[Choice, str]:
+def choose(
+    choices: Sequence[Choice], free: dict[str, int], *, quantizes: bool, fallback: bool = True
+) -> tuple[Choice, str]:
     """The first choice that fits, and a sentence about it. Raises ConfigError when none does, or when it would not be the first."""
     wanted = choices[0]
 
@@ -136,10 +178,15 @@ def choose(choices: Sequence[Choice], free: dict[str, int], *, quantizes: bool, 
 
     found = next((choice for choice in choices if obstacle(choice) is None), None)
     if found is wanted:
-        return found, f"{wanted} fits: about {decimal(wanted.memory_bytes)} of {decimal(free[wanted.device])} free"
+        return (
+            found,
+            f"{wanted} fits: about {decimal(wanted.memory_bytes)} of {decimal(free[wanted.device])} free",
+        )
     why = f"{wanted} needs about {decimal(wanted.memory_bytes)}, but {obstacle(wanted)}"
     if found is None or not fallback:
-        raise ConfigError(f"{why}; free some memory, use a larger machine, or a swarm (launchers/bloom_petals.py)")
+        raise ConfigError(
+            f"{why}; free some memory, use a larger machine, or a swarm (launchers/bloom_petals.py)"
+        )
     return found, f"{why}; training {found} instead, which needs about {decimal(found.memory_bytes)}"
 
 
@@ -148,7 +195,7 @@ def toy(args: argparse.Namespace) -> Choice:
     model = random_bloom(Path(args.output) / "base_model", layers=2, hidden=32, vocab=64)
     args.reward = args.reward or f"{__file__}:vowels"
     args.set = ["sampling.max_new_tokens=12", "ppo.lr=1e-2", *args.set]
-    return Choice(str(model), read_config(model), "8bit", 16, "cpu")
+    return Choice(str(model), resolve(model).config, "8bit", 16, "cpu")
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from textrl_swarm import LoraSettings, load_policy
 from textrl_swarm.cli import main as command_line
-from textrl_swarm.tiny import random_bloom
+from textrl_swarm.models.tiny import random_bloom
 
 
 def make_tiny(directory: Path) -> Path:
@@ -45,7 +45,10 @@ def main() -> None:
         sys.argv[1:] = ["export", *arguments]
         return command_line()
     if len(arguments) != 2:
-        sys.exit("--tiny takes one directory to work in: python launchers/export_adapter.py --tiny runs/tiny_export")
+        sys.exit(
+            "--tiny takes one directory to work in: python launchers/export_adapter.py --tiny "
+            "runs/tiny_export"
+        )
     directory = Path(arguments[1])
     adapter = make_tiny(directory)
     for options in ([str(directory / "adapter")], [str(directory / "merged"), "--merge"]):

@@ -3,23 +3,39 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from textrl_swarm import tiny
+from textrl_swarm.models import tiny
 
 VOCAB, EOS, PAD = 48, 0, 1
 _LLAMA_LIKE = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
     "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
-_OPT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64, "dropout": 0.0}
+_OPT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
 CONFIGS = {
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
     "llama": ("llama", _LLAMA_LIKE),
     "opt": ("opt", {**_OPT, "word_embed_proj_dim": 32}),
-    "opt_projected": ("opt", {**_OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),  # as in opt-350m: the head is narrower
+    "opt_projected": (
+        "opt",
+        {**_OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+    ),  # as in opt-350m: the head is narrower
     "gpt_neox": (
         "gpt_neox",
-        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64},
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+        },
     ),
     "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 6}),  # short enough to matter in the tests
     "qwen2": ("qwen2", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
@@ -31,18 +47,37 @@ UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
     "granite": ("granite", {**_LLAMA_LIKE, "logits_scaling": 8.0}),
     "bert": (
         "bert",
-        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "is_decoder": True},
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "is_decoder": True,
+        },
     ),
     "modernbert-decoder": ("modernbert-decoder", {**_LLAMA_LIKE, "cls_token_id": 0, "sep_token_id": 0}),
     "roformer": (
         "roformer",
-        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "embedding_size": 32},
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "embedding_size": 32,
+        },
     ),
     "openai-gpt": ("openai-gpt", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}),
     "bamba": (
         "bamba",
-        {**_LLAMA_LIKE, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+        {
+            **_LLAMA_LIKE,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
     ),
     "lfm2": ("lfm2", {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"]}),
     "deepseek_v3": (
@@ -67,13 +102,37 @@ UNUSUAL = {  # made by tiny_model too; for tests of what is peculiar to them
     "phimoe": ("phimoe", {**_LLAMA_LIKE, "num_local_experts": 4}),
     "llama4_text": (
         "llama4_text",
-        {**_LLAMA_LIKE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2},
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+        },
     ),
     "ctrl": ("ctrl", {"n_embd": 32, "n_layer": 3, "n_head": 4, "dff": 48, "n_positions": 64}),
-    "mamba2": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
+    "mamba2": (
+        "mamba2",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 8,
+            "n_groups": 1,
+        },
+    ),
     "falcon": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}),
     "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
-    "falcon_40b": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "new_decoder_architecture": True}),
+    "falcon_40b": (
+        "falcon",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "new_decoder_architecture": True,
+        },
+    ),
     "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "jamba": (
         "jamba",

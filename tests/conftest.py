@@ -15,15 +15,20 @@ from pathlib import Path
 
 # Before any library reads them; servers and other child processes inherit them.
 _CACHES = tempfile.TemporaryDirectory(prefix="textrl-swarm-caches-")
-os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=f"{_CACHES.name}/hf", PETALS_CACHE=f"{_CACHES.name}/petals", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=f"{_CACHES.name}/hf",
+    PETALS_CACHE=f"{_CACHES.name}/petals",
+    TOKENIZERS_PARALLELISM="false",
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
-from textrl_swarm.swarm import local  # noqa: E402
+from textrl_swarm.models.tiny import random_bloom  # noqa: E402
+from textrl_swarm.swarm import launch  # noqa: E402
 from textrl_swarm.swarm.local import LocalSwarm  # noqa: E402
-from textrl_swarm.tiny import random_bloom  # noqa: E402
 
 
 def left_over_processes() -> list[str]:
@@ -51,7 +56,10 @@ def pytest_runtest_makereport(item, call):
     """A failed test shows what the servers have to say."""
     report = yield
     if report.failed:
-        report.sections += [(f"log of server {server.pid}, blocks {server.span}", server.log_tail(40)) for server in local._alive]
+        report.sections += [
+            (f"log of server {server.pid}, blocks {server.span}", server.log_tail(40))
+            for server in launch._alive
+        ]
     return report
 
 
@@ -83,7 +91,9 @@ def small_server(tiny_bloom, tmp_path_factory) -> Iterator[LocalSwarm]:
     directory = tmp_path_factory.mktemp("models") / "with.a dot"
     shutil.copytree(tiny_bloom(seed=2, layers=3, prefix="h"), directory)
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "hidden_dropout": 0.3, "attention_dropout": 0.3}))
+    (directory / "config.json").write_text(
+        json.dumps({**config, "hidden_dropout": 0.3, "attention_dropout": 0.3})
+    )
     options = ("--max_batch_size", "64", "--attn_cache_tokens", "400")
     with LocalSwarm(directory, num_servers=1, server_options=options) as swarm:
         yield swarm

@@ -12,16 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from textrl_swarm.config import LoraSettings
-from textrl_swarm.policy import Policy, load_policy
-from textrl_swarm.swarm.rpc import Timeouts
+from textrl_swarm.config import LoraSettings, Timeouts
+from textrl_swarm.policies.base import Policy
+from textrl_swarm.policies.loading import load_policy
 
 FAST = Timeouts(connect_s=10, request_s=30, discovery_s=20, recovery_s=60)
 
 
-def connect(swarm, lora: LoraSettings | None = None, *, filled: int | None = None, timeouts: Timeouts = FAST) -> Policy:
+def connect(
+    swarm, lora: LoraSettings | None = None, *, filled: int | None = None, timeouts: Timeouts = FAST
+) -> Policy:
     """A policy over the swarm's servers; `filled` = seed of numbers put into all its parameters."""
-    policy = load_policy(swarm.model, initial_peers=swarm.initial_peers, lora=lora or LoraSettings(r=4), timeouts=timeouts)
+    policy = load_policy(
+        swarm.model, initial_peers=swarm.initial_peers, lora=lora or LoraSettings(r=4), timeouts=timeouts
+    )
     if filled is not None:
         fill(policy, filled)
     return policy
@@ -70,7 +74,10 @@ class PlainPeft:
         policy.save_adapter(directory)
         base = AutoModelForCausalLM.from_pretrained(policy.base_model, dtype=torch.float32)
         self.model = PeftModel.from_pretrained(base, str(directory), is_trainable=True).eval()
-        self.head = {name: tensor.requires_grad_() for name, tensor in load_file(directory / "value_head.safetensors").items()}
+        self.head = {
+            name: tensor.requires_grad_()
+            for name, tensor in load_file(directory / "value_head.safetensors").items()
+        }
 
     def run(self, tokens: Tensor) -> Outcome:
         for tensor in (*self.model.parameters(), *self.head.values()):
@@ -78,7 +85,11 @@ class PlainPeft:
         out = self.model(tokens, output_hidden_states=True)
         values = out.hidden_states[-1] @ self.head["weight"][0] + self.head["bias"]
         loss_of(out.logits, values, tokens).backward()
-        grads = {name.replace(".default.", "."): p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        grads = {
+            name.replace(".default.", "."): p.grad.clone()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
         head_grads = {f"value_head.{name}": tensor.grad.clone() for name, tensor in self.head.items()}
         return Outcome(out.logits.detach(), values.detach(), {**grads, **head_grads})
 
@@ -90,7 +101,11 @@ class PlainPeft:
         """Prompt and response, the end token included."""
         tokens = torch.tensor([prompt])
         out = self.model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_new_tokens, max_length=None
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            max_length=None,
         )
         return out[0].tolist()
 

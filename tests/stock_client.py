@@ -19,10 +19,14 @@ install_import_hook()
 def talk(model_name: str, peers: list[str]) -> dict[str, list]:
     from petals import DistributedBloomForCausalLM
 
-    from textrl_swarm.base_model import default_dht_prefix
+    from textrl_swarm.models.base_model import resolve
 
     model = DistributedBloomForCausalLM.from_pretrained(
-        model_name, initial_peers=peers, dht_prefix=default_dht_prefix(model_name), max_retries=5, request_timeout=20
+        model_name,
+        initial_peers=peers,
+        dht_prefix=resolve(model_name).dht_prefix,
+        max_retries=5,
+        request_timeout=20,
     )
     try:
         tokens = torch.tensor([[9, 8, 7, 30, 31], [50, 51, 52, 53, 54]])
@@ -34,7 +38,9 @@ def talk(model_name: str, peers: list[str]) -> dict[str, list]:
             "logits": logits.tolist(),
             "embedding_grad": embeddings.grad.tolist(),
             "session": _greedy_by_session(model, tokens, 8).tolist(),
-            "generate": model.generate(tokens, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0).tolist(),
+            "generate": model.generate(
+                tokens, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0
+            ).tolist(),
         }
     finally:
         end(model)
@@ -42,10 +48,15 @@ def talk(model_name: str, peers: list[str]) -> dict[str, list]:
 
 def _greedy_by_session(model, tokens: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
     transformer = model.transformer
-    with torch.no_grad(), transformer.h.inference_session(max_length=tokens.shape[1] + max_new_tokens) as session:
+    with (
+        torch.no_grad(),
+        transformer.h.inference_session(max_length=tokens.shape[1] + max_new_tokens) as session,
+    ):
         fed = 0
         for _ in range(max_new_tokens):
-            hidden = session.step(transformer.word_embeddings_layernorm(transformer.word_embeddings(tokens[:, fed:])))
+            hidden = session.step(
+                transformer.word_embeddings_layernorm(transformer.word_embeddings(tokens[:, fed:]))
+            )
             fed = tokens.shape[1]
             chosen = model.lm_head(transformer.ln_f(hidden[:, -1])).argmax(dim=-1)
             tokens = torch.cat([tokens, chosen[:, None]], dim=1)

@@ -9,10 +9,10 @@ from architectures import perturb, random_tokens, tiny_model
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from textrl_swarm import adapters
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, ConfigError
-from textrl_swarm.policy import load_policy
+from textrl_swarm.models import adapter_files, adapters
+from textrl_swarm.policies.loading import load_policy
 
 BLOOM = tiny_model("bloom")
 
@@ -32,7 +32,7 @@ def saved(directory, policy):
     return directory
 
 
-def rewrite(directory, change, file=adapters.ADAPTER_WEIGHTS):
+def rewrite(directory, change, file=adapter_files.ADAPTER_WEIGHTS):
     """Changes the tensors of a safetensors file, or the settings of adapter_config.json."""
     path = directory / file
     content = load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
@@ -62,7 +62,9 @@ def test_files_and_names_are_pefts(tmp_path):
     saved(tmp_path / "ours", policy)
     names = {path.name for path in (tmp_path / "ours").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"}
-    plain = get_peft_model(copy.deepcopy(BLOOM), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    plain = get_peft_model(
+        copy.deepcopy(BLOOM), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    )
     plain.save_pretrained(tmp_path / "pefts")
     ours, pefts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "pefts"))
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in pefts.items()}
@@ -77,13 +79,23 @@ def test_saving_changes_nothing_and_may_be_repeated(tmp_path):
     before = tensors_of(policy)
     for _ in range(2):
         policy.save_adapter(tmp_path / "new" / "directory")
-    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.trainable_parameters().items())
+    assert all(
+        torch.equal(parameter, before[name]) for name, parameter in policy.trainable_parameters().items()
+    )
     assert all(parameter.requires_grad for parameter in policy.trainable_parameters().values())
 
 
 def test_an_adapter_that_plain_peft_trained_can_be_loaded(tmp_path):
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value", "dense"], "init_lora_weights": False}
-    plain, tokens = get_peft_model(copy.deepcopy(BLOOM), LoraConfig(task_type="CAUSAL_LM", **settings)).eval(), random_tokens(2, 9)
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["query_key_value", "dense"],
+        "init_lora_weights": False,
+    }
+    plain, tokens = (
+        get_peft_model(copy.deepcopy(BLOOM), LoraConfig(task_type="CAUSAL_LM", **settings)).eval(),
+        random_tokens(2, 9),
+    )
     plain.save_pretrained(tmp_path)
     policy = bloom_policy(targets=("query_key_value", "dense"))
     head = policy.value_head.weight.detach().clone()
@@ -94,18 +106,27 @@ def test_an_adapter_that_plain_peft_trained_can_be_loaded(tmp_path):
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
 def test_first_values_that_leave_the_base_alone_are_fine(start, tmp_path):
-    rewrite(saved(tmp_path, bloom_policy()), lambda config: config.update(init_lora_weights=start), adapters.ADAPTER_CONFIG)
+    rewrite(
+        saved(tmp_path, bloom_policy()),
+        lambda config: config.update(init_lora_weights=start),
+        adapter_files.ADAPTER_CONFIG,
+    )
     bloom_policy(seed=1).load_adapter(tmp_path)
 
 
 def test_half_precision_adapters_are_loaded_as_fp32(tmp_path):
     policy = bloom_policy()
     saved(tmp_path, policy)
-    rewrite(tmp_path, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    rewrite(
+        tmp_path,
+        lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}),
+    )
     other = bloom_policy(seed=1)
     other.load_adapter(tmp_path)
     for name, parameter in other.adapter_parameters().items():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, policy.adapter_parameters()[name].bfloat16().float())
+        assert parameter.dtype == torch.float32 and torch.equal(
+            parameter, policy.adapter_parameters()[name].bfloat16().float()
+        )
 
 
 def test_an_optimizer_made_before_loading_still_holds_the_parameters(tmp_path):
@@ -136,7 +157,9 @@ def without(*files):
 
 
 def with_settings(**settings):
-    return lambda path: rewrite(saved(path, bloom_policy()), lambda config: config.update(settings), adapters.ADAPTER_CONFIG)
+    return lambda path: rewrite(
+        saved(path, bloom_policy()), lambda config: config.update(settings), adapter_files.ADAPTER_CONFIG
+    )
 
 
 def with_file(name, content):
@@ -153,7 +176,7 @@ def cut(path):
     return path.parent
 
 
-def spoil(number, file=adapters.ADAPTER_WEIGHTS):
+def spoil(number, file=adapter_files.ADAPTER_WEIGHTS):
     def change(tensors):
         tensors[sorted(tensors)[-1]].view(-1)[-1] = number
 
@@ -170,21 +193,41 @@ def plain_adapter(config):
 
 NAME = r"base_model\.model\.transformer\.h\."
 CASES = {
-    "no directory": (lambda path: path / "nowhere", r"nowhere holds no adapter: there is no adapter_config\.json"),
-    "a file": (lambda path: with_file("file", b"x")(path) / "file", r"file holds no adapter: there is no adapter_config\.json"),
+    "no directory": (
+        lambda path: path / "nowhere",
+        r"nowhere holds no adapter: there is no adapter_config\.json",
+    ),
+    "a file": (
+        lambda path: with_file("file", b"x")(path) / "file",
+        r"file holds no adapter: there is no adapter_config\.json",
+    ),
     "empty directory": (lambda path: path, r"holds no adapter: there is no adapter_config\.json"),
     "no config": (without("adapter_config.json"), r"there is no adapter_config\.json"),
     "no weights": (without("adapter_model.safetensors"), r"there is no adapter_model\.safetensors"),
-    "config is no JSON": (with_file("adapter_config.json", b"{"), r"adapter_config\.json cannot be read: JSONDecodeError"),
+    "config is no JSON": (
+        with_file("adapter_config.json", b"{"),
+        r"adapter_config\.json cannot be read: JSONDecodeError",
+    ),
     "config is a list": (with_file("adapter_config.json", b"[]"), r"adapter_config\.json cannot be read: "),
-    "config is empty": (with_file("adapter_config.json", b"{}"), "holds a nameless adapter; only LoRA adapters can be loaded"),
-    "config is no text": (with_file("adapter_config.json", b"\xff\xfe\x00"), r"adapter_config\.json cannot be read: "),
+    "config is empty": (
+        with_file("adapter_config.json", b"{}"),
+        "holds a nameless adapter; only LoRA adapters can be loaded",
+    ),
+    "config is no text": (
+        with_file("adapter_config.json", b"\xff\xfe\x00"),
+        r"adapter_config\.json cannot be read: ",
+    ),
     "unknown kind": (with_settings(peft_type="NEWER"), r"adapter_config\.json cannot be read: .*NEWER"),
     "not LoRA": (
-        plain_adapter(IA3Config(task_type="CAUSAL_LM", target_modules=["query_key_value"], feedforward_modules=[])),
+        plain_adapter(
+            IA3Config(task_type="CAUSAL_LM", target_modules=["query_key_value"], feedforward_modules=[])
+        ),
         "holds a IA3 adapter; only LoRA adapters can be loaded",
     ),
-    "damaged weights": (with_file("adapter_model.safetensors", b"\x08\x00"), r"adapter_model\.safetensors cannot be read: "),
+    "damaged weights": (
+        with_file("adapter_model.safetensors", b"\x08\x00"),
+        r"adapter_model\.safetensors cannot be read: ",
+    ),
     "cut weights": (
         lambda path: cut(saved(path, bloom_policy()) / "adapter_model.safetensors"),
         r"adapter_model\.safetensors cannot be read: ",
@@ -195,9 +238,16 @@ CASES = {
         spoil(float("nan"), "value_head.safetensors"),
         r"value_head\.safetensors has NaN or infinite numbers in weight",
     ),
-    "damaged value head": (with_file("value_head.safetensors", b"x"), r"value_head\.safetensors cannot be read"),
+    "damaged value head": (
+        with_file("value_head.safetensors", b"x"),
+        r"value_head\.safetensors cannot be read",
+    ),
     "other value head": (
-        lambda path: rewrite(saved(path, bloom_policy()), lambda t: t.update(weight=torch.zeros(1, 33)), "value_head.safetensors"),
+        lambda path: rewrite(
+            saved(path, bloom_policy()),
+            lambda t: t.update(weight=torch.zeros(1, 33)),
+            "value_head.safetensors",
+        ),
         r"value_head\.safetensors belongs to a model of another hidden size than 32",
     ),
     "other architecture": (
@@ -205,11 +255,15 @@ CASES = {
         rf"does not fit: 24 tensors are missing, e\.g\. {NAME}0\.mlp\.dense_4h_to_h\.lora_A\.weight",
     ),
     "wider model": (
-        lambda path: saved(path, load_policy(tiny_model("bloom", hidden_size=64), lora=LoraSettings(r=4, alpha=8))),
+        lambda path: saved(
+            path, load_policy(tiny_model("bloom", hidden_size=64), lora=LoraSettings(r=4, alpha=8))
+        ),
         rf"does not fit: {NAME}0\.self_attention\.query_key_value\.lora_A\.weight has shape \(4, 64\), expected \(4, 32\)",
     ),
     "deeper model": (
-        lambda path: saved(path, load_policy(tiny_model("bloom", n_layer=4), lora=LoraSettings(r=4, alpha=8))),
+        lambda path: saved(
+            path, load_policy(tiny_model("bloom", n_layer=4), lora=LoraSettings(r=4, alpha=8))
+        ),
         rf"8 tensors are unknown here, e\.g\. {NAME}3\.",
     ),
     "other rank": (
@@ -229,18 +283,26 @@ CASES = {
         r"is scaled by alpha / r = 6 / 4, this policy by 8 / 4; make the policy with alpha=6",
     ),
     "rank-stabilised": (with_settings(use_rslora=True), "has use_rslora, rank_pattern or alpha_pattern"),
-    "own alphas": (with_settings(alpha_pattern={"dense": 32}), "has use_rslora, rank_pattern or alpha_pattern"),
+    "own alphas": (
+        with_settings(alpha_pattern={"dense": 32}),
+        "has use_rslora, rank_pattern or alpha_pattern",
+    ),
     "rank zero in the config": (with_settings(r=0), "alpha / r = 8 / 0, this policy by 8 / 4"),
     "DoRA": (
-        plain_adapter(LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", use_dora=True)),
+        plain_adapter(
+            LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", use_dora=True)
+        ),
         "has use_dora=True; only plain LoRA can be loaded: merge it into the base model",
     ),
     "DoRA in the config only": (with_settings(use_dora=True), "has use_dora=True; only plain LoRA"),
-    "activated LoRA": (with_settings(alora_invocation_tokens=[5]), r"has alora_invocation_tokens=\[5\]; only plain LoRA"),
+    "activated LoRA": (
+        with_settings(alora_invocation_tokens=[5]),
+        r"has alora_invocation_tokens=\[5\]; only plain LoRA",
+    ),
     **{
         start: (
             with_settings(init_lora_weights=start),
-            rf"has init_lora_weights='{start}', which changed the base weights: convert it, .*path_initial_model_for_weight_conversion",
+            rf"has init_lora_weights='{start}', which changed the base weights: convert it .*path_initial_model_for_weight_conversion",
         )
         for start in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")
     },
@@ -269,7 +331,10 @@ def test_the_right_one_after_wrong_ones(tmp_path):
     with pytest.raises(AdapterError):
         policy.load_adapter(saved(tmp_path / "wrong", bloom_policy(r=2)))
     policy.load_adapter(right)
-    assert all(torch.equal(policy.adapter_parameters()[name], t) for name, t in load_file(right / "adapter_model.safetensors").items())
+    assert all(
+        torch.equal(policy.adapter_parameters()[name], t)
+        for name, t in load_file(right / "adapter_model.safetensors").items()
+    )
 
 
 # Names and starts, by hand
@@ -299,8 +364,14 @@ def test_choose_targets(targets, expected):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("dense_h_to_4", r"'dense_h_to_4' is no linear layer of this model's blocks; did you mean 'dense_h_to_4h'\? known: dense, "),
-        ("zzz", r"'zzz' is no linear layer of this model's blocks; known: dense, dense_4h_to_h, dense_h_to_4h, query_key_value"),
+        (
+            "dense_h_to_4",
+            r"'dense_h_to_4' is no linear layer of this model's blocks; did you mean 'dense_h_to_4h'\? known: dense, ",
+        ),
+        (
+            "zzz",
+            r"'zzz' is no linear layer of this model's blocks; known: dense, dense_4h_to_h, dense_h_to_4h, query_key_value",
+        ),
         ("self_attention", "'self_attention' is no linear layer"),
         ("mlp.dense", "'mlp.dense' is no linear layer"),
     ],
@@ -312,7 +383,9 @@ def test_unknown_targets(target, message):
 
 def test_first_adapted_block():
     assert [adapters.first_adapted_block(4, layers) for layers in (None, 1, 3, 4)] == [0, 3, 1, 0]
-    with pytest.raises(ConfigError, match="LoRA layers=5, but the model has 4 blocks; use 1 to 4, or None for all"):
+    with pytest.raises(
+        ConfigError, match="LoRA layers=5, but the model has 4 blocks; use 1 to 4, or None for all"
+    ):
         adapters.first_adapted_block(4, 5)
 
 
@@ -336,5 +409,7 @@ class GroupedLinear(torch.nn.Linear):
 
 
 def test_subclasses_that_compute_something_else_are_no_linear_layers():
-    block = torch.nn.ModuleDict({"router": TopKRouter(4, 2), "grouped": GroupedLinear(4, 2), "dense": torch.nn.Linear(4, 3)})
+    block = torch.nn.ModuleDict(
+        {"router": TopKRouter(4, 2), "grouped": GroupedLinear(4, 2), "dense": torch.nn.Linear(4, 3)}
+    )
     assert adapters.linear_layers(block) == {"dense": (4, 3)}

@@ -17,13 +17,14 @@ from pfrl.experiments.evaluator import Evaluator
 from plain_peft import fill
 from torch import Tensor
 
-from textrl_swarm.actor import TextRLActor
-from textrl_swarm.agent import PPOAgent
 from textrl_swarm.config import LoraSettings, SamplingConfig
-from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import AdapterError, ConfigError, PromptError, RewardError
-from textrl_swarm.policy import Policy, load_policy
-from textrl_swarm.rollout import collect, sample_responses, score
+from textrl_swarm.learning.rollout import collect, per_token_rewards, sample_responses
+from textrl_swarm.policies.base import Policy
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.textrl.actor import TextRLActor
+from textrl_swarm.textrl.agent import PPOAgent
+from textrl_swarm.textrl.env import TextRLEnv
 
 PROMPTS = [{"input": "the soup"}, {"input": "a"}, {"input": "my coffee was"}]
 LENGTH = 6
@@ -40,14 +41,23 @@ class Vowels(TextRLEnv):
 
 
 def make_actor(
-    cls=Vowels, architecture: str = "gpt2", samples: int = 2, often_ending: bool = False, max_length: int = LENGTH, **settings
+    cls=Vowels,
+    architecture: str = "gpt2",
+    samples: int = 2,
+    often_ending: bool = False,
+    max_length: int = LENGTH,
+    **settings,
 ) -> TextRLActor:
     """On a Hugging Face model object; `often_ending` makes a common token the end token."""
     tokenizer = character_tokenizer()
     policy = load_policy(tiny_model(architecture), lora=LoraSettings(r=2), tokenizer=tokenizer)
     if often_ending:
-        free = policy.generate([p["input"] for p in PROMPTS], SamplingConfig(max_new_tokens=LENGTH, num_samples=16, seed=0))
-        (token, _), *_ = collections.Counter(free.tokens[:, -LENGTH:][free.tokens[:, -LENGTH:] > 2].tolist()).most_common(1)
+        free = policy.generate(
+            [p["input"] for p in PROMPTS], SamplingConfig(max_new_tokens=LENGTH, num_samples=16, seed=0)
+        )
+        (token, _), *_ = collections.Counter(
+            free.tokens[:, -LENGTH:][free.tokens[:, -LENGTH:] > 2].tolist()
+        ).most_common(1)
         tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(token)})
     env = cls(None, tokenizer, PROMPTS, max_length=max_length, compare_sample=samples)
     return TextRLActor(env, policy, tokenizer, **settings)
@@ -79,13 +89,17 @@ def parameters_of(policy: Policy) -> dict[str, Tensor]:
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 def learned_from(agent: PPOAgent, monkeypatch) -> list[tuple]:
     """Every (rollout, rewards) that the agent learns from, from now on."""
     learn, seen = agent.learn, []
-    monkeypatch.setattr(agent, "learn", lambda rollout, rewards: seen.append((rollout, rewards)) or learn(rollout, rewards))
+    monkeypatch.setattr(
+        agent, "learn", lambda rollout, rewards: seen.append((rollout, rewards)) or learn(rollout, rewards)
+    )
     return seen
 
 
@@ -146,13 +160,15 @@ def test_what_is_learned_from_is_what_was_chosen_and_earned(monkeypatch, samples
     rollout, rewards = seen[0]
     count = 8 * samples
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    assert [row[:n].tolist() for row, n in zip(rollout.tokens[:count], lengths, strict=False)] == [row for rows in earned for row in rows]
+    assert [row[:n].tolist() for row, n in zip(rollout.tokens[:count], lengths, strict=False)] == [
+        row for rows in earned for row in rows
+    ]
     assert len(set(rollout.response_lengths.tolist())) > 2  # samples did end at different times
     assert 0 < int(rollout.terminated.sum()) < len(rollout)
     last = rollout.tokens[torch.arange(len(rollout)), torch.tensor(lengths) - 1]
     assert torch.equal(rollout.terminated, last == env.tokenizer.eos_token_id)
     items.append(env.input_item)
-    expected, _ = score(env, items, rollout)  # rewards of whole rollouts, tested in test_env
+    expected, _ = per_token_rewards(env, items, rollout)  # rewards of whole rollouts, tested in test_env
     assert torch.allclose(rewards, expected)
 
 
@@ -166,8 +182,14 @@ def test_the_chosen_tokens_scores_and_values_are_those_of_a_plain_forward(monkey
     (rollout, _), *_ = seen
     with torch.no_grad():
         out = agent.policy(rollout.tokens)
-    for row, (p, n) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist(), strict=True)):
-        logprobs = (out.logits[row, p - 1 : p + n - 1] / 0.7).log_softmax(-1).gather(1, rollout.tokens[row, p : p + n, None])[:, 0]
+    for row, (p, n) in enumerate(
+        zip(rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist(), strict=True)
+    ):
+        logprobs = (
+            (out.logits[row, p - 1 : p + n - 1] / 0.7)
+            .log_softmax(-1)
+            .gather(1, rollout.tokens[row, p : p + n, None])[:, 0]
+        )
         assert torch.allclose(rollout.old_logprobs[row, :n], logprobs, atol=1e-4)
         assert torch.allclose(rollout.values[row, :n], out.values[row, p - 1 : p + n - 1], atol=1e-4)
     assert agent.metrics["ratio_first_pass_max_deviation"] < 1e-4
@@ -182,7 +204,12 @@ def test_an_episode_that_was_cut_short_did_not_terminate(monkeypatch):
     for rollout, rewards in seen:
         assert rollout.response_mask.shape == rewards.shape and rewards.shape[1] <= 2
         full = rollout.response_lengths == 2
-        ended = rollout.tokens.gather(1, (rollout.prompt_lengths + 1)[:, None].clamp(max=rollout.tokens.shape[1] - 1))[:, 0] == 0
+        ended = (
+            rollout.tokens.gather(
+                1, (rollout.prompt_lengths + 1)[:, None].clamp(max=rollout.tokens.shape[1] - 1)
+            )[:, 0]
+            == 0
+        )
         assert torch.equal(rollout.terminated[full], ended[full])
     assert len(seen) == 3
 
@@ -222,7 +249,12 @@ def test_one_session_per_episode_and_each_token_goes_through_it_once(monkeypatch
         assert len(sessions) == episode + 1
         prompt = len(env._prompt_ids)
         # the last token chosen ends the episode and is never fed
-        assert sessions[-1] == {"rows": 3, "reserved": prompt + LENGTH, "tokens": prompt + steps - 1, "closed": True}
+        assert sessions[-1] == {
+            "rows": 3,
+            "reserved": prompt + LENGTH,
+            "tokens": prompt + steps - 1,
+            "closed": True,
+        }
 
 
 def test_an_episode_that_was_left_is_forgotten(monkeypatch):
@@ -239,7 +271,9 @@ def test_an_episode_that_was_left_is_forgotten(monkeypatch):
     agent.observe(*env.step(agent.act(obs))[:2], False, True)
     assert [session["closed"] for session in sessions] == [True, True]
     ((rollout, _),) = seen
-    assert rollout.prompt_lengths.tolist() == [len(env._prompt_ids)] * 2 and rollout.response_mask.shape[1] == 3
+    assert (
+        rollout.prompt_lengths.tolist() == [len(env._prompt_ids)] * 2 and rollout.response_mask.shape[1] == 3
+    )
 
 
 @pytest.mark.parametrize("act_deterministically", [True, False])
@@ -361,14 +395,20 @@ def test_pfrls_training_loop_and_evaluator(tmp_path):
     assert header.split("\t")[:4] == ["steps", "episodes", "elapsed", "mean"] and len(rows) >= 2
     assert (tmp_path / "best" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "40_finish" / "adapter_model.safetensors").is_file()
-    evaluator = Evaluator(agent, actor.env, n_steps=5, n_episodes=None, eval_interval=1, outdir=str(tmp_path / "best"))
+    evaluator = Evaluator(
+        agent, actor.env, n_steps=5, n_episodes=None, eval_interval=1, outdir=str(tmp_path / "best")
+    )
     assert math.isfinite(evaluator.evaluate_and_update_max_score(t=0, episodes=0))
 
 
 # ------------------------------------------------------------------------------------------ the actor
 
 
-@pytest.mark.parametrize("prompt", ["the soup", {"input": "the soup", "more": 1}, ["the soup", "a reference"]], ids=["str", "dict", "list"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["the soup", {"input": "the soup", "more": 1}, ["the soup", "a reference"]],
+    ids=["str", "dict", "list"],
+)
 @pytest.mark.parametrize("samples", [1, 3])
 def test_predict_says_something_and_asks_for_no_reward(prompt, samples):
     actor = make_actor(samples=samples)
@@ -390,9 +430,20 @@ def test_predict_samples_anew_unless_deterministic():
 
 def test_settings_of_the_update():
     actor = make_actor(samples=3, seed=4)
-    config = actor.agent_ppo(minibatch_size=5 * LENGTH + 1, epochs=7, lr=2e-3, gamma=0.9, kl_coef=0.1).ppo.config
-    assert (config.minibatch_size, config.epochs, config.lr, config.gamma, config.kl_coef, config.seed) == (15, 7, 2e-3, 0.9, 0.1, 4)
-    assert actor.agent_ppo(minibatch_size=1).ppo.config.minibatch_size == 3  # never less than the samples of a prompt
+    config = actor.agent_ppo(
+        minibatch_size=5 * LENGTH + 1, epochs=7, lr=2e-3, gamma=0.9, kl_coef=0.1
+    ).ppo.config
+    assert (config.minibatch_size, config.epochs, config.lr, config.gamma, config.kl_coef, config.seed) == (
+        15,
+        7,
+        2e-3,
+        0.9,
+        0.1,
+        4,
+    )
+    assert (
+        actor.agent_ppo(minibatch_size=1).ppo.config.minibatch_size == 3
+    )  # never less than the samples of a prompt
     agent = actor.agent_ppo(update_interval=5, minibatch_size=3)
     assert (agent.update_interval, agent.sampling.max_new_tokens) == (5, LENGTH)
 
@@ -404,8 +455,14 @@ def test_settings_of_the_update():
         (lambda a: a.agent_ppo(kl_coeff=1), "did you mean 'kl_coef'"),
         (lambda a: a.agent_ppo(minibatch_size=0), "minibatch_size must be a whole number >= 1"),
         (lambda a: a.agent_ppo(lr=-1), "lr must be > 0"),
-        (lambda a: TextRLActor(a.env, a.policy, compare_sample=3), "compare_sample=3, but the environment was made with 2"),
-        (lambda a: TextRLActor(a.env, a.policy, optimizer="sdg"), "unknown optimizer 'sdg'; did you mean 'sgd'"),
+        (
+            lambda a: TextRLActor(a.env, a.policy, compare_sample=3),
+            "compare_sample=3, but the environment was made with 2",
+        ),
+        (
+            lambda a: TextRLActor(a.env, a.policy, optimizer="sdg"),
+            "unknown optimizer 'sdg'; did you mean 'sgd'",
+        ),
         (lambda a: TextRLActor(a.env, "m", lora=LoraSettings(), unfreeze_layer_from_past=1), "not both"),
         (lambda a: TextRLActor(a.env, a.policy, top_p=2), "top_p must be in"),
     ],
@@ -429,8 +486,12 @@ def test_optimizers():
 @pytest.mark.parametrize("where", ["env", "actor"])
 def test_unfreezing_the_last_blocks_is_lora_on_them(where):
     tokenizer = character_tokenizer()
-    env = Vowels(None, tokenizer, PROMPTS, max_length=LENGTH, unfreeze_layer_from_past=2 if where == "env" else 0)
-    actor = TextRLActor(env, tiny_model("gpt2"), tokenizer, unfreeze_layer_from_past=2 if where == "actor" else 0)
+    env = Vowels(
+        None, tokenizer, PROMPTS, max_length=LENGTH, unfreeze_layer_from_past=2 if where == "env" else 0
+    )
+    actor = TextRLActor(
+        env, tiny_model("gpt2"), tokenizer, unfreeze_layer_from_past=2 if where == "actor" else 0
+    )
     blocks = {name.split(".h.")[1].split(".")[0] for name in actor.policy.adapter_parameters()}
     assert blocks == {"1", "2"}  # of three
 
@@ -440,7 +501,16 @@ def test_a_hugging_face_gpt2_object(tmp_path):
     model, tokenizer = tiny_model("gpt2"), character_tokenizer()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     env = Vowels(model, tokenizer, observation_input=PROMPTS, max_length=LENGTH, compare_sample=2)
-    actor = TextRLActor(env, model, tokenizer, act_deterministically=False, temperature=1.0, top_k=10, top_p=1.0, repetition_penalty=2.0)
+    actor = TextRLActor(
+        env,
+        model,
+        tokenizer,
+        act_deterministically=False,
+        temperature=1.0,
+        top_k=10,
+        top_p=1.0,
+        repetition_penalty=2.0,
+    )
     agent = actor.agent_ppo(update_interval=2, minibatch_size=2, epochs=10)
     play(agent, env, 2)
     assert agent.ppo.num_updates == 2 and agent.ppo.num_skipped == 0
@@ -458,19 +528,26 @@ def test_a_distributed_bloom_object(two_servers):
 
     tokenizer = AutoTokenizer.from_pretrained(two_servers.model)
     model = DistributedBloomForCausalLM.from_pretrained(
-        str(two_servers.model), initial_peers=two_servers.initial_peers, dht_prefix=two_servers.dht_prefix, show_route=False
+        str(two_servers.model),
+        initial_peers=two_servers.initial_peers,
+        dht_prefix=two_servers.dht_prefix,
+        show_route=False,
     )
     assert tokenizer.vocab_size > VOCAB
     env = Vowels(model, tokenizer, observation_input=PROMPTS, max_length=LENGTH, compare_sample=2)
     actor = TextRLActor(env, model, tokenizer, top_k=10, repetition_penalty=2.0)
     local = TextRLActor(env, str(two_servers.model), tokenizer)
     try:
-        assert actor.predict("the soup") == TextRLActor(env, local.policy, repetition_penalty=2.0).predict("the soup")
+        assert actor.predict("the soup") == TextRLActor(env, local.policy, repetition_penalty=2.0).predict(
+            "the soup"
+        )
         agent = actor.agent_ppo(update_interval=2, minibatch_size=2, epochs=2)
         before = parameters_of(agent.policy)
         play(agent, env, 2)
         assert agent.ppo.num_updates == 2 and agent.ppo.num_skipped == 0
-        assert not [name for name, tensor in parameters_of(agent.policy).items() if torch.equal(tensor, before[name])]
+        assert not [
+            name for name, tensor in parameters_of(agent.policy).items() if torch.equal(tensor, before[name])
+        ]
     finally:
         actor.policy.close()
         shut_down(model.transformer.h.sequence_manager)
@@ -513,7 +590,9 @@ def test_an_episode_that_is_cut_short_gets_its_final_reward(monkeypatch):
     """TextRL gave none when max_episode_len came before max_length: finish was never True."""
     actor = make_actor(samples=2)
     agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
-    monkeypatch.setattr(env, "get_reward", lambda item, predicted, finish: [len(p) if finish else 100 for p in predicted])
+    monkeypatch.setattr(
+        env, "get_reward", lambda item, predicted, finish: [len(p) if finish else 100 for p in predicted]
+    )
     seen = learned_from(agent, monkeypatch)
     obs = env.reset()
     for t in range(3):
@@ -543,7 +622,9 @@ def test_observations_that_know_no_environment_keep_what_was_earned(monkeypatch)
     seen = learned_from(agent, monkeypatch)
     for known in (pickle.loads(pickle.dumps(env.reset())), list(env.reset())):
         obs, _, _, _ = env.step(agent.act(known))
-        agent.observe(type(known)(obs) if type(known) is list else pickle.loads(pickle.dumps(obs)), 5.0, False, True)
+        agent.observe(
+            type(known)(obs) if type(known) is list else pickle.loads(pickle.dumps(obs)), 5.0, False, True
+        )
     assert [rewards.tolist() for _, rewards in seen] == [[[5.0]], [[5.0]]]
 
 
@@ -555,7 +636,7 @@ def test_an_episode_longer_than_its_session_is_an_error_that_says_so():
         obs, reward, done, _ = env.step(agent.act(list(obs)))
         assert not done
         agent.observe(obs, reward, done, False)
-    with pytest.raises(ConfigError, match=r"goes on after 2 tokens.*SamplingConfig\(max_new_tokens"):
+    with pytest.raises(ConfigError, match=r"continues after 2 tokens.*SamplingConfig\(max_new_tokens"):
         agent.act(list(obs))
 
 
@@ -579,7 +660,9 @@ def test_a_prompt_that_leaves_no_room_is_told_before_the_first_token():
     actor = make_actor(samples=1)
     limit = actor.policy.max_length
     agent, env = actor.agent_ppo(), actor.env
-    with pytest.raises(PromptError, match=f"that makes {limit + env.env_max_length}, but the model allows {limit}"):
+    with pytest.raises(
+        PromptError, match=f"that makes {limit + env.env_max_length}, but the model allows {limit}"
+    ):
         agent.act(env.reset("a" * limit))
 
 
@@ -592,7 +675,9 @@ def test_observed_rewards_that_are_none(reward):
         agent.observe(obs, reward, done, False)
 
 
-@pytest.mark.parametrize("reward", [1.0, np.array(1.0), torch.tensor(1.0), torch.tensor([[1.0], [1.0]])], ids=repr)
+@pytest.mark.parametrize(
+    "reward", [1.0, np.array(1.0), torch.tensor(1.0), torch.tensor([[1.0], [1.0]])], ids=repr
+)
 def test_observed_rewards_of_numpy_and_torch(reward, monkeypatch):
     actor = make_actor(samples=2)
     agent, env = actor.agent_ppo(update_interval=1, epochs=1), actor.env
@@ -666,7 +751,9 @@ def test_an_optimizer_of_the_users_is_made_anew_for_the_adapter(cls):
     ours = agent.ppo.optimizer
     assert type(ours) is cls and ours is not theirs
     assert (ours.param_groups[0]["lr"], ours.param_groups[0]["weight_decay"]) == (0.0123, 0.01)
-    assert {id(p) for p in ours.param_groups[0]["params"]} == {id(p) for p in agent.policy.trainable_parameters().values()}
+    assert {id(p) for p in ours.param_groups[0]["params"]} == {
+        id(p) for p in agent.policy.trainable_parameters().values()
+    }
 
 
 def test_an_optimizer_that_is_none_is_refused():

@@ -40,7 +40,10 @@ EOS, PAD = 21, 22
         ([10, 17, 12, 7, 13, 1, 0, EOS], 3 / 8),  # seven nodes instead of two
         ([6, 16, 10, 17, 12, 7, 13, 1, 0, EOS], 1 / 7),  # nine
         ([16, 10, 17, 15, 12, 7, 13, 1, 0], 1 / 7),  # nine, where the shortest is 16 -> 10 -> 0
-        ([6, 16, 10, 17, 15, 12, 7, 13, 1, 0], 0.0),  # ten nodes are the most: the goal is reached, and worth nothing
+        (
+            [6, 16, 10, 17, 15, 12, 7, 13, 1, 0],
+            0.0,
+        ),  # ten nodes are the most: the goal is reached, and worth nothing
         ([10, 17, 12, 7, 13, 1, EOS], 0.0),  # misses the goal
         ([6, 16, 10, 17, 15, 12, 7, 13, 1, 13], 0.0),
         ([10, EOS, 0], 0.0),  # ended before the goal
@@ -55,7 +58,13 @@ def test_what_a_path_is_worth(task, path, expected):
 
 
 def test_the_graph_is_the_public_one(task):
-    assert [np.flatnonzero(task.edges[node]).tolist() for node in (0, 1, 6, 10, 17)] == [[0], [0], [1, 16], [0, 8, 17], [12, 15]]
+    assert [np.flatnonzero(task.edges[node]).tolist() for node in (0, 1, 6, 10, 17)] == [
+        [0],
+        [0],
+        [1, 16],
+        [0, 8, 17],
+        [12, 15],
+    ]
     assert task.shortest[1:] == [2, 3, 3, 5, 5, 3, 4, 4, 4, 2, 3, 5, 3, 4, 4, 3, 5, 4, 3, 2]
     assert len(task.walks) == 1000 and max(map(len, task.walks)) == 10
     assert all(task.edges[a, b] for walk in task.walks for a, b in pairwise(walk))

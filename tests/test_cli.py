@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from textrl_swarm import cli
 from textrl_swarm.config import LoraSettings
-from textrl_swarm.policy import load_policy
-from textrl_swarm.tiny import RECIPE, RECORD, make_tiny_bloom
+from textrl_swarm.models.tiny import RECIPE, RECORD, make_tiny_bloom
+from textrl_swarm.policies.loading import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -71,7 +71,9 @@ class Command:
 
 
 def _listen_to_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit that it is ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background jobs of a shell inherit that it is ignored
 
 
 @contextlib.contextmanager
@@ -123,9 +125,18 @@ def not_bloom(tmp_path_factory) -> Path:
         (["serve", "/no/such/model", "--new-swarm"], "/no/such/model"),
         (["serve", "/no/such/[/odd] one", "--new-swarm"], "/no/such/[/odd] one"),
         (["serve", "NOT_BLOOM", "--new-swarm"], "is a gpt2 model"),
-        (["serve", "BLOOM", "--new-swarm", "--servers", "5"], "4 blocks can be split over 1 to 4 servers, not 5"),
-        (["serve", "BLOOM", "--new-swarm", "--servers", "2", "--block_indices", "0:2"], "leave out --block_indices"),
-        (["serve", "BLOOM", "--initial-peers", "localhost:31337"], "'localhost:31337' is not a peer's address"),
+        (
+            ["serve", "BLOOM", "--new-swarm", "--servers", "5"],
+            "4 blocks can be split over 1 to 4 servers, not 5",
+        ),
+        (
+            ["serve", "BLOOM", "--new-swarm", "--servers", "2", "--block_indices", "0:2"],
+            "leave out --block_indices",
+        ),
+        (
+            ["serve", "BLOOM", "--initial-peers", "localhost:31337"],
+            "'localhost:31337' is not a peer's address",
+        ),
         (["serve", "BLOOM", "--initial-peers", "/ip4/127.0.0.1/tcp/31337"], "is not a peer's address"),
         (["demo", "--quantization", "3bit", "--out", "OUT"], "quantization must be 8bit or 4bit, got '3bit'"),
         (["demo", "--servers", "5", "--out", "OUT"], "has 4 blocks"),
@@ -133,11 +144,16 @@ def not_bloom(tmp_path_factory) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_errors_are_one_line_and_exit_code_1(monkeypatch, capsys, tiny_bloom, not_bloom, tmp_path, arguments, told):
+def test_errors_are_one_line_and_exit_code_1(
+    monkeypatch, capsys, tiny_bloom, not_bloom, tmp_path, arguments, told
+):
     if "NOT_BLOOM" in arguments and "demo" in arguments:
         (tmp_path / "base_model").mkdir()
         (tmp_path / "base_model" / "thesis.tex").touch()
-        arguments, told = ["demo", "--local", "--out", tmp_path], "holds something other than a tiny model of ours"
+        arguments, told = (
+            ["demo", "--local", "--out", tmp_path],
+            "holds something other than a tiny model of ours",
+        )
     places = {"BLOOM": tiny_bloom(), "NOT_BLOOM": not_bloom, "OUT": tmp_path}
     assert main(monkeypatch, *(places.get(argument, argument) for argument in arguments)) == 1
     shown = capsys.readouterr()
@@ -159,7 +175,9 @@ def test_errors_are_one_line_and_exit_code_1(monkeypatch, capsys, tiny_bloom, no
     ids=" ".join,
 )
 def test_wrong_usage_is_exit_code_2(monkeypatch, capsys, tiny_bloom, arguments):
-    assert main(monkeypatch, *(tiny_bloom() if argument == "BLOOM" else argument for argument in arguments)) == 2
+    assert (
+        main(monkeypatch, *(tiny_bloom() if argument == "BLOOM" else argument for argument in arguments)) == 2
+    )
     shown = capsys.readouterr().err
     assert "Usage" in shown and "Traceback" not in shown
     if arguments[:2] == ["serve", "BLOOM"]:
@@ -217,20 +235,31 @@ def test_serve_a_client_joins_another_server_joins_and_ctrl_c_ends_all(tiny_bloo
         said = first.wait_for("Ctrl-C ends the servers")
         assert "holds blocks 0..1 of 4" in said and "holds blocks 2..3 of 4" in said
         address = re.search(r"--initial-peers (\S+)", said)[1]  # of the line to paste
-        assert ADDRESS.fullmatch(address) and f'load_policy({str(model)!r}, initial_peers=["{address}"])' in said
+        assert (
+            ADDRESS.fullmatch(address) and f'load_policy({str(model)!r}, initial_peers=["{address}"])' in said
+        )
         with load_policy(str(model), initial_peers=[address]) as policy, torch.no_grad():
             assert policy.num_servers == 2
             assert torch.allclose(policy(tokens).logits, expected, atol=1e-5)
-        with started("serve", model, "--initial-peers", address, "--block_indices", "1:3", *LOOPBACK) as second:
+        with started(
+            "serve", model, "--initial-peers", address, "--block_indices", "1:3", *LOOPBACK
+        ) as second:
             assert "holds blocks 1..2 of 4" in second.wait_for("Ctrl-C ends the servers")
             second_address = ADDRESS.search(second.said.split("clients join")[1])[0]
             with load_policy(str(model), initial_peers=[second_address]) as policy, torch.no_grad():
-                assert torch.allclose(policy(tokens).logits, expected, atol=1e-5)  # knows the blocks of the others
+                assert torch.allclose(
+                    policy(tokens).logits, expected, atol=1e-5
+                )  # knows the blocks of the others
             families = [first.ctrl_c(), second.ctrl_c()]
             began = time.monotonic()
             assert (first.finish(), second.finish()) == (0, 0)
-    assert sum(process.name() == "p2pd" for family in families for process in family if process.is_running()) == 0
-    gone, alive = psutil.wait_procs([process for family in families for process in family], timeout=ENDS_WITHIN_S)
+    assert (
+        sum(process.name() == "p2pd" for family in families for process in family if process.is_running())
+        == 0
+    )
+    gone, alive = psutil.wait_procs(
+        [process for family in families for process in family], timeout=ENDS_WITHIN_S
+    )
     assert not alive and len(gone) > 9
     assert time.monotonic() - began < ENDS_WITHIN_S
     for command in (first, second):
@@ -277,14 +306,22 @@ def local_demo(tmp_path_factory, hardly_pretrained) -> tuple[Path, str]:
 def check_outcome(out: Path, iterations: int, servers: int) -> dict:
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) >= SUMMARY
-    assert (summary["iterations"], summary["servers"], summary["plain_peft_agrees"]) == (iterations, servers, True)
+    assert (summary["iterations"], summary["servers"], summary["plain_peft_agrees"]) == (
+        iterations,
+        servers,
+        True,
+    )
     assert 0 <= summary["score_before"] <= 1 and 0 <= summary["score_after"] <= 1
     assert (summary["bytes_sent"] > 0) == (summary["bytes_received"] > 0) == (servers > 0)
     assert len(summary["score_per_iteration"]) == len(summary["kl_per_iteration"]) == iterations
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     with load_policy(summary["base_model"], lora=LoraSettings(r=8)) as policy:
         policy.load_adapter(summary["adapter"])
-    assert any(bool(t.any()) for name, t in load_file(Path(summary["adapter"]) / "adapter_model.safetensors").items() if "lora_B" in name)
+    assert any(
+        bool(t.any())
+        for name, t in load_file(Path(summary["adapter"]) / "adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
     return summary
 
 

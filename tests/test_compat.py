@@ -16,7 +16,12 @@ import pytest
 
 def python(script: str, *arguments: str) -> str:
     """Runs a script; returns its standard output."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -184,8 +189,8 @@ def without() -> dict[str, str]:
         import json, os, sys, tempfile
         import textrl_swarm
         from textrl_swarm.errors import PetalsMissing
-        from textrl_swarm.policy import load_policy
-        from textrl_swarm.tiny import random_bloom
+        from textrl_swarm.policies.loading import load_policy
+        from textrl_swarm.models.tiny import random_bloom
 
         def hide(library):
             class Hidden:
@@ -215,16 +220,23 @@ def without() -> dict[str, str]:
 
 
 def _collected(lines: str) -> dict[str, str]:
-    return {name: text for line in lines.splitlines() if line.startswith("{") for name, text in json.loads(line).items()}
+    return {
+        name: text
+        for line in lines.splitlines()
+        if line.startswith("{")
+        for name, text in json.loads(line).items()
+    }
 
 
 def test_servers_are_not_started_without_petals(monkeypatch, tmp_path):
     from textrl_swarm.errors import PetalsMissing
+    from textrl_swarm.models.tiny import random_bloom
     from textrl_swarm.swarm import compat
     from textrl_swarm.swarm.local import LocalSwarm
-    from textrl_swarm.tiny import random_bloom
 
     model = random_bloom(tmp_path / "model")
     monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PetalsMissing, match="the swarm parts need petals, which is not installed; type: pip install"):
+    with pytest.raises(
+        PetalsMissing, match="the swarm parts need petals, which is not installed; type: pip install"
+    ):
         LocalSwarm(model)

@@ -93,15 +93,39 @@ def test_refused(cls, settings, message):
 
 def test_every_setting_has_a_refusal():
     covered = {(parameters.values[0], name) for parameters in REFUSED for name in parameters.values[1]}
-    assert covered == {(cls, field.name) for cls in (LoraSettings, SamplingConfig, PPOConfig) for field in dataclasses.fields(cls)}
+    assert covered == {
+        (cls, field.name)
+        for cls in (LoraSettings, SamplingConfig, PPOConfig)
+        for field in dataclasses.fields(cls)
+    }
 
 
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [
         (LoraSettings, {"r": 1, "alpha": 0.5, "layers": 1}),
-        (SamplingConfig, {"max_new_tokens": 1, "top_p": 1, "top_k": 0, "temperature": 1e-3, "repetition_penalty": 0.5, "seed": -1}),
-        (PPOConfig, {"gamma": 0, "gae_lambda": 1, "value_clip_range": None, "kl_coef": 0, "entropy_coef": 0, "weight_decay": 0.1}),
+        (
+            SamplingConfig,
+            {
+                "max_new_tokens": 1,
+                "top_p": 1,
+                "top_k": 0,
+                "temperature": 1e-3,
+                "repetition_penalty": 0.5,
+                "seed": -1,
+            },
+        ),
+        (
+            PPOConfig,
+            {
+                "gamma": 0,
+                "gae_lambda": 1,
+                "value_clip_range": None,
+                "kl_coef": 0,
+                "entropy_coef": 0,
+                "weight_decay": 0.1,
+            },
+        ),
         (PPOConfig, {"value_clip_range": 0.1, "adaptive_kl_target": 6, "target_kl": 0.02, "seed": -3}),
     ],
 )
@@ -112,7 +136,8 @@ def test_accepted_as_given(cls, settings):
 
 
 @pytest.mark.parametrize(
-    ("targets", "expected"), [("dense", ("dense",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ({"a": 1}, ("a",)), (None, None)]
+    ("targets", "expected"),
+    [("dense", ("dense",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ({"a": 1}, ("a",)), (None, None)],
 )
 def test_targets_become_a_tuple(targets, expected):
     settings = LoraSettings(targets=targets)
@@ -124,9 +149,21 @@ def test_targets_become_a_tuple(targets, expected):
     ("cls", "name", "message"),
     [
         (LoraSettings, "rank", r"unknown setting 'rank' of LoraSettings; .*known: alpha, layers, r, targets"),
-        (LoraSettings, "target", r"unknown setting 'target' of LoraSettings; did you mean 'targets'\? known: "),
-        (SamplingConfig, "max_tokens", r"unknown setting 'max_tokens' of SamplingConfig; did you mean 'max_new_tokens'\? known: "),
-        (PPOConfig, "learning_rate", r"unknown setting 'learning_rate' of PPOConfig; .*known: adam_eps, adaptive_kl_horizon, "),
+        (
+            LoraSettings,
+            "target",
+            r"unknown setting 'target' of LoraSettings; did you mean 'targets'\? known: ",
+        ),
+        (
+            SamplingConfig,
+            "max_tokens",
+            r"unknown setting 'max_tokens' of SamplingConfig; did you mean 'max_new_tokens'\? known: ",
+        ),
+        (
+            PPOConfig,
+            "learning_rate",
+            r"unknown setting 'learning_rate' of PPOConfig; .*known: adam_eps, adaptive_kl_horizon, ",
+        ),
         (PPOConfig, "gae_lamda", r"unknown setting 'gae_lamda' of PPOConfig; did you mean 'gae_lambda'\?"),
     ],
 )

@@ -16,9 +16,9 @@ import torch
 from architectures import EOS, character_tokenizer
 from test_texts import metaspace
 
-from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, PromptError, RewardError
-from textrl_swarm.rollout import score
+from textrl_swarm.learning.rollout import per_token_rewards
+from textrl_swarm.textrl.env import TextRLEnv
 from textrl_swarm.types import RolloutBatch
 
 TOKENIZER = character_tokenizer()
@@ -38,7 +38,10 @@ class Dense(TextRLEnv):
     """A number that tells item, sample, length and finish apart."""
 
     def get_reward(self, input_item, predicted_list, finish):
-        return [len(input_item["input"]) + 10 * i + 0.1 * len(tokens) + 100 * finish for i, tokens in enumerate(predicted_list)]
+        return [
+            len(input_item["input"]) + 10 * i + 0.1 * len(tokens) + 100 * finish
+            for i, tokens in enumerate(predicted_list)
+        ]
 
 
 def make(cls=Quiet, prompts=PROMPTS, **settings) -> TextRLEnv:
@@ -106,14 +109,16 @@ def test_every_prompt_comes_once_before_any_comes_again():
     env.seed(3)
     for count in (1, 3, 7, 10):
         env.draw(count)  # 21 = three rounds
-    rounds = [sorted(item["input"] for item in env.draw(7)) for _ in range(3)]
+    rounds = [sorted(prompt.item["input"] for prompt in env.draw(7)) for _ in range(3)]
     assert rounds == [sorted(f"text {i}" for i in range(7))] * 3
 
 
 def test_prompts_are_drawn_uniformly_and_in_another_order_each_round():
     env = make(prompts=[f"text {i}" for i in range(4)])
-    first = collections.Counter(env.draw(4)[0]["input"] for _ in range(2000))
-    assert len(first) == 4 and all(400 < count < 600 for count in first.values())  # 500 expected, deviation 19
+    first = collections.Counter(env.draw(4)[0].item["input"] for _ in range(2000))
+    assert len(first) == 4 and all(
+        400 < count < 600 for count in first.values()
+    )  # 500 expected, deviation 19
 
 
 def test_the_seed_fixes_the_order():
@@ -121,7 +126,7 @@ def test_the_seed_fixes_the_order():
     for seed in (1, 1, 2):
         env = make(prompts=[f"text {i}" for i in range(20)])
         env.seed(seed)
-        orders.append([item["input"] for item in env.draw(40)])
+        orders.append([prompt.item["input"] for prompt in env.draw(40)])
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -196,7 +201,11 @@ def test_the_end_token_ends_its_own_sample_and_later_tokens_of_it_are_ignored():
     assert env.predicted_end == [True, True]
 
 
-@pytest.mark.parametrize("action", [[A], [A, B, C], [], A, [-1, A], [0.5, 1.5], ["a", "b"], None, [None, None], [True, False]], ids=repr)
+@pytest.mark.parametrize(
+    "action",
+    [[A], [A, B, C], [], A, [-1, A], [0.5, 1.5], ["a", "b"], None, [None, None], [True, False]],
+    ids=repr,
+)
 def test_what_is_no_action(action):
     env = make(compare_sample=2)
     before = env.reset("abc")
@@ -235,7 +244,11 @@ def test_the_attributes_that_textrl_users_know():
     assert (defaults.env_max_length, defaults.compare_sample) == (100, 2)
 
 
-@pytest.mark.parametrize("settings", [{"max_length": 0}, {"compare_sample": 0}, {"max_length": 2.5}, {"compare_sample": "2"}], ids=repr)
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_length": 0}, {"compare_sample": 0}, {"max_length": 2.5}, {"compare_sample": "2"}],
+    ids=repr,
+)
 def test_impossible_settings(settings):
     with pytest.raises(ConfigError, match="whole number >= 1"):
         make(**settings)
@@ -246,7 +259,7 @@ def test_impossible_settings(settings):
 
 def rollout_of(env: TextRLEnv, items: list[dict], responses: list[list[int]]) -> RolloutBatch:
     """The given responses, as `generate` would have returned them."""
-    prompts = [env.encode(item) for item in items for _ in range(env.compare_sample)]
+    prompts = [list(env.encode(item).ids) for item in items for _ in range(env.compare_sample)]
     lengths = [len(response) for response in responses]
     tokens = torch.full((len(prompts), max(len(p) + n for p, n in zip(prompts, lengths, strict=True))), 1)
     for row, prompt, response in zip(tokens, prompts, responses, strict=True):
@@ -273,7 +286,9 @@ def played(env: TextRLEnv, item: dict, responses: list[list[int]]) -> list[list[
 
 def test_a_reward_lands_on_the_token_just_chosen_and_the_last_on_each_samples_own_last_token():
     env = make(Dense, compare_sample=2, max_length=3)
-    rewards, env_steps = score(env, [PROMPTS[0]], rollout_of(env, [PROMPTS[0]], [[A, EOS], [A, B, C]]))
+    rewards, env_steps = per_token_rewards(
+        env, [PROMPTS[0]], rollout_of(env, [PROMPTS[0]], [[A, EOS], [A, B, C]])
+    )
     assert env_steps == 3
     # base 3 for "one", + 10 for sample 1, + 0.1 per token; at the end + 100, for sample 0 on its second token
     expected = [[3.1, 3.2 + 103.2, 0.0], [13.1, 13.2, 113.3]]
@@ -288,7 +303,7 @@ def test_a_rollout_is_rewarded_as_its_episodes_would_be(samples):
     for _ in range(3 * samples):
         response = rng.integers(2, 20, size=rng.integers(1, 5)).tolist()
         responses.append(response if len(response) == 4 else [*response[:-1], EOS])
-    rewards, env_steps = score(env, PROMPTS, rollout_of(env, PROMPTS, responses))
+    rewards, env_steps = per_token_rewards(env, PROMPTS, rollout_of(env, PROMPTS, responses))
     steps = 0
     for p, item in enumerate(PROMPTS):
         mine = responses[p * samples : (p + 1) * samples]
@@ -309,7 +324,7 @@ def test_a_rollout_asks_what_its_episodes_would_ask():
     responses = [[A, EOS], [B, B, B]]
     played(env, PROMPTS[1], responses)
     asked, env.asked = env.asked, []
-    score(env, [PROMPTS[1]], rollout_of(env, [PROMPTS[1]], responses))
+    per_token_rewards(env, [PROMPTS[1]], rollout_of(env, [PROMPTS[1]], responses))
     assert env.asked == asked
 
 
@@ -362,14 +377,17 @@ def test_a_sentence_reward_is_asked_once_per_rollout_and_lands_on_the_last_token
     env = TextRLEnv(None, TOKENIZER, PROMPTS, max_length=3, compare_sample=2, reward=reward)
     rollout = rollout_of(env, PROMPTS[:2], [[A, EOS], [A, B, C], [EOS], [B, B, EOS]])
     rollout = dataclasses.replace(rollout, texts=("a", "abc", "", "bb"))
-    rewards, env_steps = score(env, PROMPTS[:2], rollout)
+    rewards, env_steps = per_token_rewards(env, PROMPTS[:2], rollout)
     assert rewards.tolist() == [[0, 1, 0], [0, 0, 2], [3, 0, 0], [0, 0, 4]] and env_steps == 6
     assert asked == [([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, ["a", "abc", "", "bb"])]  # prompt by prompt
 
 
 @pytest.mark.parametrize(
     ("signature", "told"),
-    [("self, input_item, predicted_list", "pass a function (items, texts) as reward="), ("self, input_item", "wrong parameters")],
+    [
+        ("self, input_item, predicted_list", "pass a function (items, texts) as reward="),
+        ("self, input_item", "wrong parameters"),
+    ],
 )
 def test_a_get_reward_with_other_parameters_is_refused(signature, told):
     scope: dict = {}
@@ -417,12 +435,19 @@ def test_a_reward_for_the_end_only_is_not_asked_before():
     env.reset()
     assert [float(env.step([7])[1]) for _ in range(3)] == [0.0, 0.0, 3.0]
     assert env.asked == 1
-    rewards, env_steps = score(env, PROMPTS[:1], rollout_of(env, PROMPTS[:1], [[A, B, C]]))
+    rewards, env_steps = per_token_rewards(env, PROMPTS[:1], rollout_of(env, PROMPTS[:1], [[A, B, C]]))
     assert rewards.tolist() == [[0.0, 0.0, 3.0]] and env_steps == 3 and env.asked == 2
 
 
 def test_a_step_after_the_end_is_refused():
-    env = TextRLEnv(None, character_tokenizer(), PROMPTS, max_length=1, compare_sample=1, reward=lambda item, predicted, finish: 1)
+    env = TextRLEnv(
+        None,
+        character_tokenizer(),
+        PROMPTS,
+        max_length=1,
+        compare_sample=1,
+        reward=lambda item, predicted, finish: 1,
+    )
     env.reset()
     env.step([7])
     with pytest.raises(ConfigError, match=r"this episode has ended; call env\.reset\(\)"):
@@ -434,12 +459,17 @@ def test_the_text_given_to_the_model_may_be_overridden_in_either_spelling(name):
     cls = type("Asks", (TextRLEnv,), {name: lambda self, item: item["input"] + "?"})
     tokenizer = character_tokenizer()
     env = cls(None, tokenizer, ["soup"], reward=lambda items, texts: [0.0] * len(texts))
-    assert env.encode({"input": "soup"}) == tokenizer("soup?")["input_ids"]
+    assert list(env.encode({"input": "soup"}).ids) == tokenizer("soup?")["input_ids"]
 
 
 def test_the_order_of_prompts_continues_from_its_state():
     def make():
-        env = TextRLEnv(None, character_tokenizer(), [f"p{chr(97 + i)}" for i in range(7)], reward=lambda items, texts: [0.0] * len(texts))
+        env = TextRLEnv(
+            None,
+            character_tokenizer(),
+            [f"p{chr(97 + i)}" for i in range(7)],
+            reward=lambda items, texts: [0.0] * len(texts),
+        )
         env.seed(3)
         return env
 
@@ -454,7 +484,7 @@ def test_the_order_of_more_prompts_than_there_are_now_passes_over_those_that_are
     env.seed(0)
     env.draw(1)
     fewer.load_state_dict(env.state_dict())
-    assert {item["input"] for item in fewer.draw(20)} == {"a", "b"}
+    assert {prompt.item["input"] for prompt in fewer.draw(20)} == {"a", "b"}
 
 
 # ------------------------------------------------------------------------------------------ what users' environments rely on
@@ -471,13 +501,16 @@ class Stateful(TextRLEnv):
     def get_reward(self, input_item, predicted_list, finish):
         self.asked += 1
         assert self.input_item is input_item and self.predicted == predicted_list
-        return [len(ids) + 10 * ended + 100 * finish + 1000 * self.asked for ids, ended in zip(self.predicted_ids, self.predicted_end)]
+        return [
+            len(ids) + 10 * ended + 100 * finish + 1000 * self.asked
+            for ids, ended in zip(self.predicted_ids, self.predicted_end, strict=False)
+        ]
 
 
 def test_while_a_rollout_is_rewarded_the_environment_is_in_the_episode_that_is_asked_about():
     env, by_hand = (make(Stateful, max_length=3) for _ in range(2))
     responses = [[A, EOS], [A, B, C], [B, EOS], [EOS]]
-    rewards, _ = score(env, PROMPTS[:2], rollout_of(env, PROMPTS[:2], responses))
+    rewards, _ = per_token_rewards(env, PROMPTS[:2], rollout_of(env, PROMPTS[:2], responses))
     for p in range(2):
         given = played(by_hand, PROMPTS[p], responses[2 * p : 2 * p + 2])
         for i, row in enumerate(rewards[2 * p : 2 * p + 2].tolist()):
@@ -498,7 +531,7 @@ class Doubled(TextRLEnv):
 
 def test_a_step_that_is_overridden_is_used_for_rollouts_too():
     env = make(Doubled, max_length=2)
-    rewards, _ = score(env, PROMPTS[:1], rollout_of(env, PROMPTS[:1], [[A, B], [EOS]]))
+    rewards, _ = per_token_rewards(env, PROMPTS[:1], rollout_of(env, PROMPTS[:1], [[A, B], [EOS]]))
     assert rewards.tolist() == [[2.0, 2.0], [4.0, 0.0]]
 
 
@@ -536,7 +569,14 @@ def test_stop_tokens_may_be_changed_at_any_time():
 def test_sentences_keep_the_space_between_prompt_and_response():
     tokenizer = metaspace()
     heard = []
-    env = TextRLEnv(None, tokenizer, ["a b"], max_length=2, compare_sample=1, reward=lambda items, texts: heard.extend(texts) or [0.0])
+    env = TextRLEnv(
+        None,
+        tokenizer,
+        ["a b"],
+        max_length=2,
+        compare_sample=1,
+        reward=lambda items, texts: heard.extend(texts) or [0.0],
+    )
     env.step([4]), env.step([3])
     assert heard == [" c b"]
 

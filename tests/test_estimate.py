@@ -9,25 +9,30 @@ from transformers import AutoConfig, BloomConfig
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
 from textrl_swarm.errors import ConfigError, ModelError
-from textrl_swarm.estimate import (
+from textrl_swarm.learning.ppo import PPO
+from textrl_swarm.models.sizes import PRECISIONS, block_bytes, model_sizes
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.runs.estimate import (
     GIB,
-    PRECISIONS,
     activation_bytes,
-    block_bytes,
     blocks_that_fit,
     estimate_run,
-    model_sizes,
     server_memory_bytes,
-)  # fmt: skip
-from textrl_swarm.policy import load_policy
-from textrl_swarm.ppo import PPO
+)
 
 BLOOM_176B = BloomConfig(vocab_size=250880, hidden_size=14336, n_layer=70, n_head=112, dtype="bfloat16")
 BLOOMZ_7B1 = BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32, dtype="bfloat16")
 
 
 def run(config, lora=None, **changes):
-    settings = {"quantization": None, "swarm_servers": 0, "responses": 64, "prompt_tokens": 32, "response_tokens": 48, "epochs": 4}
+    settings = {
+        "quantization": None,
+        "swarm_servers": 0,
+        "responses": 64,
+        "prompt_tokens": 32,
+        "response_tokens": 48,
+        "epochs": 4,
+    }
     return estimate_run(config, lora or LoraSettings(), **{**settings, **changes})
 
 
@@ -35,7 +40,9 @@ def run(config, lora=None, **changes):
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "lfm2", "llama4_text", "rwkv"])
-@pytest.mark.parametrize("lora", [LoraSettings(r=3), LoraSettings(r=2, layers=2)], ids=["all", "last two blocks"])
+@pytest.mark.parametrize(
+    "lora", [LoraSettings(r=3), LoraSettings(r=2, layers=2)], ids=["all", "last two blocks"]
+)
 def test_parameters_are_those_of_the_real_policy(architecture, lora):
     model = tiny_model(architecture)
     total = model.num_parameters()
@@ -59,7 +66,9 @@ def test_the_key_size_is_that_of_a_real_cache(architecture):
 
 
 def test_named_targets_count_alone_and_where_they_are():
-    assert run(tiny_model("lfm2").config, LoraSettings(r=5, targets=("q_proj",))).adapter_bytes == 4 * 5 * (32 + 32)  # one block of three
+    assert run(tiny_model("lfm2").config, LoraSettings(r=5, targets=("q_proj",))).adapter_bytes == 4 * 5 * (
+        32 + 32
+    )  # one block of three
     config = tiny_model("bloom").config  # query_key_value is 32 -> 96
     assert run(config, LoraSettings(r=5, targets=("query_key_value",))).adapter_bytes == 4 * 3 * 5 * (32 + 96)
 
@@ -67,9 +76,15 @@ def test_named_targets_count_alone_and_where_they_are():
 def test_the_published_sizes_of_bloom_176b():
     sizes = model_sizes(BLOOM_176B)
     assert sizes.total == 176_247_271_424  # its model card
-    assert sizes.num_blocks * block_bytes(sizes, "bfloat16") + 2 * sizes.outside == pytest.approx(352e9, rel=2e-3)
-    assert run(BLOOM_176B).adapter_bytes / 2 == pytest.approx(257e6, rel=1e-3)  # fp16; all four linears, r = 8
-    assert run(BLOOM_176B, LoraSettings(targets=("query_key_value",))).adapter_bytes / 2 == pytest.approx(64e6, rel=5e-3)
+    assert sizes.num_blocks * block_bytes(sizes, "bfloat16") + 2 * sizes.outside == pytest.approx(
+        352e9, rel=2e-3
+    )
+    assert run(BLOOM_176B).adapter_bytes / 2 == pytest.approx(
+        257e6, rel=1e-3
+    )  # fp16; all four linears, r = 8
+    assert run(BLOOM_176B, LoraSettings(targets=("query_key_value",))).adapter_bytes / 2 == pytest.approx(
+        64e6, rel=5e-3
+    )
     assert model_sizes(BLOOMZ_7B1).total == 7_069_016_064
 
 
@@ -83,15 +98,22 @@ def test_weights_are_those_of_the_loaded_model(tiny_bloom, quantization):
     with load_policy(directory, quantization=quantization, device="cpu") as policy:
         stored = 0
         for name, tensor in policy._model.state_dict().items():  # with the scales of quantised layers
-            if ".lora_" not in name and not name.endswith(("lm_head.weight", "quant_map", "weight_format")) and "quant_state" not in name:
+            if (
+                ".lora_" not in name
+                and not name.endswith(("lm_head.weight", "quant_map", "weight_format"))
+                and "quant_state" not in name
+            ):
                 stored += tensor.nbytes
     estimate = run(AutoConfig.from_pretrained(directory), quantization=quantization)
-    on_cpus = 0.04 if quantization == "4bit" else 0  # there bitsandbytes keeps the scales of 4-bit layers in bf16
+    on_cpus = (
+        0.04 if quantization == "4bit" else 0
+    )  # there bitsandbytes keeps the scales of 4-bit layers in bf16
     assert estimate.weight_bytes * (1 - on_cpus) <= stored <= estimate.weight_bytes
 
 
 @pytest.mark.parametrize(
-    ("architecture", "least", "most"), [("bloom", 0.8, 1.05), ("gpt2", 0.9, 1.15), ("gpt_neox", 0.5, 1.0), ("llama", 0.5, 1.0)]
+    ("architecture", "least", "most"),
+    [("bloom", 0.8, 1.05), ("gpt2", 0.9, 1.15), ("gpt_neox", 0.5, 1.0), ("llama", 0.5, 1.0)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_about_what_autograd_keeps(architecture, least, most, dtype):
@@ -125,7 +147,11 @@ def test_a_server_has_room_for_weights_caches_adapters_and_a_backward():
 def test_the_blocks_that_fit_fit_and_one_more_does_not(precision):
     sizes = model_sizes(BLOOM_176B)
     blocks = blocks_that_fit(sizes, 40 * GIB, precision)
-    assert server_memory_bytes(sizes, blocks, precision) <= 40 * GIB < server_memory_bytes(sizes, blocks + 1, precision)
+    assert (
+        server_memory_bytes(sizes, blocks, precision)
+        <= 40 * GIB
+        < server_memory_bytes(sizes, blocks + 1, precision)
+    )
 
 
 def test_as_many_blocks_as_there_are_or_none():
@@ -158,11 +184,16 @@ def test_less_is_kept_with_quantised_weights_fewer_adapted_blocks_and_smaller_mi
     [(LoraSettings(r=4), 4, 1024), (LoraSettings(r=4), 6, 40), (LoraSettings(r=4, layers=1), 64, 1024)],
     ids=["all blocks", "micro-batches of two", "last block"],
 )
-def test_bytes_are_those_of_a_real_iteration(two_servers, monkeypatch, lora, minibatch_size, micro_batch_tokens):
+def test_bytes_are_those_of_a_real_iteration(
+    two_servers, monkeypatch, lora, minibatch_size, micro_batch_tokens
+):
     """The second iteration, when the servers already have the adapter of the first, over full-length responses."""
-    monkeypatch.setattr("textrl_swarm.estimate._MICRO_BATCH_TOKENS", micro_batch_tokens)
-    monkeypatch.setattr("textrl_swarm.swarm.chain._MICRO_BATCH_TOKENS", micro_batch_tokens)
-    prompts, sampling = [[5, 6, 7, 8, 9, 10, 11]] * 3, SamplingConfig(max_new_tokens=12, num_samples=2, seed=0)
+    monkeypatch.setattr("textrl_swarm.runs.estimate.MICRO_BATCH_TOKENS", micro_batch_tokens)
+    monkeypatch.setattr("textrl_swarm.swarm.client.chain.MICRO_BATCH_TOKENS", micro_batch_tokens)
+    prompts, sampling = (
+        [[5, 6, 7, 8, 9, 10, 11]] * 3,
+        SamplingConfig(max_new_tokens=12, num_samples=2, seed=0),
+    )
     with load_policy(two_servers.model, initial_peers=two_servers.initial_peers, lora=lora) as policy:
         policy.tokenizer = None  # no end token: every response has full length
         ppo = PPO(policy, PPOConfig(epochs=2, minibatch_size=minibatch_size, lr=1e-2))
@@ -172,26 +203,34 @@ def test_bytes_are_those_of_a_real_iteration(two_servers, monkeypatch, lora, min
             ppo.update(rollout, torch.rand(rollout.response_mask.shape))
         sent, received = policy.traffic.sent - before["sent"], policy.traffic.received - before["received"]
     config = AutoConfig.from_pretrained(two_servers.model)
-    estimate = run(config, lora, swarm_servers=2, responses=6, prompt_tokens=7, response_tokens=12, epochs=2, minibatch_size=minibatch_size)
+    estimate = run(
+        config,
+        lora,
+        swarm_servers=2,
+        responses=6,
+        prompt_tokens=7,
+        response_tokens=12,
+        epochs=2,
+        minibatch_size=minibatch_size,
+    )
     assert rollout.response_mask.all()
     assert dict(sent) == estimate.sent
     assert dict(received) == estimate.received
 
 
-def test_micro_batches_are_those_of_the_chain():
-    from textrl_swarm import estimate
-
-    chain = pytest.importorskip("textrl_swarm.swarm.chain")
-    assert estimate._MICRO_BATCH_TOKENS == chain._MICRO_BATCH_TOKENS
-
-
 def test_activations_per_token_are_the_bounds_worked_out_by_hand():
     """BLOOM-176B, 4 epochs, 3 servers, 16 bits: about 26 hidden states per hop and token, 15 of them up."""
-    estimate = run(BLOOM_176B, swarm_servers=3, prompt_tokens=1, response_tokens=960, responses=1, wire_bytes=2)
+    estimate = run(
+        BLOOM_176B, swarm_servers=3, prompt_tokens=1, response_tokens=960, responses=1, wire_bytes=2
+    )
     state = 14336 * 2 * 3 * 961
     assert estimate.sent["activations"] / state == pytest.approx(15, rel=0.01)
-    activations_back = estimate.received["activations"] + estimate.received["gradients"] - 4 * estimate.adapter_bytes
-    assert activations_back / state == pytest.approx(26 - 15 - 4 / 3, rel=0.01)  # the first hop returns no gradient
+    activations_back = (
+        estimate.received["activations"] + estimate.received["gradients"] - 4 * estimate.adapter_bytes
+    )
+    assert activations_back / state == pytest.approx(
+        26 - 15 - 4 / 3, rel=0.01
+    )  # the first hop returns no gradient
 
 
 def test_adapting_only_the_last_blocks_spares_the_network():

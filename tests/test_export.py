@@ -22,15 +22,19 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from textrl_swarm import cli, export
-from textrl_swarm.adapters import read_settings
+from textrl_swarm import cli
+from textrl_swarm.commands import export as export_commands
+from textrl_swarm.commands.export import export_adapter, export_merged
+from textrl_swarm.commands.train import train_command
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, CheckpointError, ExportError, ModelError
-from textrl_swarm.export import export_adapter, export_merged
-from textrl_swarm.export_source import find_source
-from textrl_swarm.policy import load_policy
-from textrl_swarm.run_config import load_config
-from textrl_swarm.train_command import train_command
+from textrl_swarm.export import check
+from textrl_swarm.export import write as writing
+from textrl_swarm.export.card import model_card
+from textrl_swarm.export.source import find_source
+from textrl_swarm.models.adapter_files import read_settings
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.runs.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -45,7 +49,12 @@ def trained(tmp_path, monkeypatch):
     """Architecture -> base model's directory, directory of an adapter on it, the policy's logits; in an empty current directory."""
     monkeypatch.chdir(tmp_path)
 
-    def make(architecture: str = "gpt2", lora: LoraSettings = LoraSettings(r=3), dtype: torch.dtype = torch.float32, **settings):  # noqa: B008
+    def make(
+        architecture: str = "gpt2",
+        lora: LoraSettings = LoraSettings(r=3),  # noqa: B008
+        dtype: torch.dtype = torch.float32,
+        **settings,
+    ):
         tiny_model(architecture, **settings).to(dtype).save_pretrained(tmp_path / "base")
         character_tokenizer().save_pretrained(tmp_path / "base")
         with load_policy("./base", lora=lora) as policy, torch.no_grad():
@@ -61,7 +70,9 @@ def finished_run(tiny_bloom, tmp_path_factory):
     """A directory in which a run of three iterations was made."""
     directory, before = tmp_path_factory.mktemp("run"), Path.cwd()
     os.chdir(directory)
-    Path("tasks.py").write_text("def vowels(items, texts):\n    return [float(sum(c in 'aeiou' for c in text)) for text in texts]\n")
+    Path("tasks.py").write_text(
+        "def vowels(items, texts):\n    return [float(sum(c in 'aeiou' for c in text)) for text in texts]\n"
+    )
     config = load_config(
         {
             "model": str(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48)), "prompts": ["the soup"], "reward": "tasks.py:vowels",
@@ -100,33 +111,49 @@ def main(monkeypatch, entry, *arguments: object) -> int:
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "opt", "gpt_neox"])
 def test_an_adapter_is_the_policy_in_plain_peft(trained, architecture):
     expected = trained(architecture)
-    out = export_adapter(find_source("trained"), "out", silent(), verify=False)
+    out = export_adapter(find_source("trained"), "out", silent(), check=False)
     assert torch.allclose(
-        logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("./base"), str(out))), expected, atol=1e-5
+        logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("./base"), str(out))),
+        expected,
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize(
     ("architecture", "settings"),
-    [("gpt2", {}), ("bloom", {}), ("llama", {}), ("opt", {}), ("gpt_neox", {}), ("qwen2", {"tie_word_embeddings": True})],
+    [
+        ("gpt2", {}),
+        ("bloom", {}),
+        ("llama", {}),
+        ("opt", {}),
+        ("gpt_neox", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+    ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_merged_model_is_the_policy_in_plain_transformers(trained, architecture, settings):
     expected = trained(architecture, **settings)
     base = AutoModelForCausalLM.from_pretrained("./base")
-    out = export_merged(find_source("trained"), "out", silent(), verify=False)
+    out = export_merged(find_source("trained"), "out", silent(), check=False)
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert torch.allclose(logits_of(merged), expected, atol=1e-4)
-    assert torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)  # tied embeddings stay untouched
-    assert AutoTokenizer.from_pretrained(out)("soup")["input_ids"] == character_tokenizer()("soup")["input_ids"]
+    assert torch.equal(
+        merged.get_input_embeddings().weight, base.get_input_embeddings().weight
+    )  # tied embeddings stay untouched
+    assert (
+        AutoTokenizer.from_pretrained(out)("soup")["input_ids"] == character_tokenizer()("soup")["input_ids"]
+    )
 
 
 def test_the_check_in_a_fresh_process_says_how_far_apart_they_are(trained):
     trained("gpt2", LoraSettings(r=2, layers=1))
-    for write in (export_adapter, export_merged):
+    for export in (export_adapter, export_merged):
         console = silent()
-        write(find_source("trained"), f"out_{write.__name__}", console)
-        assert "loaded back: 4 of 4 greedy continuations are the same; largest difference of a logit: " in console.file.getvalue()
+        export(find_source("trained"), f"out_{export.__name__}", console)
+        assert (
+            "loaded back: 4 of 4 greedy continuations are the same; largest difference of a logit: "
+            in console.file.getvalue()
+        )
 
 
 @pytest.mark.parametrize("damage", ["scale", "drop"])
@@ -144,7 +171,7 @@ def test_the_check_notices_an_export_that_is_not_what_was_trained(trained, monke
                 tensors.pop(next(name for name in tensors if "lora_B" in name))
             save_file(tensors, target)
 
-    monkeypatch.setattr(export.shutil, "copyfile", damaging)
+    monkeypatch.setattr(writing.shutil, "copyfile", damaging)
     with pytest.raises(ExportError, match="what was written is not what was trained: a logit differs by"):
         export_adapter(find_source("trained"), "out", silent())
 
@@ -152,7 +179,9 @@ def test_the_check_notices_an_export_that_is_not_what_was_trained(trained, monke
 def test_sixteen_bits_are_merged_with_a_word_about_rounding(trained):
     trained("llama", dtype=torch.bfloat16)
     console = silent()
-    out = export_merged(find_source("trained"), "out", console)  # with the check, whose tolerance is that of 16 bits
+    out = export_merged(
+        find_source("trained"), "out", console
+    )  # with the check, whose tolerance is that of 16 bits
     assert "the weights are torch.bfloat16: merging rounds" in console.file.getvalue()
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
@@ -168,9 +197,14 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one_with_
     merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert merged.dtype == torch.float32
     tokens = torch.randint(0, merged.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), load_policy(source.base_model, quantization="8bit", lora=read_settings(source.adapter)) as policy:
+    with (
+        torch.no_grad(),
+        load_policy(source.base_model, quantization="8bit", lora=read_settings(source.adapter)) as policy,
+    ):
         policy.load_adapter(source.adapter)
-        differences = [(policy(row[None]).logits[0, -1] - merged(row[None]).logits[0, -1]).abs().max() for row in tokens]
+        differences = [
+            (policy(row[None]).logits[0, -1] - merged(row[None]).logits[0, -1]).abs().max() for row in tokens
+        ]
     (measured,) = re.findall(r"beside the policy in 8bit: .* largest difference of a logit: (\S+)", told)
     assert float(measured) == pytest.approx(float(max(differences)), rel=0.05) and float(measured) > 0
 
@@ -182,7 +216,10 @@ def test_what_a_machine_cannot_quantise_is_not_compared(run, monkeypatch):
     console = silent()
     export_adapter(find_source(run), "out", console)
     assert "loaded back" in console.file.getvalue()
-    assert "the policy in 8bit cannot be loaded here to be compared: quantization='8bit' needs bitsandbytes" in console.file.getvalue()
+    assert (
+        "the policy in 8bit cannot be loaded here for a comparison: quantization='8bit' needs bitsandbytes"
+        in console.file.getvalue()
+    )
 
 
 def test_the_fresh_process_finds_what_this_one_finds_and_nothing_of_ours_by_accident(tmp_path, monkeypatch):
@@ -193,37 +230,53 @@ def test_the_fresh_process_finds_what_this_one_finds_and_nothing_of_ours_by_acci
     script = tmp_path / "package" / "plain_check.py"
     script.write_text("import enum, json, os, only_here\nprint(json.dumps([only_here.found, os.getcwd()]))")
     monkeypatch.syspath_prepend(tmp_path / "lib")
-    monkeypatch.setattr(export.plain_check, "__file__", str(script))
+    monkeypatch.setattr(check.plain_check, "__file__", str(script))
     monkeypatch.chdir(tmp_path / "relative")
-    assert export.answers_of_fresh_process("./to/here", None, []) == ["in lib", str(tmp_path / "relative")]
+    assert check.answers_of_fresh_process("./to/here", None, []) == ["in lib", str(tmp_path / "relative")]
 
 
 # ------------------------------------------------------------------------------------------ the model card
 
 
 def test_the_card_of_a_run(run):
-    export_adapter(find_source(run), "out", silent(), verify=False)
+    export_adapter(find_source(run), "out", silent(), check=False)
     card = ModelCard.load("out/README.md")
-    assert card.data.library_name == "peft" and {"lora", "ppo"} <= set(card.data.tags) and card.data.pipeline_tag == "text-generation"
-    for text in ("r=2, alpha=16", "the last 1 blocks", "reward: `tasks.py:vowels`", "iteration 3, score", "PeftModel.from_pretrained"):
+    assert (
+        card.data.library_name == "peft"
+        and {"lora", "ppo"} <= set(card.data.tags)
+        and card.data.pipeline_tag == "text-generation"
+    )
+    for text in (
+        "r=2, alpha=16",
+        "the last 1 blocks",
+        "reward: `tasks.py:vowels`",
+        "iteration 3, score",
+        "PeftModel.from_pretrained",
+    ):
         assert text in card.text
 
 
 def test_the_card_names_a_base_model_of_the_hub_and_not_a_directory_of_this_machine(trained, monkeypatch):
     trained()
-    assert export.model_card(find_source("trained"), merged=False).data.base_model is None
+    assert model_card(find_source("trained"), merged=False).data.base_model is None
     found = find_source("trained", base_model="bigscience/bloom-petals")
-    card = export.model_card(found, merged=False)
+    card = model_card(found, merged=False)
     assert card.data.base_model == "bigscience/bloom"  # the repository that exists
     assert 'from_pretrained("bigscience/bloom")' in card.text
-    assert "merge_and_unload" not in export.model_card(found, merged=True).text
+    assert "merge_and_unload" not in model_card(found, merged=True).text
 
 
 def test_the_card_shows_weights_of_rewards_that_are_not_1(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    function, model = {**config["reward"][0], "weight": 0.5}, {"weight": 1.0, "function": None, "model": "judge", "label": 1}
+    function, model = (
+        {**config["reward"][0], "weight": 0.5},
+        {"weight": 1.0, "function": None, "model": "judge", "label": 1},
+    )
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "reward": [function, model]}))
-    assert "reward: `0.5 * tasks.py:vowels` + `judge (label 1)`" in export.model_card(find_source(run), merged=False).text
+    assert (
+        "reward: `0.5 * tasks.py:vowels` + `judge (label 1)`"
+        in model_card(find_source(run), merged=False).text
+    )
 
 
 def test_names_are_no_markup_and_no_template(trained, monkeypatch):
@@ -231,10 +284,10 @@ def test_names_are_no_markup_and_no_template(trained, monkeypatch):
     base = Path("base[/b] {{ x }} {% y %}")
     base.parent.mkdir()
     Path("base").rename(base)
-    monkeypatch.setattr(export, "_verify", lambda *_: None)
-    for write in (export_adapter, export_merged):
-        console, out = silent(), f"out/[/b]{write.__name__}"
-        written = write(find_source("trained", base_model=f"./{base}"), out, console)
+    monkeypatch.setattr(export_commands, "_check", lambda *_: None)
+    for export in (export_adapter, export_merged):
+        console, out = silent(), f"out/[/b]{export.__name__}"
+        written = export(find_source("trained", base_model=f"./{base}"), out, console)
         assert f" in {out}\n" in console.file.getvalue()
         assert f"`./{base}`" in (written / "README.md").read_text()
 
@@ -274,7 +327,7 @@ def test_of_a_run_that_went_on_after_it_was_finished_the_newest_checkpoint(run):
         file.write(json.dumps({"iteration": 4, "score": 99.0}) + "\n" + '{"iteration": 3, "sco')
     source = find_source(run)
     assert source.adapter == run / "checkpoints" / "iteration_000003" and source.metrics["iteration"] == 3
-    assert "last iteration: iteration 3, score" in export.model_card(source, merged=False).text
+    assert "last iteration: iteration 3, score" in model_card(source, merged=False).text
     finished_after(run, 3)
     source = find_source(run)
     assert source.adapter == run / "adapter" and source.metrics["iteration"] == 3
@@ -288,7 +341,9 @@ def test_of_a_run_without_a_whole_summary_the_newest_checkpoint(run, summary):
     assert find_source(run).adapter == run / "checkpoints" / "iteration_000003"
     shutil.rmtree(run / "checkpoints")
     source = find_source(run)
-    assert source.adapter == run / "adapter" and source.metrics == {}  # of which iteration it is, nobody knows
+    assert (
+        source.adapter == run / "adapter" and source.metrics == {}
+    )  # of which iteration it is, nobody knows
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, caplog):
@@ -299,7 +354,10 @@ def test_a_damaged_checkpoint_is_not_exported(run, caplog):
         caplog.clear()
         source = find_source(run, checkpoint)
         assert source.adapter == second and source.metrics["iteration"] == 2
-        assert f"{third} is damaged (adapter_model.safetensors is not what was written); exporting an older one" in caplog.text
+        assert (
+            f"{third} is damaged (adapter_model.safetensors is not what was written); exporting an older one"
+            in caplog.text
+        )
     for path, checkpoint in ((run, "3"), (third, None)):
         with pytest.raises(CheckpointError, match=r"iteration_000003 is damaged .*; export another one"):
             find_source(path, checkpoint)
@@ -312,7 +370,9 @@ def test_when_all_checkpoints_are_damaged_the_finished_adapter_is_named(run):
     finished_after(run, 1)
     for checkpoint in (run / "checkpoints").iterdir():
         flip_a_bit(checkpoint)
-    with pytest.raises(CheckpointError, match="are damaged; an older adapter is in runs/a/adapter, export that"):
+    with pytest.raises(
+        CheckpointError, match="are damaged; an older adapter is in runs/a/adapter, export that"
+    ):
         find_source(run)
     assert find_source(run / "adapter").adapter == run / "adapter"
 
@@ -352,7 +412,7 @@ def everything_in(directory: Path | str) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in Path(directory).rglob("*")}
 
 
-@pytest.mark.parametrize("write", [export_adapter, export_merged])
+@pytest.mark.parametrize("export", [export_adapter, export_merged])
 @pytest.mark.parametrize(
     ("out", "told"),
     [
@@ -360,12 +420,16 @@ def everything_in(directory: Path | str) -> dict[Path, bytes | None]:
         ("link", "link holds the base model"),
         ("trained", "trained holds the adapter"),
         (".", "holds the base model"),
-        ("base_alike", "it holds config.json, generation_config.json, model.safetensors"),
-        ("adapter_alike", "it holds README.md, adapter_config.json, adapter_model.safetensors, value_head.safetensors; move that away"),
+        ("base_alike", "no export wrote (config.json, generation_config.json, model.safetensors"),
+        (
+            "adapter_alike",
+            "no export wrote (README.md, adapter_config.json, adapter_model.safetensors, "
+            "value_head.safetensors); move",
+        ),
         ("tasks.py", "is a file"),
     ],
 )
-def test_what_is_not_an_earlier_export_is_not_written_over(trained, write, out, told):
+def test_what_is_not_an_earlier_export_is_not_written_over(trained, export, out, told):
     trained()
     Path("link").symlink_to("base")
     Path("tasks.py").write_text("")
@@ -375,38 +439,45 @@ def test_what_is_not_an_earlier_export_is_not_written_over(trained, write, out, 
     Path("runs").mkdir()
     before = everything_in(".")
     with pytest.raises(ExportError, match=re.escape(told)):
-        write(find_source("trained"), out, silent(), verify=False)
+        export(find_source("trained"), out, silent(), check=False)
     assert everything_in(".") == before
 
 
-@pytest.mark.parametrize("out", ["runs", "runs/a", "runs/a/adapter", "runs/a/checkpoints", "runs/a/checkpoints/iteration_000002"])
+@pytest.mark.parametrize(
+    "out", ["runs", "runs/a", "runs/a/adapter", "runs/a/checkpoints", "runs/a/checkpoints/iteration_000002"]
+)
 def test_a_run_is_not_written_over(run, out):
     before = everything_in(".")
     for checkpoint in (None, "3"):
-        with pytest.raises(ExportError, match=r"is to be exported|is no earlier export"):
-            export_adapter(find_source(run, checkpoint), out, silent(), verify=False)
+        with pytest.raises(ExportError, match=r"is to be exported|refusing to overwrite"):
+            export_adapter(find_source(run, checkpoint), out, silent(), check=False)
     assert everything_in(".") == before
 
 
 @pytest.mark.parametrize("foreign", ["NOTES", ".git"])
 def test_an_earlier_export_is_replaced_if_nothing_was_added_to_it(trained, foreign):
     trained()
-    for write in (export_adapter, export_adapter, export_merged, export_merged, export_adapter):
-        write(find_source("trained"), "out", silent(), verify=False)
+    for export in (export_adapter, export_adapter, export_merged, export_merged, export_adapter):
+        export(find_source("trained"), "out", silent(), check=False)
     assert not Path("out/config.json").exists()
     Path("out", foreign).mkdir() if foreign == ".git" else Path("out", foreign).write_text("mine")
-    with pytest.raises(ExportError, match=f"or more than that: it holds {foreign}; move that away or name another directory"):
-        export_adapter(find_source("trained"), "out", silent(), verify=False)
+    with pytest.raises(
+        ExportError,
+        match=rf"contains files that no export wrote \({foreign}\); move them away or name another directory",
+    ):
+        export_adapter(find_source("trained"), "out", silent(), check=False)
     assert Path("out", foreign).exists()
 
 
 def test_an_export_of_an_export_does_not_replace_what_it_is_made_from(trained):
     trained()
-    export_merged(find_source("trained"), "merged", silent(), verify=False)  # has a card of ours, and is a base model now
-    export_adapter(find_source("trained"), "out", silent(), verify=False)
+    export_merged(
+        find_source("trained"), "merged", silent(), check=False
+    )  # has a card of ours, and is a base model now
+    export_adapter(find_source("trained"), "out", silent(), check=False)
     for source, out in ((find_source("trained", base_model="merged"), "merged"), (find_source("out"), "out")):
         with pytest.raises(ExportError, match=f"{out} holds the .* that is to be exported"):
-            export_adapter(source, out, silent(), verify=False)
+            export_adapter(source, out, silent(), check=False)
 
 
 def test_a_base_model_that_it_does_not_fit_or_that_is_not_there(trained):
@@ -422,16 +493,21 @@ def test_a_base_model_that_it_does_not_fit_or_that_is_not_there(trained):
 def test_a_base_model_that_is_not_there_is_told_before_anything_is_written(trained, base):
     trained()
     Path("out").mkdir()
-    for write, verify in ((export_adapter, True), (export_merged, True), (export_merged, False)):
-        with pytest.raises(ModelError, match=rf"(?s)nowhere.*\nlooked for from {Path.cwd()}; say where it is with --model"):
-            write(find_source("trained", base_model=base), "out", silent(), verify=verify)
+    for export, verify in ((export_adapter, True), (export_merged, True), (export_merged, False)):
+        with pytest.raises(
+            ModelError,
+            match=rf"(?s)nowhere.*\nSearched from {re.escape(str(Path.cwd()))}. Name the model with --model",
+        ):
+            export(find_source("trained", base_model=base), "out", silent(), check=verify)
         assert not list(Path("out").iterdir())
-    export_adapter(find_source("trained", base_model=base), "out", silent(), verify=False)  # needs no model
+    export_adapter(find_source("trained", base_model=base), "out", silent(), check=False)  # needs no model
 
 
 def test_the_exported_adapter_names_the_base_model_that_was_given(trained, tmp_path):
     trained()
-    out = export_adapter(find_source("trained", base_model=str(tmp_path / "base")), "out", silent(), verify=False)
+    out = export_adapter(
+        find_source("trained", base_model=str(tmp_path / "base")), "out", silent(), check=False
+    )
     assert PeftConfig.from_pretrained(str(out)).base_model_name_or_path == str(tmp_path / "base")
     assert read_settings(out) == read_settings("trained")
 
@@ -439,7 +515,10 @@ def test_the_exported_adapter_names_the_base_model_that_was_given(trained, tmp_p
 # ------------------------------------------------------------------------------------------ broken files, stubborn disks
 
 
-@pytest.mark.parametrize(("text", "told"), [("{", "adapter_config.json cannot be read: Expecting"), ("[]", "holds a list instead of")])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "adapter_config.json cannot be read: Expecting"), ("[]", "holds a list instead of")],
+)
 def test_adapter_settings_that_are_none(trained, text, told):
     trained()
     Path("trained/adapter_config.json").write_text(text)
@@ -465,9 +544,12 @@ def test_a_configuration_of_another_program_makes_no_run(trained, text):
 def test_a_disk_that_does_not_take_it(trained, monkeypatch):
     trained()
     Path("file").write_text("")
-    for write in (export_adapter, export_merged):
-        with pytest.raises(ExportError, match=r"file/out cannot be written: .*Not a directory.*; make room or name another directory"):
-            write(find_source("trained"), "file/out", silent(), verify=False)
+    for export in (export_adapter, export_merged):
+        with pytest.raises(
+            ExportError,
+            match=r"file/out cannot be written: .*Not a directory.*; make room or name another directory",
+        ):
+            export(find_source("trained"), "file/out", silent(), check=False)
     Path("mounted").mkdir()
     replace = os.replace
 
@@ -478,7 +560,7 @@ def test_a_disk_that_does_not_take_it(trained, monkeypatch):
 
     monkeypatch.setattr(os, "replace", busy)
     with pytest.raises(ExportError, match=r"mounted cannot be written: .*resource busy.*mounted'; make room"):
-        export_adapter(find_source("trained"), "mounted", silent(), verify=False)
+        export_adapter(find_source("trained"), "mounted", silent(), check=False)
     assert not list(Path("mounted").iterdir()) and not list(Path().glob(".*"))
 
 
@@ -489,19 +571,39 @@ def test_uploading_calls_the_hub_with_what_was_written(trained, monkeypatch):
     trained()
     calls = []
     monkeypatch.setattr(
-        export.HfApi, "create_repo", lambda self, repo_id, **options: calls.append((repo_id, options)) or f"https://hub/{repo_id}"
+        writing.HfApi,
+        "create_repo",
+        lambda self, repo_id, **options: calls.append((repo_id, options)) or f"https://hub/{repo_id}",
     )
-    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, *, folder_path, **options: calls.append((sorted(p.name for p in Path(folder_path).iterdir()), options)))  # noqa: E501 # fmt: skip
-    code = main(monkeypatch, cli.main, "export", "trained", "out", "--no-verify", "--push-to-hub", "me/mine", "--private")
+    monkeypatch.setattr(writing.HfApi, "upload_folder", lambda self, *, folder_path, **options: calls.append((sorted(p.name for p in Path(folder_path).iterdir()), options)))  # fmt: skip
+    code = main(
+        monkeypatch,
+        cli.main,
+        "export",
+        "trained",
+        "out",
+        "--no-verify",
+        "--push-to-hub",
+        "me/mine",
+        "--private",
+    )
     assert code == 0
     (repo_id, created), (files, uploaded) = calls
     assert (repo_id, created["private"], uploaded["repo_id"]) == ("me/mine", True, "me/mine")
-    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"]
+    assert files == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "value_head.safetensors",
+    ]
 
 
 def test_without_a_hub_the_export_stays_and_the_error_says_what_to_do(trained, monkeypatch, capsys):
     trained()
-    assert main(monkeypatch, cli.main, "export", "trained", "out", "--no-verify", "--push-to-hub", "me/mine") == 1
+    assert (
+        main(monkeypatch, cli.main, "export", "trained", "out", "--no-verify", "--push-to-hub", "me/mine")
+        == 1
+    )
     told = capsys.readouterr().err
     assert "out is written, but me/mine could not be uploaded" in told and "hf auth login" in told
     assert Path("out/adapter_model.safetensors").is_file()
@@ -513,7 +615,7 @@ def test_without_a_hub_the_export_stays_and_the_error_says_what_to_do(trained, m
 @pytest.mark.parametrize("flag", ["--dump", "--dumpdir"])
 def test_textrl_dump(trained, monkeypatch, capsys, flag):
     expected = trained()
-    monkeypatch.setattr(export, "_verify", lambda *_: None)  # tested above
+    monkeypatch.setattr(export_commands, "_check", lambda *_: None)  # tested above
     assert main(monkeypatch, cli.dump, "--model", "./base", "--rl", "trained", flag, "dumped") == 0
     assert "Finish model dump." in capsys.readouterr().out
     assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained("dumped")), expected, atol=1e-4)
@@ -527,8 +629,12 @@ def test_textrl_dump_of_nothing_is_one_line(trained, monkeypatch, capsys):
 
 def test_the_launcher_runs_the_same_path_on_a_toy(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launchers" / "export_adapter.py"), "--tiny", str(tmp_path / "toy")], capture_output=True, text=True
+        [sys.executable, str(ROOT / "launchers" / "export_adapter.py"), "--tiny", str(tmp_path / "toy")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("loaded back: 4 of 4") == 2
-    assert (tmp_path / "toy" / "adapter" / "README.md").is_file() and (tmp_path / "toy" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "toy" / "adapter" / "README.md").is_file() and (
+        tmp_path / "toy" / "merged" / "model.safetensors"
+    ).is_file()

@@ -9,14 +9,17 @@ from architectures import ARCHITECTURES, EOS, PAD, VOCAB, character_tokenizer, p
 
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.errors import PromptError
-from textrl_swarm.policy import load_policy
+from textrl_swarm.policies.loading import load_policy
 
 PROMPTS = [[5, 9, 12, 7, 30, 21, 8], [17], [4, 4, 31], [22, 40, 3, 11]]
 
 
 def policy_of(architecture="llama", trained=True, tokenizer=True):
     """Output embeddings of their own: with tied ones a random model repeats its last token for ever."""
-    policy = load_policy(tiny_model(architecture, tie_word_embeddings=False), tokenizer=character_tokenizer() if tokenizer else None)
+    policy = load_policy(
+        tiny_model(architecture, tie_word_embeddings=False),
+        tokenizer=character_tokenizer() if tokenizer else None,
+    )
     if trained:
         perturb(policy)
     return policy
@@ -26,7 +29,9 @@ def responses(rollout):
     """One list of token ids per row."""
     return [
         rollout.tokens[i, p : p + n].tolist()
-        for i, (p, n) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist(), strict=True))
+        for i, (p, n) in enumerate(
+            zip(rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist(), strict=True)
+        )
     ]
 
 
@@ -47,9 +52,13 @@ def test_greedy_is_transformers_generate(architecture):
     policy.close()
     for row, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
-        expected = policy._model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new)
+        expected = policy._model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new
+        )
         assert responses(rollout)[row] == expected[0, len(prompt) :].tolist()
-    assert len({token for response in responses(rollout) for token in response}) > 8  # not one token over and over
+    assert (
+        len({token for response in responses(rollout) for token in response}) > 8
+    )  # not one token over and over
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -58,21 +67,29 @@ def test_greedy_with_an_adapter_is_transformers_generate(architecture):
     rollout = policy.generate(PROMPTS, SamplingConfig(max_new_tokens=12, do_sample=False))
     for row, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
-        expected = policy._peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        expected = policy._peft.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+        )
         assert responses(rollout)[row] == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("penalty", [1.3, 4.0, 0.5])
 def test_greedy_with_a_repetition_penalty_is_transformers_generate(penalty):
     policy = policy_of(trained=False)
-    rollout = policy.generate(PROMPTS, SamplingConfig(max_new_tokens=12, do_sample=False, repetition_penalty=penalty))
+    rollout = policy.generate(
+        PROMPTS, SamplingConfig(max_new_tokens=12, do_sample=False, repetition_penalty=penalty)
+    )
     plain = policy.generate(PROMPTS, SamplingConfig(max_new_tokens=12, do_sample=False))
     assert responses(rollout) != responses(plain)
     policy.close()
     for row, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
         expected = policy._model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, repetition_penalty=penalty
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            repetition_penalty=penalty,
         )
         assert responses(rollout)[row] == expected[0, len(prompt) :].tolist()
 
@@ -102,7 +119,10 @@ def test_logprobs_and_values_are_those_of_the_whole_sequence(architecture, setti
             compared += 1
     assert compared > 40
     assert out.values.std() > 0.1
-    assert not rollout.old_logprobs[~rollout.response_mask].any() and not rollout.values[~rollout.response_mask].any()
+    assert (
+        not rollout.old_logprobs[~rollout.response_mask].any()
+        and not rollout.values[~rollout.response_mask].any()
+    )
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
@@ -116,7 +136,10 @@ def test_filters_reach_the_draw(settings):
 
 def test_greedy_logprobs_are_of_the_stated_temperature():
     policy = policy_of()
-    cold, warm = (policy.generate(PROMPTS, SamplingConfig(max_new_tokens=5, do_sample=False, temperature=t)) for t in (0.5, 1.0))
+    cold, warm = (
+        policy.generate(PROMPTS, SamplingConfig(max_new_tokens=5, do_sample=False, temperature=t))
+        for t in (0.5, 1.0)
+    )
     assert torch.equal(cold.tokens, warm.tokens)
     assert (cold.old_logprobs > warm.old_logprobs)[warm.response_mask].all()
 
@@ -124,12 +147,18 @@ def test_greedy_logprobs_are_of_the_stated_temperature():
 def test_filters_off_leave_the_distribution_as_it_is():
     """Chi-squared of the first token's frequencies against the softmax of a plain forward; and of the second's, given the first."""
     policy, rows = policy_of(tokenizer=False), 20_000
-    rollout = policy.generate([[5, 9]], SamplingConfig(max_new_tokens=2, num_samples=rows, top_k=0, top_p=1.0, temperature=1.5, seed=0))
+    rollout = policy.generate(
+        [[5, 9]],
+        SamplingConfig(max_new_tokens=2, num_samples=rows, top_k=0, top_p=1.0, temperature=1.5, seed=0),
+    )
     first, second = rollout.tokens[:, 2], rollout.tokens[:, 3]
     common = int(first.mode().values)
     with torch.no_grad():
         logits = policy(torch.tensor([[5, 9, common]])).logits[0] / 1.5
-    for chosen, expected in ((first, logits[1].softmax(-1)), (second[first == common], logits[2].softmax(-1))):
+    for chosen, expected in (
+        (first, logits[1].softmax(-1)),
+        (second[first == common], logits[2].softmax(-1)),
+    ):
         counts, expected = torch.bincount(chosen, minlength=VOCAB).double(), expected.double() * len(chosen)
         often = expected >= 5
         cells = torch.cat([((counts - expected).square() / expected)[often], torch.zeros(0)])
@@ -145,13 +174,18 @@ def test_filters_off_leave_the_distribution_as_it_is():
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_nothing_after_the_end_token(sampled):
-    policy, settings = policy_of(), SamplingConfig(max_new_tokens=12, do_sample=sampled, temperature=2.0, num_samples=3, seed=5)
+    policy, settings = (
+        policy_of(),
+        SamplingConfig(max_new_tokens=12, do_sample=sampled, temperature=2.0, num_samples=3, seed=5),
+    )
     free = responses(ending_with(policy, EOS).generate(PROMPTS, settings))
     end = max(range(3, VOCAB), key=lambda token: sum(token in response for response in free))
     rollout = ending_with(policy, end).generate(PROMPTS, settings)
     ended = 0
     for row, (response, uncut) in enumerate(zip(responses(rollout), free, strict=True)):
-        expected = uncut[: uncut.index(end) + 1] if end in uncut else uncut  # the end token included, and the same tokens up to it
+        expected = (
+            uncut[: uncut.index(end) + 1] if end in uncut else uncut
+        )  # the end token included, and the same tokens up to it
         if uncut[-1] != EOS:
             assert response == expected
         assert response.count(end) == int(rollout.terminated[row])
@@ -159,16 +193,24 @@ def test_nothing_after_the_end_token(sampled):
         assert rollout.terminated[row] or len(response) == 12
         used = int(rollout.prompt_lengths[row]) + len(response)
         assert (rollout.tokens[row, used:] == PAD).all()
-        assert rollout.response_mask[row].tolist() == [True] * len(response) + [False] * (rollout.response_mask.shape[1] - len(response))
+        assert rollout.response_mask[row].tolist() == [True] * len(response) + [False] * (
+            rollout.response_mask.shape[1] - len(response)
+        )
         ended += int(rollout.terminated[row])
     assert 0 < ended < len(rollout)
 
 
 def test_end_token_as_the_first_choice():
     policy = policy_of()
-    first = responses(policy.generate([[17], [4, 4, 31]], SamplingConfig(max_new_tokens=1, do_sample=False)))[0][0]
+    first = responses(policy.generate([[17], [4, 4, 31]], SamplingConfig(max_new_tokens=1, do_sample=False)))[
+        0
+    ][0]
     rollout = ending_with(policy, first).generate([[17]], SamplingConfig(max_new_tokens=9, do_sample=False))
-    assert rollout.tokens.tolist() == [[17, first]] and rollout.response_mask.tolist() == [[True]] and rollout.terminated.tolist() == [True]
+    assert (
+        rollout.tokens.tolist() == [[17, first]]
+        and rollout.response_mask.tolist() == [[True]]
+        and rollout.terminated.tolist() == [True]
+    )
     assert rollout.old_logprobs.shape == rollout.values.shape == (1, 1)
 
 
@@ -177,12 +219,16 @@ def test_separator_token_ends_a_response_too():
     uncut = responses(policy.generate([[17]], SamplingConfig(max_new_tokens=6, do_sample=False)))[0]
     policy.tokenizer.sep_token = policy.tokenizer.convert_ids_to_tokens(uncut[2])
     rollout = policy.generate([[17]], SamplingConfig(max_new_tokens=6, do_sample=False))
-    assert responses(rollout)[0] == uncut[: uncut.index(uncut[2]) + 1] and rollout.terminated.tolist() == [True]
+    assert responses(rollout)[0] == uncut[: uncut.index(uncut[2]) + 1] and rollout.terminated.tolist() == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("new", [1, 2, 7])
 def test_at_most_max_new_tokens(new):
-    rollout = policy_of(tokenizer=False).generate(PROMPTS, SamplingConfig(max_new_tokens=new, do_sample=False))
+    rollout = policy_of(tokenizer=False).generate(
+        PROMPTS, SamplingConfig(max_new_tokens=new, do_sample=False)
+    )
     assert rollout.response_lengths.tolist() == [new] * 4 and rollout.response_mask.shape == (4, new)
 
 
@@ -190,7 +236,9 @@ def test_shapes_are_trimmed_to_what_was_used():
     policy = policy_of()
     uncut = responses(policy.generate([PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False)))
     common = next(token for token in uncut[0] if token in uncut[1])
-    rollout = ending_with(policy, common).generate([PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False))
+    rollout = ending_with(policy, common).generate(
+        [PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False)
+    )
     lengths = [len(response) for response in responses(rollout)]
     assert lengths == [response.index(common) + 1 for response in uncut] and max(lengths) < 20
     width = max(lengths)
@@ -234,7 +282,11 @@ def counted_sessions(policy, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [17, 30, 40, 68, 10_000])
-@pytest.mark.parametrize("settings", [{"do_sample": False}, {"seed": 4, "temperature": 1.5, "num_samples": 2}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"do_sample": False}, {"seed": 4, "temperature": 1.5, "num_samples": 2}],
+    ids=["greedy", "sampled"],
+)
 def test_grouping_changes_nothing(limit, settings, monkeypatch):
     policy, sampling = ending_with(policy_of(), 47), SamplingConfig(max_new_tokens=10, **settings)
     together = policy.generate(PROMPTS, sampling)
@@ -244,7 +296,9 @@ def test_grouping_changes_nothing(limit, settings, monkeypatch):
     assert sum(session["rows"] for session in sessions) == len(together)
     assert all(session["rows"] * session["max_length"] <= limit for session in sessions)
     assert (len(sessions) == 1) == (limit == 10_000 or (limit == 68 and len(together) == 4))
-    assert torch.equal(grouped.tokens, together.tokens) and torch.equal(grouped.response_mask, together.response_mask)
+    assert torch.equal(grouped.tokens, together.tokens) and torch.equal(
+        grouped.response_mask, together.response_mask
+    )
     assert torch.equal(grouped.terminated, together.terminated) and grouped.texts == together.texts
     torch.testing.assert_close(grouped.old_logprobs, together.old_logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(grouped.values, together.values, rtol=0, atol=1e-5)
@@ -273,7 +327,9 @@ def test_a_session_feeds_each_position_once_and_stops_when_all_rows_ended(monkey
     lengths = [response.index(common) + 1 for response in uncut]
     assert max(lengths) < 20
     policy.tokenizer = character_tokenizer()
-    ending_with(policy, common).generate([PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False))
+    ending_with(policy, common).generate(
+        [PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False)
+    )
     # The shortest prompt at once, then token by token; the last token chosen is fed to nobody.
     assert sessions[0] == {"rows": 3, "max_length": 7 + 4, "fed": [3] + [1] * 7}
     assert sum(sessions[1]["fed"]) == max(7 + lengths[0], 1 + lengths[1]) - 1
@@ -300,14 +356,22 @@ def test_without_a_seed_the_global_generator_decides():
 
 
 def test_samples_of_a_prompt_stand_together_and_differ():
-    rollout = policy_of().generate(PROMPTS[:2], SamplingConfig(max_new_tokens=8, num_samples=3, temperature=1.5, seed=0))
+    rollout = policy_of().generate(
+        PROMPTS[:2], SamplingConfig(max_new_tokens=8, num_samples=3, temperature=1.5, seed=0)
+    )
     assert rollout.prompt_lengths.tolist() == [7, 7, 7, 1, 1, 1]
     found = responses(rollout)
-    assert len({tuple(response) for response in found[:3]}) == len({tuple(response) for response in found[3:]}) == 3
+    assert (
+        len({tuple(response) for response in found[:3]})
+        == len({tuple(response) for response in found[3:]})
+        == 3
+    )
 
 
 def test_greedy_samples_are_equal():
-    found = responses(policy_of().generate([[17]], SamplingConfig(max_new_tokens=6, do_sample=False, num_samples=3)))
+    found = responses(
+        policy_of().generate([[17]], SamplingConfig(max_new_tokens=6, do_sample=False, num_samples=3))
+    )
     assert found[0] == found[1] == found[2]
 
 
@@ -316,7 +380,9 @@ def test_greedy_samples_are_equal():
 
 def test_texts_are_the_decoded_responses():
     policy = policy_of()
-    rollout = policy.generate(["hello there", "a"], SamplingConfig(max_new_tokens=9, num_samples=2, seed=1, temperature=1.5))
+    rollout = policy.generate(
+        ["hello there", "a"], SamplingConfig(max_new_tokens=9, num_samples=2, seed=1, temperature=1.5)
+    )
     tokenizer = character_tokenizer()
     assert rollout.prompt_lengths.tolist() == [11, 11, 1, 1]
     assert rollout.tokens[0, :11].tolist() == tokenizer("hello there")["input_ids"]
@@ -327,7 +393,9 @@ def test_texts_are_the_decoded_responses():
 def test_the_end_token_is_not_in_the_text():
     policy = policy_of()
     uncut = responses(policy.generate([[17]], SamplingConfig(max_new_tokens=6, do_sample=False)))[0]
-    rollout = ending_with(policy, uncut[2]).generate([[17]], SamplingConfig(max_new_tokens=6, do_sample=False))
+    rollout = ending_with(policy, uncut[2]).generate(
+        [[17]], SamplingConfig(max_new_tokens=6, do_sample=False)
+    )
     cut = uncut[: uncut.index(uncut[2])]
     assert rollout.texts == ("".join(policy.tokenizer.convert_ids_to_tokens(cut)),)
 
@@ -336,7 +404,12 @@ def test_texts_and_their_token_ids_are_the_same_prompts():
     policy, sampling = policy_of(), SamplingConfig(max_new_tokens=6, seed=2)
     ids = character_tokenizer()(["go on", "yes"])["input_ids"]
     by_text = policy.generate(["go on", "yes"], sampling)
-    for prompts in (ids, tuple(map(tuple, ids)), [torch.tensor(row) for row in ids], [torch.tensor(row).numpy() for row in ids]):
+    for prompts in (
+        ids,
+        tuple(map(tuple, ids)),
+        [torch.tensor(row) for row in ids],
+        [torch.tensor(row).numpy() for row in ids],
+    ):
         rollout = policy.generate(prompts, sampling)
         assert torch.equal(rollout.tokens, by_text.tokens) and rollout.texts == by_text.texts
 
@@ -344,7 +417,11 @@ def test_texts_and_their_token_ids_are_the_same_prompts():
 def test_without_a_tokenizer_token_ids_do():
     policy = policy_of(tokenizer=False)
     rollout = policy.generate([[17], [4, 4, 31]], SamplingConfig(max_new_tokens=5, do_sample=False))
-    assert rollout.response_lengths.tolist() == [5, 5] and rollout.texts == ("", "") and not rollout.terminated.any()
+    assert (
+        rollout.response_lengths.tolist() == [5, 5]
+        and rollout.texts == ("", "")
+        and not rollout.terminated.any()
+    )
 
 
 def test_a_padding_token_without_an_embedding_is_not_used():
@@ -364,7 +441,10 @@ def test_a_padding_token_without_an_embedding_is_not_used():
     ("prompts", "message"),
     [
         ([], "the prompt list is empty; give at least one prompt"),
-        ("hello", r"prompts must be a list of texts or of token-id lists, got str; wrap a single prompt in \[ \]"),
+        (
+            "hello",
+            r"prompts must be a list of texts or of token-id lists, got str; wrap a single prompt in \[ \]",
+        ),
         (b"hello", "prompts must be a list .* got bytes"),
         (None, "prompts must be a list .* got NoneType"),
         (torch.tensor([[1, 2]]), "prompts must be a list .* got Tensor"),
@@ -380,7 +460,10 @@ def test_a_padding_token_without_an_embedding_is_not_used():
         ([{"input": "x"}], "prompt 0 is neither a text nor a list of token ids: {'input': 'x'}"),
         ([[5], [3, VOCAB]], r"prompt 1 has token id 48, outside the model's 0\.\.47"),
         ([[-1]], r"prompt 0 has token id -1, outside the model's 0\.\.47"),
-        ([[5], [3] * 60], r"prompt 1 has 60 tokens; with max_new_tokens=10 that makes 70, but the model allows 64: shorten the prompt"),
+        (
+            [[5], [3] * 60],
+            r"prompt 1 has 60 tokens; with max_new_tokens=10 that makes 70, but the model allows 64: shorten the prompt",
+        ),
     ],
 )
 def test_refused_prompts(prompts, message):
@@ -390,7 +473,10 @@ def test_refused_prompts(prompts, message):
 
 
 def test_texts_need_a_tokenizer():
-    with pytest.raises(PromptError, match=r"this policy has no tokenizer: pass token ids, or load_policy\(\.\.\., tokenizer=\.\.\.\)"):
+    with pytest.raises(
+        PromptError,
+        match=r"this policy has no tokenizer: pass token ids, or load_policy\(\.\.\., tokenizer=\.\.\.\)",
+    ):
         policy_of("gpt2", tokenizer=False).generate(["hello"])
 
 
@@ -404,5 +490,8 @@ def test_a_sequence_may_fill_the_model(monkeypatch):
         policy.generate([[5] * 55], sampling)
     monkeypatch.setattr(policy, "max_session_tokens", 20)
     policy.generate([[5] * 10] * 3, sampling)
-    with pytest.raises(PromptError, match="prompt 0 has 11 tokens; with max_new_tokens=10 that makes 21, but the model allows 20"):
+    with pytest.raises(
+        PromptError,
+        match="prompt 0 has 11 tokens; with max_new_tokens=10 that makes 21, but the model allows 20",
+    ):
         policy.generate([[5] * 11], sampling)

@@ -55,14 +55,34 @@ def check_run(done: subprocess.CompletedProcess, run: Path) -> None:
 
 @pytest.mark.swarm
 def test_bloom_petals_runs_end_to_end_on_a_swarm_of_its_own(tmp_path):
-    done = launch("bloom_petals.py", "--tiny", "--output", "run", "--iterations", 2, "--set", "train.report_to=[]", directory=tmp_path)
+    done = launch(
+        "bloom_petals.py",
+        "--tiny",
+        "--output",
+        "run",
+        "--iterations",
+        2,
+        "--set",
+        "train.report_to=[]",
+        directory=tmp_path,
+    )
     check_run(done, tmp_path / "run")
     assert "on 2 server(s) of a swarm" in done.stdout
 
 
 def test_bloomz_runs_the_same_lines_in_8_bits_on_the_cpu(tmp_path):
     pytest.importorskip("bitsandbytes")
-    done = launch("bloomz_7b1_local.py", "--tiny", "--output", "run", "--iterations", 2, "--set", "train.report_to=[]", directory=tmp_path)
+    done = launch(
+        "bloomz_7b1_local.py",
+        "--tiny",
+        "--output",
+        "run",
+        "--iterations",
+        2,
+        "--set",
+        "train.report_to=[]",
+        directory=tmp_path,
+    )
     check_run(done, tmp_path / "run")
     assert "8bit, minibatches of 16, cpu) fits" in done.stdout
     assert "in 8bit on this machine (cpu)" in done.stdout
@@ -78,7 +98,9 @@ def test_the_plan_says_how_many_servers_and_what_to_type(monkeypatch, capsys):
     assert "2. 5 more" in shown
     assert "176,247,271,424 parameters in 70 blocks" in shown
     assert "1 Gbit/s" in shown
-    prose = [line for line in shown.splitlines() if not line.startswith("    ")]  # commands are to be copied whole
+    prose = [
+        line for line in shown.splitlines() if not line.startswith("    ")
+    ]  # commands are to be copied whole
     assert max(map(len, prose)) <= 80
 
 
@@ -94,10 +116,22 @@ def bloomz() -> dict:
     ("free", "model", "quantization", "minibatch_size", "told"),
     [
         ({"cpu": 64 * GB, "cuda": 24 * GB}, "bigscience/bloomz-7b1-mt", "8bit", 16, "fits"),
-        ({"cpu": 64 * GB, "cuda": 16 * GB}, "bigscience/bloomz-7b1-mt", "8bit", 8, "only 16.0 GB of its memory are free"),
+        (
+            {"cpu": 64 * GB, "cuda": 16 * GB},
+            "bigscience/bloomz-7b1-mt",
+            "8bit",
+            8,
+            "only 16.0 GB of its memory are free",
+        ),
         ({"cpu": 64 * GB, "cuda": 11 * GB}, "bigscience/bloomz-7b1-mt", "4bit", 4, "only 11.0 GB"),
         ({"cpu": 64 * GB, "cuda": 8 * GB}, "bigscience/bloomz-3b", "8bit", 4, "only 8.0 GB"),
-        ({"cpu": 64 * GB}, "bigscience/bloomz-560m", None, 16, "this machine has no CUDA GPU; training bigscience/bloomz-560m"),
+        (
+            {"cpu": 64 * GB},
+            "bigscience/bloomz-560m",
+            None,
+            16,
+            "this machine has no CUDA GPU; training bigscience/bloomz-560m",
+        ),
     ],
 )
 def test_the_best_that_fits_is_chosen_and_said(bloomz, free, model, quantization, minibatch_size, told):
@@ -113,7 +147,9 @@ def test_without_bitsandbytes_nothing_is_quantised(bloomz):
 
 
 def test_a_machine_on_which_nothing_fits_is_told_what_is_needed(bloomz):
-    with pytest.raises(ConfigError, match=r"needs about 17\.\d GB, but this machine has no CUDA GPU; .*bloom_petals.py"):
+    with pytest.raises(
+        ConfigError, match=r"needs about 17\.\d GB, but this machine has no CUDA GPU; .*bloom_petals.py"
+    ):
         bloomz["choose"](bloomz["CHOICES"], {"cpu": GB}, quantizes=True)
 
 

@@ -9,17 +9,34 @@ import sys
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, BLOCKS_NAME, CONFIGS, EOS, LINEARS, VOCAB, character_tokenizer, perturb, random_tokens, tiny_model
+from architectures import (
+    ARCHITECTURES,
+    BLOCKS_NAME,
+    CONFIGS,
+    EOS,
+    LINEARS,
+    VOCAB,
+    character_tokenizer,
+    perturb,
+    random_tokens,
+    tiny_model,
+)
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+)
 
-from textrl_swarm import tiny
-from textrl_swarm.adapters import keep_differentiable
 from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.errors import AdapterError, ConfigError, ModelError, PromptError
-from textrl_swarm.local_policy import LocalPolicy
-from textrl_swarm.policy import load_policy
+from textrl_swarm.models import tiny
+from textrl_swarm.models.quantization import keep_differentiable
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.policies.local import LocalPolicy
 
 
 def state(model):
@@ -39,7 +56,9 @@ def tensors_of(policy):
 def as_peft(model, policy, **settings):
     """The same adapter on another copy of the base model, by plain peft; `settings` are spelled out by each test."""
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings)).eval()
-    result = set_peft_model_state_dict(peft_model, {name: p.detach().clone() for name, p in policy.adapter_parameters().items()})
+    result = set_peft_model_state_dict(
+        peft_model, {name: p.detach().clone() for name, p in policy.adapter_parameters().items()}
+    )
     assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora_" in key]
     return peft_model
 
@@ -83,11 +102,15 @@ def test_logits_and_gradients_are_those_of_peft(architecture):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     (logits * weights).sum().backward()
     (expected * weights).sum().backward()
-    gradients = {name.replace(".default.", "."): p.grad for name, p in oracle.named_parameters() if p.grad is not None}
+    gradients = {
+        name.replace(".default.", "."): p.grad for name, p in oracle.named_parameters() if p.grad is not None
+    }
     assert gradients.keys() == policy.adapter_parameters().keys() == get_peft_model_state_dict(oracle).keys()
     for name, parameter in policy.adapter_parameters().items():
         assert gradients[name].abs().max() > 0, name
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5 * float(gradients[name].abs().max()))
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-4, atol=1e-5 * float(gradients[name].abs().max())
+        )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -114,7 +137,11 @@ def test_values_are_the_head_on_the_last_hidden_states():
     assert values.shape == (2, 9)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
     values.sum().backward()
-    assert all(p.grad.abs().max() > 0 for name, p in policy.trainable_parameters().items() if "lora_B" in name or "value_head" in name)
+    assert all(
+        p.grad.abs().max() > 0
+        for name, p in policy.trainable_parameters().items()
+        if "lora_B" in name or "value_head" in name
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -125,7 +152,11 @@ def test_right_padding_changes_nothing(architecture):
     mask[0, 7:] = 0
     padded = tokens.masked_fill(mask == 0, 1)
     with torch.no_grad():
-        alone, padded, other_padding = policy(tokens[:1, :7]), policy(padded, mask), policy(tokens, attention_mask=mask)
+        alone, padded, other_padding = (
+            policy(tokens[:1, :7]),
+            policy(padded, mask),
+            policy(tokens, attention_mask=mask),
+        )
     torch.testing.assert_close(padded.logits[:1, :7], alone.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(padded.values[:1, :7], alone.values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other_padding.logits[:1, :7], alone.logits, rtol=1e-5, atol=1e-5)
@@ -135,12 +166,15 @@ def test_right_padding_changes_nothing(architecture):
 def test_logits_are_the_models_own_where_it_scales_or_caps_them(architecture):
     model, tokens = tiny_model(architecture, bos_token_id=0), random_tokens(3, 9)
     policy = load_policy(
-        copy.deepcopy(model), lora=LoraSettings(targets={"bert": "key", "modernbert-decoder": "Wo"}.get(architecture, "k_proj"))
+        copy.deepcopy(model),
+        lora=LoraSettings(targets={"bert": "key", "modernbert-decoder": "Wo"}.get(architecture, "k_proj")),
     )
     with torch.no_grad():
         assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
         hidden = policy.hidden_states(tokens)
-        torch.testing.assert_close(policy.project(hidden[1, 4]), policy.project(hidden)[1, 4], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            policy.project(hidden[1, 4]), policy.project(hidden)[1, 4], rtol=1e-5, atol=1e-5
+        )
     perturb(policy)
     policy(tokens).logits.square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in policy.adapter_parameters().values())
@@ -165,19 +199,28 @@ def test_the_decoder_is_back_after_an_error_in_the_models_own_head(monkeypatch):
 @pytest.mark.parametrize("architecture", ["openai-gpt", "rwkv", "bamba", "minimax", "bert"])
 def test_generation_agrees_with_whole_forwards_whatever_the_models_cache_is(architecture, caplog):
     policy = load_policy(tiny_model(architecture))
-    assert ("cannot be used with an attention cache" in caplog.text) == (architecture in ("openai-gpt", "rwkv"))
+    assert ("cannot be used with an attention cache" in caplog.text) == (
+        architecture in ("openai-gpt", "rwkv")
+    )
     tokens = random_tokens(2, 12)
     with torch.no_grad(), policy.session(2, 12) as session:
         pieces = [session.step(tokens[:, :5]), *(session.step(tokens[:, i : i + 1]) for i in range(5, 12))]
-        torch.testing.assert_close(torch.cat(pieces, dim=1), policy.hidden_states(tokens), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.cat(pieces, dim=1), policy.hidden_states(tokens), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_cache_that_forgets_is_not_used(caplog):
     model = tiny_model("gpt2")
     remembering = model.transformer.forward
-    model.transformer.forward = lambda input_ids, past_key_values=None, **options: remembering(input_ids, **options)
+    model.transformer.forward = lambda input_ids, past_key_values=None, **options: remembering(
+        input_ids, **options
+    )
     policy, tokens = load_policy(model), random_tokens(2, 6)
-    assert "GPT2LMHeadModel cannot be used with an attention cache (with it the model computes something else)" in caplog.text
+    assert (
+        "GPT2LMHeadModel cannot be used with an attention cache (with a cache the model computes something "
+        "else)" in caplog.text
+    )
     with torch.no_grad(), policy.session(2, 6) as session:
         session.step(tokens[:, :4])
         torch.testing.assert_close(session.step(tokens[:, 4:]), policy.hidden_states(tokens)[:, 4:])
@@ -210,7 +253,9 @@ def test_adapter_is_back_after_an_exception():
     with pytest.raises(PromptError), policy.adapter_disabled(), policy.adapter_disabled():
         policy(torch.full((1, 2), VOCAB))
     with pytest.raises(IndexError), policy.adapter_disabled():
-        policy.hidden_states(torch.full((1, 2), VOCAB))  # fails inside the model, while peft has the adapter off
+        policy.hidden_states(
+            torch.full((1, 2), VOCAB)
+        )  # fails inside the model, while peft has the adapter off
     assert torch.equal(policy(tokens).logits, adapted)
     optimizer_steps(policy, 1)
     assert not torch.equal(policy(tokens).logits, adapted)
@@ -248,26 +293,39 @@ def test_generation_inside_adapter_disabled_is_the_base_models():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_targets_are_all_linear_layers_of_every_block(architecture):
     names = load_policy(tiny_model(architecture)).adapter_parameters()
-    adapted = {(name.split(".")[-6], name.split(".")[-3]) for name in names}  # ("0", "c_attn"): block, layer; attention and mlp between
+    adapted = {
+        (name.split(".")[-6], name.split(".")[-3]) for name in names
+    }  # ("0", "c_attn"): block, layer; attention and mlp between
     assert {layer for _, layer in adapted} == LINEARS[architecture]
     assert {part for name in names for part in name.split(".") if part.isdigit()} == {"0", "1", "2"}
-    layers_per_block = len(LINEARS[architecture]) + (architecture == "gpt2")  # GPT-2 has two layers called c_proj
+    layers_per_block = len(LINEARS[architecture]) + (
+        architecture == "gpt2"
+    )  # GPT-2 has two layers called c_proj
     assert len(names) == 3 * 2 * layers_per_block
 
 
 def test_named_targets_match_whole_names_only():
     names = load_policy(tiny_model("bloom"), lora=LoraSettings(targets="dense")).adapter_parameters()
-    assert set(names) == {f"base_model.model.transformer.h.{i}.self_attention.dense.lora_{part}.weight" for i in range(3) for part in "AB"}
+    assert set(names) == {
+        f"base_model.model.transformer.h.{i}.self_attention.dense.lora_{part}.weight"
+        for i in range(3)
+        for part in "AB"
+    }
 
 
 def test_targets_may_be_paths_inside_a_block():
     policy = load_policy(tiny_model("gpt2"), lora=LoraSettings(targets=("mlp.c_proj", "c_attn")))
-    layers = {name.split(".h.")[1].split(".", 1)[1].split(".lora_")[0] for name in policy.adapter_parameters()}
+    layers = {
+        name.split(".h.")[1].split(".", 1)[1].split(".lora_")[0] for name in policy.adapter_parameters()
+    }
     assert layers == {"mlp.c_proj", "attn.c_attn"}
 
 
 def test_unknown_target_names_the_closest():
-    with pytest.raises(ConfigError, match=r"target 'query_value' is no linear layer .*did you mean 'query_key_value'\? known: dense, "):
+    with pytest.raises(
+        ConfigError,
+        match=r"target 'query_value' is no linear layer .*did you mean 'query_key_value'\? known: dense, ",
+    ):
         load_policy(tiny_model("bloom"), lora=LoraSettings(targets=("dense", "query_value")))
 
 
@@ -275,7 +333,10 @@ def test_unknown_target_names_the_closest():
 def test_layers_adapts_the_last_blocks_and_says_so(architecture, tmp_path):
     model, tokens = tiny_model(architecture), random_tokens(2, 9)
     policy = load_policy(copy.deepcopy(model), lora=LoraSettings(layers=2))
-    assert {part for name in policy.adapter_parameters() for part in name.split(".") if part.isdigit()} == {"1", "2"}
+    assert {part for name in policy.adapter_parameters() for part in name.split(".") if part.isdigit()} == {
+        "1",
+        "2",
+    }
     perturb(policy)
     policy.save_adapter(tmp_path)
     config = LoraConfig.from_pretrained(tmp_path)
@@ -297,25 +358,46 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
-        ("lfm2", {"q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"}),  # attention in the second block only
-        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),  # PEFT takes the others for experts
-        ("jamba", ATTENTION | EVERY | {"in_proj", "out_proj", "x_proj"}),  # without dt_proj, which its code reads as a matrix
+        (
+            "lfm2",
+            {"q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"},
+        ),  # attention in the second block only
+        (
+            "deepseek_v3",
+            {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+        ),  # PEFT takes the others for experts
+        (
+            "jamba",
+            ATTENTION | EVERY | {"in_proj", "out_proj", "x_proj"},
+        ),  # without dt_proj, which its code reads as a matrix
         ("phimoe", ATTENTION),  # its router is a linear layer that returns a pair
         ("llama4_text", ATTENTION | EVERY),
-        ("ctrl", {"Wq", "Wk", "Wv", "dense", "0", "2"}),  # a feed-forward layer called 2, beside a block called 2
+        (
+            "ctrl",
+            {"Wq", "Wk", "Wv", "dense", "0", "2"},
+        ),  # a feed-forward layer called 2, beside a block called 2
         ("bert", {"query", "key", "value", "dense"}),  # its head has a "dense" too
     ],
 )
 def test_blocks_that_differ_or_share_names_with_other_layers(architecture, expected, layers, tmp_path):
-    model, tokens = tiny_model(architecture).requires_grad_(False), random_tokens(2, 9)  # torch multiplies frozen matrices in other ways
+    model, tokens = (
+        tiny_model(architecture).requires_grad_(False),
+        random_tokens(2, 9),
+    )  # torch multiplies frozen matrices in other ways
     policy = load_policy(copy.deepcopy(model), lora=LoraSettings(layers=layers))
     perturb(policy)
     names = policy.adapter_parameters()
     found = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
-    absent = {"lfm2": {"q_proj", "k_proj", "v_proj"}, "jamba": ATTENTION}.get(architecture, set()) if layers == 1 else set()  # last block
+    absent = (
+        {"lfm2": {"q_proj", "k_proj", "v_proj"}, "jamba": ATTENTION}.get(architecture, set())
+        if layers == 1
+        else set()
+    )  # last block
     assert found == expected - absent
     blocks = {next(part for part in name.split(".") if part.isdigit()) for name in names}
-    assert blocks == ({"2"} if layers else {"0", "1", "2"}) and not any("lm_head" in name or "cls" in name for name in names)
+    assert blocks == ({"2"} if layers else {"0", "1", "2"}) and not any(
+        "lm_head" in name or "cls" in name for name in names
+    )
     policy.save_adapter(tmp_path)
     with torch.no_grad():
         expected = policy(tokens).logits
@@ -324,18 +406,26 @@ def test_blocks_that_differ_or_share_names_with_other_layers(architecture, expec
         assert torch.equal(load_policy(copy.deepcopy(model), ref_adapter=tmp_path)(tokens).logits, expected)
         with policy.adapter_disabled():
             assert torch.equal(policy(tokens).logits, model(input_ids=tokens).logits)
-        torch.testing.assert_close(oracle.merge_and_unload()(input_ids=tokens).logits, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            oracle.merge_and_unload()(input_ids=tokens).logits, expected, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_target_that_only_some_blocks_have():
     names = load_policy(tiny_model("lfm2"), lora=LoraSettings(targets="q_proj")).adapter_parameters()
-    assert set(names) == {f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight" for part in "AB"}
+    assert set(names) == {
+        f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight" for part in "AB"
+    }
 
 
 @pytest.mark.parametrize(
     ("architecture", "lora", "message"),
     [
-        ("mamba2", LoraSettings(), r"PEFT cannot adapt Mamba2ForCausalLM: .*'out_proj' is incompatible .*tried: in_proj, out_proj"),
+        (
+            "mamba2",
+            LoraSettings(),
+            r"PEFT cannot adapt Mamba2ForCausalLM: .*'out_proj' is incompatible .*tried: in_proj, out_proj",
+        ),
         (
             "deepseek_v3",
             LoraSettings(targets="up_proj"),
@@ -349,7 +439,9 @@ def test_what_peft_cannot_adapt_leaves_the_model_as_it_was(architecture, lora, m
     with pytest.raises(ModelError, match=message):
         load_policy(model, lora=lora)
     assert [type(module) for module in model.modules()] == modules
-    assert all(parameter.requires_grad for parameter in model.parameters()) and all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters()) and all(
+        module.training for module in model.modules()
+    )
     targets = {"mamba2": "in_proj", "deepseek_v3": "o_proj"}[architecture]
     assert load_policy(model, lora=LoraSettings(targets=targets)).adapter_parameters()
 
@@ -359,13 +451,21 @@ def test_a_model_that_sees_images_too_is_trained_on_text():
     vision = {  # as many blocks as the language model has
         "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14,
     }  # fmt: skip
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, image_token_index=47, mm_tokens_per_image=4)
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, image_token_index=47, mm_tokens_per_image=4
+    )
     model, tokens = AutoModelForCausalLM.from_config(config).eval(), random_tokens(2, 9)
     with torch.no_grad():
         expected = model(input_ids=tokens).logits
         with load_policy(model) as policy:
-            assert torch.equal(policy(tokens).logits, expected) and (policy.max_length, policy.vocab_size) == (64, VOCAB)
-            assert all(name.startswith("base_model.model.model.language_model.layers.") for name in policy.adapter_parameters())
+            assert torch.equal(policy(tokens).logits, expected) and (
+                policy.max_length,
+                policy.vocab_size,
+            ) == (64, VOCAB)
+            assert all(
+                name.startswith("base_model.model.model.language_model.layers.")
+                for name in policy.adapter_parameters()
+            )
 
 
 def test_a_model_that_returns_tuples_by_default():
@@ -383,12 +483,17 @@ def test_a_model_that_needs_more_than_tokens(monkeypatch):
     with pytest.raises(ModelError, match=r"cannot be run as a decoder of tokens alone: TypeError.*pixels"):
         load_policy(model)
     model.config.num_hidden_layers = 7
-    with pytest.raises(ModelError, match=r"\(model type gpt2\) is not supported: it has no list of 7 transformer blocks"):
+    with pytest.raises(
+        ModelError, match=r"\(model type gpt2\) is not supported: it has no list of 7 transformer blocks"
+    ):
         load_policy(model)
 
 
 def test_layers_of_all_blocks_is_no_layers():
-    names = [set(load_policy(tiny_model("bloom"), lora=LoraSettings(layers=layers)).adapter_parameters()) for layers in (3, None)]
+    names = [
+        set(load_policy(tiny_model("bloom"), lora=LoraSettings(layers=layers)).adapter_parameters())
+        for layers in (3, None)
+    ]
     assert names[0] == names[1]
 
 
@@ -405,7 +510,9 @@ def test_the_base_is_bit_identical_after_optimizer_steps(architecture):
     assert {id(parameter) for parameter in policy._peft.parameters() if parameter.requires_grad} == adapter
     losses = optimizer_steps(policy, 5)
     assert losses[-1] < losses[0]
-    assert all(not torch.equal(parameter, start[name]) for name, parameter in policy.trainable_parameters().items())
+    assert all(
+        not torch.equal(parameter, start[name]) for name, parameter in policy.trainable_parameters().items()
+    )
     policy.close()
     assert_same_tensors(state(model), before)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
@@ -414,7 +521,10 @@ def test_the_base_is_bit_identical_after_optimizer_steps(architecture):
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama"])
 def test_close_leaves_the_model_as_it_was(architecture):
     model, tokens = tiny_model(architecture).train(), random_tokens(2, 9)
-    modules, names = [type(module) for module in model.modules()], [name for name, _ in model.named_parameters()]
+    modules, names = (
+        [type(module) for module in model.modules()],
+        [name for name, _ in model.named_parameters()],
+    )
     with torch.no_grad():
         base = copy.deepcopy(model).eval()(input_ids=tokens).logits
     policy = load_policy(model)
@@ -424,7 +534,9 @@ def test_close_leaves_the_model_as_it_was(architecture):
     policy.close()
     assert [type(module) for module in model.modules()] == modules
     assert [name for name, _ in model.named_parameters()] == names
-    assert all(parameter.requires_grad for parameter in model.parameters()) and all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters()) and all(
+        module.training for module in model.modules()
+    )
     with torch.no_grad():
         assert torch.equal(model.eval()(input_ids=tokens).logits, base)
     with pytest.raises(ModelError, match="this policy is closed"):
@@ -442,11 +554,14 @@ def test_a_model_can_be_wrapped_again_after_close():
 
 def test_a_second_policy_on_one_model_closes_the_first(caplog):
     model, tokens = tiny_model("gpt2").train(), random_tokens(2, 9)
-    modules, fresh = [type(module) for module in model.modules()], load_policy(copy.deepcopy(model))(tokens).logits
+    modules, fresh = (
+        [type(module) for module in model.modules()],
+        load_policy(copy.deepcopy(model))(tokens).logits,
+    )
     first = load_policy(model)  # as in a notebook whose cell runs twice
     perturb(first)
     second = load_policy(model, lora=LoraSettings(r=2))
-    assert "this model was another policy's: that one is closed" in caplog.text
+    assert "this model was another policy's: that policy is closed" in caplog.text
     assert torch.equal(second(tokens).logits, fresh)
     with pytest.raises(ModelError, match="this policy is closed"):
         first(tokens)
@@ -473,7 +588,9 @@ def test_a_failed_start_leaves_the_model_as_it_was(monkeypatch):
     modules = [type(module) for module in model.modules()]
     with pytest.raises(ConfigError, match=r"LoRA layers=4, but the model has 3 blocks; use 1 to 3"):
         load_policy(model, lora=LoraSettings(layers=4))
-    monkeypatch.setattr(LocalPolicy, "project", lambda self, hidden: 2 * self._head(hidden))  # as if the model scaled its logits
+    monkeypatch.setattr(
+        LocalPolicy, "project", lambda self, hidden: 2 * self._head(hidden)
+    )  # as if the model scaled its logits
     with pytest.raises(ModelError, match="such models are not supported"):
         load_policy(model)
     assert [type(module) for module in model.modules()] == modules
@@ -495,8 +612,14 @@ def test_the_global_generator_is_left_alone(tmp_path):
 def test_same_seed_same_adapter_whatever_else_is_adapted():
     first, again, other = (tensors_of(load_policy(tiny_model("bloom"), seed=seed)) for seed in (3, 3, 4))
     assert_same_tensors(first, again)
-    assert all(not torch.equal(first[name], other[name]) for name in first if "lora_A" in name or name == "value_head.weight")
-    part = load_policy(tiny_model("bloom"), seed=3, lora=LoraSettings(layers=1, targets="dense")).adapter_parameters()
+    assert all(
+        not torch.equal(first[name], other[name])
+        for name in first
+        if "lora_A" in name or name == "value_head.weight"
+    )
+    part = load_policy(
+        tiny_model("bloom"), seed=3, lora=LoraSettings(layers=1, targets="dense")
+    ).adapter_parameters()
     assert len(part) == 2 and all(torch.equal(tensor, first[name]) for name, tensor in part.items())
 
 
@@ -507,7 +630,9 @@ def test_first_values_are_uniform_within_the_bound():
             assert not tensor.any()
         else:
             bound = 1 / math.sqrt(tensor.shape[1])
-            assert 0.99 * bound < tensor.abs().max() <= bound and tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+            assert 0.99 * bound < tensor.abs().max() <= bound and tensor.std().item() == pytest.approx(
+                bound / math.sqrt(3), rel=0.03
+            )
 
 
 # Loading: directories, objects, refusals
@@ -528,7 +653,9 @@ def test_the_base_models_name_is_in_the_saved_adapter(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(directory)
 
 
-@pytest.mark.parametrize(("architecture", "limit"), [("gpt2", 64), ("llama", 64), ("opt", 64), ("mpt", 64), ("bloom", None)])
+@pytest.mark.parametrize(
+    ("architecture", "limit"), [("gpt2", 64), ("llama", 64), ("opt", 64), ("mpt", 64), ("bloom", None)]
+)
 def test_the_models_length_limit(architecture, limit):
     policy = load_policy(tiny_model(architecture))
     assert policy.max_length == limit
@@ -547,7 +674,10 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path, caplog):
     directory = tiny.random_bloom(tmp_path / "model", layers=1, hidden=32)
     (directory / "tokenizer.json").write_text("{cut")
     assert load_policy(directory).tokenizer is None
-    assert re.search("the tokenizer in .*model cannot be loaded, so prompts must be token ids: JSONDecodeError", caplog.text)
+    assert re.search(
+        "the tokenizer in .*model cannot be loaded, so prompts must be token ids: JSONDecodeError",
+        caplog.text,
+    )
     caplog.clear()
     for path in directory.glob("*token*"):
         path.unlink()
@@ -565,7 +695,15 @@ def directory_with(tmp_path, **files):
     return tmp_path
 
 
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB, "decoder_start_token_id": 1}
+T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": VOCAB,
+    "decoder_start_token_id": 1,
+}
 
 
 def t5_directory(tmp_path):
@@ -581,7 +719,11 @@ def damaged_model(tmp_path):
 
 def model_of_other_shape(tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path)
-    save_file({"transformer.wte.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"transformer.wte.weight": torch.zeros(3, 3)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return tmp_path
 
 
@@ -593,7 +735,9 @@ def checkpoint_without_head(tmp_path):
 def model_with_its_own_code(tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config.update(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    config.update(
+        model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    )
     return directory_with(tmp_path, config__json=json.dumps(config))
 
 
@@ -605,13 +749,22 @@ def model_with_its_own_code(tmp_path):
         (lambda path: "some/where/else", "there is no directory some/where/else"),
         (lambda path: directory_with(path, file="x") / "file", "file is a file; point to the directory"),
         (lambda path: path, "has no config.json; point to a directory written by save_pretrained"),
-        (lambda path: directory_with(path, config__json="{}"), "has a config.json but no weights; expected one of model.safetensors, "),
-        (lambda path: directory_with(path, config__json="{", pytorch_model__bin=""), "neither a model directory here nor"),
+        (
+            lambda path: directory_with(path, config__json="{}"),
+            "has a config.json but no weights; expected one of model.safetensors, ",
+        ),
+        (
+            lambda path: directory_with(path, config__json="{", pytorch_model__bin=""),
+            "neither a model directory nor",
+        ),
         (damaged_model, "the weights of .* cannot be loaded: "),
         (model_of_other_shape, "the weights of .* cannot be loaded: "),
         (t5_directory, r"is an encoder-decoder model \(t5\); only decoder-only"),
         (checkpoint_without_head, "1 weights are missing in the checkpoint of .*, e.g. lm_head.weight"),
-        (model_with_its_own_code, r"comes with code of its own, .*trust_remote_code=True\) and pass the model"),
+        (
+            model_with_its_own_code,
+            r"comes with code of its own, .*trust_remote_code=True\) and pass the model",
+        ),
         (lambda path: 7, "model must be a directory, a hub id or a transformers model, got int"),
     ],
 )
@@ -652,18 +805,24 @@ def test_an_adapter_beside_the_models_weights(tmp_path):
     model.save_pretrained(tmp_path)
     policy = load_policy(tmp_path)
     with pytest.raises(
-        AdapterError, match="holds a model, which transformers would load with the adapter in it: give a directory of its own"
+        AdapterError,
+        match="holds a model, which transformers would load with the adapter in it: give the adapter a directory of its own",
     ):
         policy.save_adapter(tmp_path)
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"holds a model and, beside its weights, an adapter: move adapter_config\.json and "):
+    with pytest.raises(
+        ModelError, match=r"holds a model and, beside its weights, an adapter: move adapter_config\.json and "
+    ):
         load_policy(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": torch.bfloat16}, r"dtype=torch.bfloat16, but the model is loaded in torch.float32: convert it with model.to\(dtype\)"),
+        (
+            {"dtype": torch.bfloat16},
+            r"dtype=torch.bfloat16, but the model is loaded in torch.float32: convert it with model.to\(dtype\)",
+        ),
         ({"dtype": "float16"}, "dtype='float16', but the model is loaded in torch.float32"),
         ({"device": "meta"}, r"device='meta', but the model is on cpu: move it with model.to\(device\)"),
         ({"device": "banana"}, "device='banana' cannot be used on this machine: .*banana"),
@@ -674,7 +833,11 @@ def test_a_model_object_is_taken_as_it_is(options, message):
     model = tiny_model("gpt2")
     with pytest.raises(ConfigError, match=message):
         load_policy(model, **options)
-    for agreeing in ({"dtype": "float32", "device": "cpu"}, {"dtype": torch.float32, "device": torch.device("cpu")}, {"dtype": "auto"}):
+    for agreeing in (
+        {"dtype": "float32", "device": "cpu"},
+        {"dtype": torch.float32, "device": torch.device("cpu")},
+        {"dtype": "auto"},
+    ):
         load_policy(model, **agreeing).close()
 
 
@@ -688,7 +851,10 @@ def test_devices_that_do_not_exist(device, tmp_path):
 def test_device_0_is_not_no_device(tmp_path, monkeypatch):
     tiny_model("gpt2").save_pretrained(tmp_path)
     asked = []
-    monkeypatch.setattr("textrl_swarm.local_policy._usable_device", lambda device: asked.append(device) or torch.device("cpu"))
+    monkeypatch.setattr(
+        "textrl_swarm.policies.local._usable_device",
+        lambda device: asked.append(device) or torch.device("cpu"),
+    )
     load_policy(tmp_path, device=0)
     assert asked == [0]
 
@@ -701,10 +867,16 @@ def spoiled(model, factor):
 
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [(lambda: spoiled(tiny_model("gpt2"), float("nan")), "float32"), (lambda: spoiled(tiny_model("gpt2"), 1e6).half(), "float16")],
+    [
+        (lambda: spoiled(tiny_model("gpt2"), float("nan")), "float32"),
+        (lambda: spoiled(tiny_model("gpt2"), 1e6).half(), "float16"),
+    ],
 )
 def test_numbers_that_are_not_finite_are_not_taken_for_something_else(make, dtype):
-    with pytest.raises(ModelError, match=f"computes NaN or infinite numbers in torch.{dtype}: its weights are damaged, or too large"):
+    with pytest.raises(
+        ModelError,
+        match=f"computes NaN or infinite numbers in torch.{dtype}: its weights are damaged, or too large",
+    ):
         load_policy(make())
 
 
@@ -756,19 +928,30 @@ def test_half_precision_base_with_fp32_adapter_and_head(architecture, dtype, tmp
     assert {p.dtype for p in policy.trainable_parameters().values()} == {torch.float32}
     assert {p.dtype for p in policy._peft.parameters() if id(p) not in adapted} == {half}
     with torch.no_grad():
-        out, expected = policy(tokens), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=half)(input_ids=tokens).logits
+        out, expected = (
+            policy(tokens),
+            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=half)(input_ids=tokens).logits,
+        )
     assert torch.equal(out.logits, expected) and out.values.dtype == torch.float32
     start = tensors_of(policy)
     losses = optimizer_steps(policy, 4)
     assert losses[-1] < losses[0]
-    assert all(torch.isfinite(p).all() and not torch.equal(p, start[name]) for name, p in policy.trainable_parameters().items())
+    assert all(
+        torch.isfinite(p).all() and not torch.equal(p, start[name])
+        for name, p in policy.trainable_parameters().items()
+    )
     rollout = policy.generate([[4, 5, 6], [7]], SamplingConfig(max_new_tokens=6, seed=0))
-    assert rollout.old_logprobs.dtype == rollout.values.dtype == torch.float32 and torch.isfinite(rollout.old_logprobs).all()
+    assert (
+        rollout.old_logprobs.dtype == rollout.values.dtype == torch.float32
+        and torch.isfinite(rollout.old_logprobs).all()
+    )
 
 
 def quantised_storage(model):
     """Every tensor of the base model that a forward reads, quantisation constants included."""
-    found = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if ".lora_" not in name}
+    found = {
+        name: tensor.detach().clone() for name, tensor in model.named_parameters() if ".lora_" not in name
+    }
     for name, parameter in model.named_parameters():
         for constant in ("CB", "SCB"):
             if isinstance(getattr(parameter, constant, None), torch.Tensor):
@@ -786,14 +969,19 @@ def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         policy = load_policy(tmp_path / "base", quantization=quantization, device="cpu")
         storage = quantised_storage(policy._model)
-        assert {str(t.dtype) for t in storage.values()} >= {"torch.int8" if quantization == "8bit" else "torch.uint8"}
+        assert {str(t.dtype) for t in storage.values()} >= {
+            "torch.int8" if quantization == "8bit" else "torch.uint8"
+        }
         start = tensors_of(policy)
         with torch.no_grad():
             base = policy(tokens).logits
         assert (base - model(input_ids=tokens).logits).abs().max() > 0  # it is quantised
         losses = optimizer_steps(policy, 4)
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-    assert all(torch.isfinite(p).all() and not torch.equal(p, start[name]) for name, p in policy.trainable_parameters().items())
+    assert all(
+        torch.isfinite(p).all() and not torch.equal(p, start[name])
+        for name, p in policy.trainable_parameters().items()
+    )
     assert_same_tensors(quantised_storage(policy._model), storage)
     with torch.no_grad(), policy.adapter_disabled():
         assert torch.equal(policy(tokens).logits, base)
@@ -804,8 +992,12 @@ def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, cap
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32,
     }  # fmt: skip
     quantised = BitsAndBytesConfig(**settings)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised, device_map={"": "cpu"})
-    keep_differentiable(plain)  # else bitsandbytes itself fails on these narrow layers, on processors with AVX512-BF16
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantised, device_map={"": "cpu"}
+    )
+    keep_differentiable(
+        plain
+    )  # else bitsandbytes itself fails on these narrow layers, on processors with AVX512-BF16
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(input_ids=tokens).logits
         torch.testing.assert_close(policy(tokens).logits, expected, rtol=1e-4, atol=1e-4)
@@ -816,36 +1008,56 @@ def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, cap
 def test_a_4bit_model_that_was_repacked_for_inference_is_refused(tmp_path):
     tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=options, device_map={"": "cpu"}
+    )
     # What a forward in evaluation mode does on processors with AVX512-BF16, and only there
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ModelError, match=r"repacked .* for inference, at its first forward.*load the model again and make"):
+    with pytest.raises(
+        ModelError, match=r"repacked .* for inference, at its first forward.*load the model again and make"
+    ):
         load_policy(model)
 
 
 def test_a_4bit_head(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["none"])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
+    options = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["none"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=options, device_map={"": "cpu"}
+    )
     assert model.lm_head.weight.dtype == torch.uint8
     policy = load_policy(model)
-    assert (policy.vocab_size, policy.hidden_size) == (VOCAB, 32) and policy(random_tokens(2, 5)).logits.shape == (2, 5, VOCAB)
+    assert (policy.vocab_size, policy.hidden_size) == (VOCAB, 32) and policy(
+        random_tokens(2, 5)
+    ).logits.shape == (2, 5, VOCAB)
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_quantization_that_reaches_no_layer_or_few_is_told(quantization, tmp_path, caplog):
-    tiny_model("falcon").save_pretrained(tmp_path / "falcon")  # its linear layers are of a class that transformers does not quantise
-    with pytest.raises(ModelError, match=rf"quantization='{quantization}' reaches no weight in the blocks of FalconForCausalLM .*leave"):
+    tiny_model("falcon").save_pretrained(
+        tmp_path / "falcon"
+    )  # its linear layers are of a class that transformers does not quantise
+    with pytest.raises(
+        ModelError,
+        match=rf"quantization='{quantization}' reaches no weight in the blocks of FalconForCausalLM .*leave",
+    ):
         load_policy(tmp_path / "falcon", quantization=quantization, device="cpu")
     tiny_model("mixtral").save_pretrained(tmp_path / "mixtral")  # its experts are one tensor per block
     load_policy(tmp_path / "mixtral", quantization=quantization, device="cpu")
-    assert f"quantization='{quantization}' leaves 9" in caplog.text and " % of the bytes in the blocks of MixtralForCausalLM" in caplog.text
+    assert (
+        f"quantization='{quantization}' leaves 9" in caplog.text
+        and " % of the bytes in the blocks of MixtralForCausalLM" in caplog.text
+    )
 
 
 def test_a_machine_without_bitsandbytes_is_told_what_to_type(tmp_path, monkeypatch):
     tiny_model("gpt2").save_pretrained(tmp_path / "base")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=r"quantization='8bit' needs bitsandbytes; type: pip install bitsandbytes"):
+    with pytest.raises(
+        ConfigError, match=r"quantization='8bit' needs bitsandbytes; type: pip install bitsandbytes"
+    ):
         load_policy(tmp_path / "base", quantization="8bit")
 
 

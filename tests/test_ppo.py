@@ -12,14 +12,15 @@ from architectures import character_tokenizer, perturb, tiny_model
 from plain_peft import PlainPeft, connect, difference, fill, random_tokens
 from torch import Tensor
 
-from textrl_swarm.actor import TextRLActor
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
-from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import RewardError
-from textrl_swarm.policy import Policy, load_policy
-from textrl_swarm.ppo import PPO
-from textrl_swarm.returns import place_scores
-from textrl_swarm.training import train
+from textrl_swarm.learning.loop import train
+from textrl_swarm.learning.ppo import PPO
+from textrl_swarm.maths.returns import place_scores
+from textrl_swarm.policies.base import Policy
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.textrl.actor import TextRLActor
+from textrl_swarm.textrl.env import TextRLEnv
 from textrl_swarm.types import RolloutBatch
 
 EOS = 0
@@ -39,7 +40,9 @@ def make_policy(tiny_bloom) -> Callable[..., Policy]:
     return make
 
 
-def make_rollout(rows: list[tuple[list[int], list[int]]], temperature: float = 1.0, pad: int = 1, extra: int = 0) -> RolloutBatch:
+def make_rollout(
+    rows: list[tuple[list[int], list[int]]], temperature: float = 1.0, pad: int = 1, extra: int = 0
+) -> RolloutBatch:
     """Given prompts and responses as a batch; `extra` columns of padding more than needed."""
     lengths = torch.tensor([len(response) for _, response in rows])
     tokens = torch.full((len(rows), max(len(p) + len(r) for p, r in rows) + extra), pad)
@@ -90,12 +93,16 @@ class ByHand:
 
     def __init__(self, plain: PlainPeft, config: PPOConfig):
         self.plain, self.config = plain, config
-        self.adapter = {n.replace(".default.", "."): p for n, p in plain.model.named_parameters() if p.requires_grad}
+        self.adapter = {
+            n.replace(".default.", "."): p for n, p in plain.model.named_parameters() if p.requires_grad
+        }
         self.parameters = [*self.adapter.values(), *plain.head.values()]
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
         self.steps = self.updates = 0
 
-    def score(self, prompt: list[int], response: list[int], temperature: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def score(
+        self, prompt: list[int], response: list[int], temperature: float
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per response token its logprob, the entropy there and the value before it; then the value of the last state."""
         out = self.plain.model(torch.tensor([prompt + response]), output_hidden_states=True)
         logprobs, entropies, values = [], [], []
@@ -127,7 +134,9 @@ class ByHand:
             kl = [float(a - b) for a, b in zip(old[i][0], ref[i], strict=True)]
             shaped = [float(r) - config.kl_coef * k for r, k in zip(rewards[i], kl, strict=False)]
             values = [float(v) for v in old[i][2]]
-            advantages.append(self.advantages(shaped, values, response[-1] == EOS or not config.bootstrap_truncated))
+            advantages.append(
+                self.advantages(shaped, values, response[-1] == EOS or not config.bootstrap_truncated)
+            )
             returns.append([a + v for a, v in zip(advantages[i], values, strict=False)])
         flat = [a for row in advantages for a in row]
         if config.whiten_advantages:
@@ -145,12 +154,15 @@ class ByHand:
                     error = (values[t] - returns[i][t]) ** 2
                     if config.value_clip_range is not None:
                         before = old[i][2][t]
-                        near = before + (values[t] - before).clamp(-config.value_clip_range, config.value_clip_range)
+                        near = before + (values[t] - before).clamp(
+                            -config.value_clip_range, config.value_clip_range
+                        )
                         error = torch.maximum(error, (near - returns[i][t]) ** 2)
                     loss = loss - gain + config.value_coef * error / 2 - config.entropy_coef * entropies[t]
             decay = config.lr_decay_updates
             self.step(
-                torch.autograd.grad(loss / len(flat), self.parameters), config.lr * (1.0 if decay is None else 1 - self.updates / decay)
+                torch.autograd.grad(loss / len(flat), self.parameters),
+                config.lr * (1.0 if decay is None else 1 - self.updates / decay),
             )
         self.updates += 1
 
@@ -160,12 +172,16 @@ class ByHand:
         scale = min(1.0, self.config.max_grad_norm / norm)
         self.steps += 1
         with torch.no_grad():
-            for parameter, gradient, (first, second) in zip(self.parameters, gradients, self.moments, strict=True):
+            for parameter, gradient, (first, second) in zip(
+                self.parameters, gradients, self.moments, strict=True
+            ):
                 gradient = gradient * scale
                 first.mul_(0.9).add_(0.1 * gradient)
                 second.mul_(0.999).add_(0.001 * gradient**2)
                 parameter.mul_(1 - lr * self.config.weight_decay)
-                direction = (first / (1 - 0.9**self.steps)) / ((second / (1 - 0.999**self.steps)).sqrt() + self.config.adam_eps)
+                direction = (first / (1 - 0.9**self.steps)) / (
+                    (second / (1 - 0.999**self.steps)).sqrt() + self.config.adam_eps
+                )
                 parameter.sub_(lr * direction)
 
 
@@ -185,7 +201,18 @@ class ByHand:
             ),
             0.7,
         ),
-        (PPOConfig(lr=1e-2, epochs=3, gamma=0.9, gae_lambda=0.8, value_clip_range=None, value_coef=1.0, whiten_advantages=False), 1.3),
+        (
+            PPOConfig(
+                lr=1e-2,
+                epochs=3,
+                gamma=0.9,
+                gae_lambda=0.8,
+                value_clip_range=None,
+                value_coef=1.0,
+                whiten_advantages=False,
+            ),
+            1.3,
+        ),
         (PPOConfig(lr=1e-2, epochs=4, max_grad_norm=0.05, gae_lambda=1.0, kl_coef=0.0), 1.0),
         (PPOConfig(lr=1e-2, epochs=2, lr_decay_updates=3), 1.0),
     ],
@@ -211,7 +238,9 @@ def test_two_updates_by_hand(make_policy, tmp_path, config, temperature):
 # ------------------------------------------------------------------------------------------ the first pass
 
 
-FILTERED = SamplingConfig(max_new_tokens=8, temperature=0.8, top_k=6, top_p=0.9, repetition_penalty=1.5, num_samples=4, seed=3)
+FILTERED = SamplingConfig(
+    max_new_tokens=8, temperature=0.8, top_k=6, top_p=0.9, repetition_penalty=1.5, num_samples=4, seed=3
+)
 
 
 def sampled(policy: Policy, sampling: SamplingConfig = FILTERED) -> RolloutBatch:
@@ -222,7 +251,9 @@ def assert_first_pass_agrees(policy: Policy) -> None:
     """Also with the logprobs that were taken while sampling, in the cached path, with filters on."""
     rollout = sampled(policy)
     logits = policy(rollout.tokens).logits.detach() / rollout.temperature
-    for row, (start, length) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist(), strict=True)):
+    for row, (start, length) in enumerate(
+        zip(rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist(), strict=True)
+    ):
         expected = logits[row, start - 1 : start + length - 1].log_softmax(-1)
         chosen = rollout.tokens[row, start : start + length]
         ratio = (expected.gather(1, chosen[:, None])[:, 0] - rollout.old_logprobs[row, :length]).exp()
@@ -263,7 +294,12 @@ def test_metrics_of_an_update(make_policy):
     metrics = PPO(make_policy(), PPOConfig(epochs=3, minibatch_size=2)).update(rollout, rewards)
     assert metrics["score"] == pytest.approx(float(rewards.sum()) / len(rows))
     assert metrics["response_tokens"] == sum(len(response) for _, response in rows) / len(rows)
-    assert (metrics["terminated"], metrics["optimizer_steps"], metrics["skipped_steps"], metrics["stopped_early"]) == (0.5, 9, 0, 0)
+    assert (
+        metrics["terminated"],
+        metrics["optimizer_steps"],
+        metrics["skipped_steps"],
+        metrics["stopped_early"],
+    ) == (0.5, 9, 0, 0)
     assert 0 < metrics["entropy"] < math.log(SMALL["vocab"])
     assert all(type(value) is float for value in metrics.values())
 
@@ -296,8 +332,14 @@ def with_constant_value(policy: Policy, value: float) -> Policy:
 
 
 def test_a_response_that_was_cut_may_be_worth_its_last_state_and_one_that_ended_is_not(make_policy):
-    for response, bootstrap, left in (([7, 8, 9], True, 2.0), ([7, 8, EOS], True, 0.0), ([7, 8, 9], False, 0.0)):
-        config = PPOConfig(epochs=1, gae_lambda=1.0, kl_coef=0.0, whiten_advantages=False, bootstrap_truncated=bootstrap)
+    for response, bootstrap, left in (
+        ([7, 8, 9], True, 2.0),
+        ([7, 8, EOS], True, 0.0),
+        ([7, 8, 9], False, 0.0),
+    ):
+        config = PPOConfig(
+            epochs=1, gae_lambda=1.0, kl_coef=0.0, whiten_advantages=False, bootstrap_truncated=bootstrap
+        )
         rollout = make_rollout([([5, 6], response)])
         metrics = PPO(with_constant_value(make_policy(), 2.0), config).update(rollout, torch.zeros(1, 3))
         # reward 0 everywhere: the return is what is left at the end, the advantage that minus 2
@@ -305,7 +347,9 @@ def test_a_response_that_was_cut_may_be_worth_its_last_state_and_one_that_ended_
         assert metrics["policy_loss"] == pytest.approx(2.0 - left)
 
 
-def updated(policy: Policy, rollout: RolloutBatch, rewards: Tensor, config: PPOConfig | None = None) -> tuple[dict[str, Tensor], dict]:
+def updated(
+    policy: Policy, rollout: RolloutBatch, rewards: Tensor, config: PPOConfig | None = None
+) -> tuple[dict[str, Tensor], dict]:
     ppo = PPO(policy, config or PPOConfig(lr=1e-2, entropy_coef=0.01))
     for _ in range(2):
         metrics = ppo.update(rollout, rewards)
@@ -328,7 +372,9 @@ def test_more_padding_changes_nothing(make_policy):
     rollout, wider = make_rollout(some_rows()), make_rollout(some_rows(), extra=5)
     rewards = some_rewards(rollout)
     expected, metrics = updated(make_policy(filled=1), rollout, rewards)
-    found, found_metrics = updated(make_policy(filled=1), wider, torch.nn.functional.pad(rewards, (0, 5), value=9.0))
+    found, found_metrics = updated(
+        make_policy(filled=1), wider, torch.nn.functional.pad(rewards, (0, 5), value=9.0)
+    )
     assert largest_difference(found, expected) < 1e-6
     assert found_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
@@ -337,10 +383,14 @@ def test_the_order_of_rows_changes_nothing(make_policy):
     rows, order = some_rows(), [3, 0, 5, 1, 4, 2]
     rewards = some_rewards(make_rollout(rows))
     expected, metrics = updated(make_policy(filled=1), make_rollout(rows), rewards)
-    found, found_metrics = updated(make_policy(filled=1), make_rollout([rows[i] for i in order]), rewards[order])
+    found, found_metrics = updated(
+        make_policy(filled=1), make_rollout([rows[i] for i in order]), rewards[order]
+    )
     assert largest_difference(found, expected) < 1e-5
     assert found_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
-    swapped, _ = updated(make_policy(filled=1), make_rollout([rows[i] for i in order]), rewards)  # the wrong rows' rewards
+    swapped, _ = updated(
+        make_policy(filled=1), make_rollout([rows[i] for i in order]), rewards
+    )  # the wrong rows' rewards
     assert largest_difference(swapped, expected) > 1e-3
 
 
@@ -348,7 +398,7 @@ def test_a_row_counts_by_its_tokens_however_rollouts_are_scored(make_policy, mon
     """Scoring goes in parts of some rows; the parts must fit together."""
     rollout = make_rollout(some_rows())
     expected, _ = updated(make_policy(filled=1), rollout, some_rewards(rollout))
-    monkeypatch.setattr("textrl_swarm.ppo._SCORING_ROWS", 4)
+    monkeypatch.setattr("textrl_swarm.learning.ppo._EVALUATION_ROWS", 4)
     found, _ = updated(make_policy(filled=1), rollout, some_rewards(rollout))
     assert largest_difference(found, expected) < 1e-5
 
@@ -359,7 +409,9 @@ def test_minibatches_hold_each_row_once_per_epoch(make_policy, size):
     batches = [rows.tolist() for rows in ppo._minibatches(10)]
     per_epoch = math.ceil(10 / size)
     assert len(batches) == 3 * per_epoch
-    epochs = [[row for rows in batches[i * per_epoch : (i + 1) * per_epoch] for row in rows] for i in range(3)]
+    epochs = [
+        [row for rows in batches[i * per_epoch : (i + 1) * per_epoch] for row in rows] for i in range(3)
+    ]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert max(map(len, batches)) == min(size, 10)
@@ -379,7 +431,9 @@ def test_what_is_trained_on_is_each_row_of_the_rollout_once(make_policy, monkeyp
 
     monkeypatch.setattr(policy, "hidden_states", hidden_states)
     PPO(policy, PPOConfig(epochs=2, minibatch_size=4)).update(rollout, some_rewards(rollout))
-    texts = ["".join(map(chr, row)).rstrip(chr(1)) for row in trained]  # minibatches are cut to their longest row
+    texts = [
+        "".join(map(chr, row)).rstrip(chr(1)) for row in trained
+    ]  # minibatches are cut to their longest row
     expected = sorted("".join(map(chr, prompt + response)) for prompt, response in some_rows())
     assert sorted(texts[:6]) == sorted(texts[6:]) == expected
 
@@ -401,7 +455,11 @@ def test_gradients_are_scaled_down_to_the_norm(make_policy):
     def moved(max_grad_norm: float) -> tuple[float, float]:
         policy = make_policy(filled=1)
         before = parameters_of(policy)
-        ppo = PPO(policy, PPOConfig(epochs=1, max_grad_norm=max_grad_norm), lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+        ppo = PPO(
+            policy,
+            PPOConfig(epochs=1, max_grad_norm=max_grad_norm),
+            lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        )
         norm = ppo.update(rollout, some_rewards(rollout))["grad_norm"]
         after = parameters_of(policy)
         return norm, math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in before))
@@ -426,7 +484,9 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_leaves_everything_as_it_wa
     assert (ppo.num_skipped, ppo.num_steps, ppo.num_updates) == (4, 0, 1)
     assert (metrics["skipped_steps"], metrics["optimizer_steps"]) == (4, 0)
     assert "policy_loss" in metrics and math.isnan(metrics["policy_loss"])
-    assert [r.message for r in caplog.records if "skipped" in r.message][-1].endswith("not finite (4 skipped so far)")
+    assert [r.message for r in caplog.records if "skipped" in r.message][-1].endswith(
+        "not finite (4 skipped so far)"
+    )
     after = parameters_of(policy)
     assert all(torch.equal(after[name], before[name]) for name in before if name != "value_head.bias")
     assert not ppo.optimizer.state_dict()["state"]
@@ -445,7 +505,12 @@ def test_a_gradient_that_is_not_finite_skips_its_own_step_only(make_policy):
 
     policy.value_head.bias.register_hook(broken_once)
     metrics = ppo.update(rollout, some_rewards(rollout))
-    assert (metrics["optimizer_steps"], metrics["skipped_steps"], ppo.num_steps, ppo.num_skipped) == (2, 1, 2, 1)
+    assert (metrics["optimizer_steps"], metrics["skipped_steps"], ppo.num_steps, ppo.num_skipped) == (
+        2,
+        1,
+        2,
+        1,
+    )
     assert largest_difference(calls[1], calls[0]) > 0
     assert largest_difference(calls[2], calls[1]) == 0
     assert math.isfinite(metrics["policy_loss"]) and math.isfinite(metrics["grad_norm"])
@@ -467,7 +532,10 @@ def test_an_exploding_policy_is_survived(make_policy):
         (torch.zeros(6, 7), r"shape \(6, 6\), got \(6, 7\)"),
         (torch.zeros(5, 6), r"got \(5, 6\)"),
         (torch.full((6, 6), math.nan), "reward of response 0, token 0 is nan"),
-        (torch.zeros(6, 6).index_put((torch.tensor(4), torch.tensor(3)), torch.tensor(math.inf)), "response 4, token 3 is inf"),
+        (
+            torch.zeros(6, 6).index_put((torch.tensor(4), torch.tensor(3)), torch.tensor(math.inf)),
+            "response 4, token 3 is inf",
+        ),
     ],
     ids=["flat", "wide", "short", "nan", "inf"],
 )
@@ -526,10 +594,14 @@ def test_the_learning_rate_falls_with_the_updates_and_goes_on_falling(make_polic
     rollout = make_rollout(some_rows())
     config = PPOConfig(lr=0.01, epochs=1, lr_decay_updates=4)
     ppo = PPO(make_policy(), config)
-    assert [ppo.update(rollout, some_rewards(rollout))["lr"] for _ in range(2)] == pytest.approx([0.01, 0.0075])
+    assert [ppo.update(rollout, some_rewards(rollout))["lr"] for _ in range(2)] == pytest.approx(
+        [0.01, 0.0075]
+    )
     resumed = PPO(make_policy(), config)
     resumed.load_state_dict(ppo.state_dict())
-    assert [resumed.update(rollout, some_rewards(rollout))["lr"] for _ in range(3)] == pytest.approx([0.005, 0.0025, 0])
+    assert [resumed.update(rollout, some_rewards(rollout))["lr"] for _ in range(3)] == pytest.approx(
+        [0.005, 0.0025, 0]
+    )
     changed = PPO(make_policy(), dataclasses.replace(config, lr=0.1))
     changed.load_state_dict(ppo.state_dict())
     assert changed.update(rollout, some_rewards(rollout))["lr"] == pytest.approx(0.05)
@@ -555,13 +627,18 @@ class Letters(TextRLEnv):
     wanted = "e"
 
     def get_reward(self, input_item, predicted_list, finish):
-        return [sum(token in self.wanted for token in tokens) / len(tokens) if finish else 0.0 for tokens in predicted_list]
+        return [
+            sum(token in self.wanted for token in tokens) / len(tokens) if finish else 0.0
+            for tokens in predicted_list
+        ]
 
 
 def letter_agent(policy: Policy, wanted: str = "e", **fields):
     env = Letters(None, policy.tokenizer, ["the soup", "my coffee was", "a"], max_length=8, compare_sample=8)
     env.wanted = wanted
-    agent = TextRLActor(env, policy, seed=0).agent_ppo(**{"minibatch_size": 96, "epochs": 4, "lr": 1e-2, "kl_coef": 0.0, **fields})
+    agent = TextRLActor(env, policy, seed=0).agent_ppo(
+        **{"minibatch_size": 96, "epochs": 4, "lr": 1e-2, "kl_coef": 0.0, **fields}
+    )
     return agent, env
 
 
@@ -584,8 +661,13 @@ def test_it_does_not_learn_from_the_rewards_of_other_rows(make_policy, monkeypat
         return learn(rollout, place_scores(scores, rollout.response_mask))
 
     monkeypatch.setattr(agent, "learn", learn_shuffled)
-    scores = [float(i.collected.scores.mean()) for i in train(agent, env, iterations=ITERATIONS, prompts_per_iteration=3)]
-    assert max(scores) < 0.5 and sum(scores[-5:]) / 5 < 0.3  # a policy rewarded at random drifts, but not there
+    scores = [
+        float(i.collected.scores.mean())
+        for i in train(agent, env, iterations=ITERATIONS, prompts_per_iteration=3)
+    ]
+    assert (
+        max(scores) < 0.5 and sum(scores[-5:]) / 5 < 0.3
+    )  # a policy rewarded at random drifts, but not there
 
 
 def test_the_penalty_holds_the_policy_near_its_base(make_policy):
@@ -670,6 +752,10 @@ def test_the_ratio_is_one_where_numbers_depend_on_what_is_computed_together(tmp_
     with load_policy(tmp_path, quantization="8bit", lora=LoraSettings(r=2)) as policy:
         assert policy.rounds_by_batch
         perturb(policy)
-        rollout = policy.generate(["the soup", "a", "my phone"], SamplingConfig(max_new_tokens=8, num_samples=4, seed=0))
-        metrics = PPO(policy, PPOConfig(minibatch_size=minibatch_size, epochs=1)).update(rollout, torch.rand(rollout.response_mask.shape))
+        rollout = policy.generate(
+            ["the soup", "a", "my phone"], SamplingConfig(max_new_tokens=8, num_samples=4, seed=0)
+        )
+        metrics = PPO(policy, PPOConfig(minibatch_size=minibatch_size, epochs=1)).update(
+            rollout, torch.rand(rollout.response_mask.shape)
+        )
         assert metrics["ratio_first_pass_max_deviation"] == 0

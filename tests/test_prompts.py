@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from textrl_swarm.errors import PromptError
-from textrl_swarm.prompts import load_prompts
+from textrl_swarm.runs.prompts import load_prompts
 
 
 def test_lists():
@@ -20,7 +20,11 @@ def test_lists():
     [
         ("p.txt", "one\n\n two \r\nthree", [{"input": "one"}, {"input": " two "}, {"input": "three"}]),
         ("p.md", "ein ü\u2028zwei", [{"input": "ein ü\u2028zwei"}]),
-        ("p.jsonl", '{"input": "one", "target": [1]}\n\n"two"\n', [{"input": "one", "target": [1]}, {"input": "two"}]),
+        (
+            "p.jsonl",
+            '{"input": "one", "target": [1]}\n\n"two"\n',
+            [{"input": "one", "target": [1]}, {"input": "two"}],
+        ),
         ("p.ndjson", '"ü"', [{"input": "ü"}]),
         ("p.json", '["one", {"input": "two"}]', [{"input": "one"}, {"input": "two"}]),
         ("p.txt", "\ufeffone", [{"input": "one"}]),
@@ -75,7 +79,10 @@ def dataset(tmp_path):
 
 def test_datasets(dataset):
     found = load_prompts({"dataset": dataset, "column": "text", "limit": 2})
-    assert found == [{"input": "review 0", "text": "review 0", "label": 0}, {"input": "review 1", "text": "review 1", "label": 1}]
+    assert found == [
+        {"input": "review 0", "text": "review 0", "label": 0},
+        {"input": "review 1", "text": "review 1", "label": 1},
+    ]
     assert len(load_prompts({"dataset": dataset, "column": "text", "limit": 99})) == 5
     assert load_prompts({"dataset": f"{dataset}/train.jsonl", "column": "text", "limit": 2}) == found
 
@@ -103,7 +110,10 @@ def test_without_the_package_datasets(dataset, monkeypatch):
         ({"column": "text", "limit": True}, "limit must be a whole number >= 1, got True"),
         ({"column": "text", "split": None}, "(split 'None') cannot be loaded"),
         ({"column": "label"}, "the input must be a text"),
-        ({"dataset": "nobody/nothing-like-this"}, "'nobody/nothing-like-this' (split 'train') cannot be loaded"),
+        (
+            {"dataset": "nobody/nothing-like-this"},
+            "'nobody/nothing-like-this' (split 'train') cannot be loaded",
+        ),
     ],
 )
 def test_datasets_that_are_refused(dataset, source, told):
@@ -122,7 +132,7 @@ def test_datasets_that_are_refused(dataset, source, told):
         ({"dataset": None}, "need the key"),
         (None, "got None"),
         (5, "got 5"),
-        ("Tell me a story. " * 40, "a single prompt goes in a list"),
+        ("Tell me a story. " * 40, "put a single prompt in a list"),
     ],
 )
 def test_lists_that_are_refused(source, told):

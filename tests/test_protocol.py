@@ -14,12 +14,23 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import split_for_streaming
 
-from textrl_swarm.errors import AddressError, ConfigError, RemoteFailure
-from textrl_swarm.swarm.adapter_store import AdapterMissing, AdapterRefused, AdapterStore
-from textrl_swarm.swarm.handler import LoraHandler
-from textrl_swarm.swarm.local import split_evenly
-from textrl_swarm.swarm.protocol import ENDING, MISSING, REJECTED, AdapterHeader, AdapterSnapshot, digest, is_adapter_key
-from textrl_swarm.swarm.rpc import ServerCalls, Timeouts, Traffic
+from textrl_swarm.config import Timeouts
+from textrl_swarm.errors import AdapterMissing, AdapterRejected, AddressError, ConfigError, RemoteFailure
+from textrl_swarm.models.blocks import split_evenly
+from textrl_swarm.swarm.client.rpc import ServerCalls
+from textrl_swarm.swarm.protocol import (
+    ENDING,
+    AdapterHeader,
+    AdapterLayout,
+    AdapterSnapshot,
+    adapter_missing,
+    adapter_rejected,
+    digest,
+    is_adapter_key,
+)
+from textrl_swarm.swarm.server.adapter_store import AdapterStore
+from textrl_swarm.swarm.stub import ServerStub
+from textrl_swarm.swarm.traffic import Traffic
 
 TARGETS = {"attention.dense": (3, 2), "mlp": (2, 4)}  # path -> (in, out)
 R = 2
@@ -31,7 +42,9 @@ def flat(seed: int = 0) -> torch.Tensor:
 
 
 def snapshot(seed: int = 0, blocks=(0, 1), r: int = R, alpha: float = 4.0) -> AdapterSnapshot:
-    return AdapterSnapshot.take(r, alpha, TARGETS, {block: flat(seed + block) for block in blocks})
+    return AdapterSnapshot.take(
+        AdapterLayout(r, TARGETS), alpha, {block: flat(seed + block) for block in blocks}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- the header
@@ -40,9 +53,9 @@ def snapshot(seed: int = 0, blocks=(0, 1), r: int = R, alpha: float = 4.0) -> Ad
 def test_layout_by_hand():
     """A of the first target row by row, then its B, then the next target's."""
     header = AdapterHeader(R, 4.0, TARGETS, {0: ""})
-    assert header.block_numel == NUMEL
+    assert header.layout.block_numel == NUMEL
     numbers = torch.arange(float(NUMEL))
-    views = header.views(numbers)
+    views = header.layout.views(numbers)
     assert list(views) == list(TARGETS)
     a, b = views["attention.dense"]
     assert a.tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -78,7 +91,10 @@ def test_anything_else_another_key(other):
 
 def test_swapped_targets_are_another_key():
     swapped = dict(reversed(TARGETS.items()))
-    assert AdapterSnapshot.take(R, 4.0, swapped, {0: flat()}).key != AdapterSnapshot.take(R, 4.0, TARGETS, {0: flat()}).key
+    assert (
+        AdapterSnapshot.take(AdapterLayout(R, swapped), 4.0, {0: flat()}).key
+        != AdapterSnapshot.take(AdapterLayout(R, TARGETS), 4.0, {0: flat()}).key
+    )
 
 
 def test_digest_sees_every_bit():
@@ -90,7 +106,10 @@ def test_digest_sees_every_bit():
     assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
 
 
-@pytest.mark.parametrize("name", [None, "", "lora-", "lora-xyz", "artek0chumak/bloom-560m", snapshot().key + "0", snapshot().key.upper()])
+@pytest.mark.parametrize(
+    "name",
+    [None, "", "lora-", "lora-xyz", "artek0chumak/bloom-560m", snapshot().key + "0", snapshot().key.upper()],
+)
 def test_other_names_are_not_adapter_keys(name):
     assert not is_adapter_key(name)
 
@@ -109,7 +128,10 @@ GOOD = json.loads(snapshot().header.encode())
         (json.dumps({**GOOD, "targets": {"mlp": [1]}}).encode(), "malformed adapter header"),
         (json.dumps({**GOOD, "targets": {"mlp": ["many", 1]}}).encode(), "malformed adapter header"),
         (json.dumps({**GOOD, "digests": {"first": ""}}).encode(), "malformed adapter header"),
-        (json.dumps({name: GOOD[name] for name in ("r", "alpha", "targets")}).encode(), "malformed adapter header"),
+        (
+            json.dumps({name: GOOD[name] for name in ("r", "alpha", "targets")}).encode(),
+            "malformed adapter header",
+        ),
         (json.dumps({**GOOD, "r": 0}).encode(), "impossible values: r=0"),
         (json.dumps({**GOOD, "alpha": -1}).encode(), "impossible values: r=2, alpha=-1.0"),
         (json.dumps({**GOOD, "alpha": float("nan")}).encode(), "impossible values: r=2, alpha=nan"),
@@ -135,7 +157,7 @@ def put(store: AdapterStore, adapter: AdapterSnapshot, owner: str = "me", blocks
 ONE = 4 * NUMEL * 2  # bytes of a snapshot's two blocks
 
 
-@pytest.mark.parametrize("error", [AdapterMissing("lora-0", 3), AdapterRefused("too large")])
+@pytest.mark.parametrize("error", [adapter_missing("lora-0", 3), adapter_rejected("too large")])
 def test_errors_survive_the_way_from_process_to_process(error):
     """One that cannot be unpickled ends the thread that receives answers, and every request of that handler hangs."""
     again = pickle.loads(pickle.dumps(error))
@@ -174,10 +196,10 @@ def test_putting_twice_changes_nothing():
 
 def test_missing_names_the_key_and_the_block():
     store, adapter = AdapterStore(10 * ONE, 10 * ONE), snapshot()
-    with pytest.raises(AdapterMissing, match=f"{MISSING}:{adapter.key}:0"):
+    with pytest.raises(AdapterMissing, match=f"ADAPTER_MISSING:{adapter.key}:0"):
         store.get(adapter.key, 0)
     put(store, adapter, blocks=[0])
-    with pytest.raises(AdapterMissing, match=f"{MISSING}:{adapter.key}:1"):
+    with pytest.raises(AdapterMissing, match=f"ADAPTER_MISSING:{adapter.key}:1"):
         store.get(adapter.key, 1)
 
 
@@ -216,7 +238,10 @@ def test_a_client_over_its_quota_loses_its_own():
 def test_an_adapter_beyond_the_limit_is_refused_and_nothing_is_lost():
     store, adapters = AdapterStore(3 * ONE, ONE), [snapshot(), snapshot(10, blocks=(0, 1, 2))]
     put(store, adapters[0])
-    with pytest.raises(AdapterRefused, match=rf"{REJECTED}: {ONE * 3 // 2} bytes of adapter, this server keeps at most {ONE} per client"):
+    with pytest.raises(
+        AdapterRejected,
+        match=rf"ADAPTER_REJECTED: {ONE * 3 // 2} bytes of adapter, this server keeps at most {ONE} per client",
+    ):
         put(store, adapters[1])
     assert held(store, adapters) == [0]
 
@@ -226,7 +251,7 @@ def test_the_limit_holds_for_an_adapter_that_comes_in_pieces():
     store, adapter = AdapterStore(3 * ONE, ONE), snapshot(blocks=(0, 1, 2))
     put(store, adapter, blocks=[0])
     put(store, adapter, blocks=[1])
-    with pytest.raises(AdapterRefused, match="this server keeps at most"):
+    with pytest.raises(AdapterRejected, match="this server keeps at most"):
         put(store, adapter, blocks=[2])
     assert store.size_bytes <= ONE
 
@@ -255,10 +280,14 @@ def test_split_into_too_many(num_servers):
 
 
 def test_addresses_that_are_fine():
-    from textrl_swarm.swarm.client import check_addresses
+    from textrl_swarm.swarm.client.connection import check_addresses
 
     peer = "/p2p/QmS9KwZptnVdB9FFV7uGgaTq4sEKBwcYeKZDfSpyKDUd1g"
-    good = [f"/ip4/10.0.0.7/tcp/31337{peer}", f"/dns4/swarm.example.org/tcp/80{peer}", f"/ip6/::1/udp/9/quic-v1{peer}"]
+    good = [
+        f"/ip4/10.0.0.7/tcp/31337{peer}",
+        f"/dns4/swarm.example.org/tcp/80{peer}",
+        f"/ip6/::1/udp/9/quic-v1{peer}",
+    ]
     assert check_addresses(good[:2]) == good[:2]
     assert check_addresses(good[0]) == [good[0]], "a single address may stand alone"
     with pytest.raises(AddressError):
@@ -266,14 +295,14 @@ def test_addresses_that_are_fine():
 
 
 def attempts(recovery_s: float):
-    from textrl_swarm.swarm.chain import Attempts
+    from textrl_swarm.swarm.client.chain import Attempts
 
     return Attempts("forward", recovery_s)
 
 
 def test_attempts_end_by_time(monkeypatch):
-    from textrl_swarm.swarm import chain
-    from textrl_swarm.swarm.rpc import ServerFailed
+    from textrl_swarm.errors import ServerFailed
+    from textrl_swarm.swarm.client import chain
 
     now, slept = [100.0], []
 
@@ -303,13 +332,6 @@ def test_attempts_end_when_the_adapter_is_lost_again_and_again():
             tries.lost_adapter()
 
 
-@pytest.mark.parametrize(("blocks", "expected"), [((0,), "0"), ((0, 1), "0..1"), ((0, 1, 2, 3, 7), "0..3, 7"), ((2, 4, 5), "2, 4..5")])
-def test_listed_blocks(blocks, expected):
-    from textrl_swarm.swarm.routing import _listed
-
-    assert _listed(blocks) == expected
-
-
 # ---------------------------------------------------------------------------------------------------------------- the router
 
 
@@ -337,7 +359,7 @@ def router(monkeypatch):
     from hivemind.p2p import PeerID
     from petals.data_structures import RemoteModuleInfo, ServerInfo, ServerState
 
-    from textrl_swarm.swarm import routing
+    from textrl_swarm.swarm.client import routing
     from textrl_swarm.swarm.protocol import CAPABILITY
 
     def infos(dht, uids, latest):
@@ -345,7 +367,10 @@ def router(monkeypatch):
         for block, uid in enumerate(uids):
             servers = {
                 PeerID(name.encode()): ServerInfo(
-                    ServerState.ONLINE, throughput, adapters=(CAPABILITY,) if trains else (), torch_dtype="float32"
+                    ServerState.ONLINE,
+                    throughput,
+                    adapters=(CAPABILITY,) if trains else (),
+                    torch_dtype="float32",
                 )
                 for name, start, stop, throughput, trains in dht.spans
                 if start <= block < stop
@@ -392,7 +417,10 @@ def test_a_failed_server_is_avoided_and_forgiven(router):
 def test_servers_of_another_model_are_passed_over(router):
     from textrl_swarm.errors import ServerMismatch
 
-    assert route(router(("liar", 0, 4), ("b", 0, 2), ("c", 2, 4), refuse=["liar"])) == [("b", 0, 2), ("c", 2, 4)]
+    assert route(router(("liar", 0, 4), ("b", 0, 2), ("c", 2, 4), refuse=["liar"])) == [
+        ("b", 0, 2),
+        ("c", 2, 4),
+    ]
     with pytest.raises(ServerMismatch, match="another model"):
         route(router(("liar", 0, 4), ("b", 0, 2), refuse=["liar"]))
 
@@ -400,11 +428,12 @@ def test_servers_of_another_model_are_passed_over(router):
 def test_missing_blocks_and_stock_servers_are_named(router):
     from textrl_swarm.errors import BlocksUnavailable
 
-    with pytest.raises(BlocksUnavailable, match=r"no server holds block\(s\) 1, 3 of 'tiny'") as failure:
+    with pytest.raises(BlocksUnavailable, match=r"no server holds blocks 1, 3 of 'tiny'") as failure:
         route(router(("a", 0, 1), ("b", 2, 3)))
     assert failure.value.missing == (1, 3)
     with pytest.raises(
-        BlocksUnavailable, match=r"stock petals servers hold blocks 0\.\.3 on server .*cannot train LoRA: start servers with"
+        BlocksUnavailable,
+        match=r"stock petals servers hold blocks 0\.\.3 on server .*cannot train LoRA: start servers with",
     ):
         route(router(("stock", 0, 4, 1.0, False)))
 
@@ -433,8 +462,10 @@ def test_every_message_of_a_request_names_the_adapter(monkeypatch):
 
             return answer()
 
-    monkeypatch.setattr(LoraHandler, "get_stub", lambda *_: Stub())
+    monkeypatch.setattr(ServerStub, "get_stub", lambda *_: Stub())
     calls = ServerCalls(None, Timeouts(), Traffic())
     asyncio.run(calls.forward("peer", ["m.0"], torch.zeros(1, 2, 3), "lora-" + "0" * 40))
     assert len(received) == 2
-    assert [MSGPackSerializer.loads(request.metadata)["active_adapter"] for request in received] == ["lora-" + "0" * 40] * 2
+    assert [MSGPackSerializer.loads(request.metadata)["active_adapter"] for request in received] == [
+        "lora-" + "0" * 40
+    ] * 2

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
 from textrl_swarm.errors import AdapterError
-from textrl_swarm.policy import load_policy
-from textrl_swarm.ppo import PPO
-from textrl_swarm.returns import place_scores
+from textrl_swarm.learning.ppo import PPO
+from textrl_swarm.maths.returns import place_scores
+from textrl_swarm.policies.loading import load_policy
 
 PROMPTS = [[9, 8, 7], [30, 31]]
 
@@ -59,7 +59,9 @@ def test_kl_begins_at_zero_and_is_measured_to_the_adapter(request, tiny_bloom, s
         assert policy.lora == LoraSettings(r=3, alpha=6, targets=("dense", "query_key_value"), layers=2)
         started = policy(tokens).logits
         with policy.adapter_disabled():
-            assert difference(policy(tokens).logits, started) > 0.05, "the adapter changes nothing, so this test shows nothing"
+            assert difference(policy(tokens).logits, started) > 0.05, (
+                "the adapter changes nothing, so this test shows nothing"
+            )
         with torch.enable_grad():
             assert update(policy)["kl"] == 0
             assert update(policy)["kl"] != 0
@@ -70,7 +72,9 @@ def test_kl_begins_at_zero_and_is_measured_to_the_adapter(request, tiny_bloom, s
 
 
 def test_without_one_the_ref_policy_is_the_base(tiny_bloom, sft_adapter):
-    with load_policy(tiny_bloom(seed=1), lora=LoraSettings(r=3, alpha=6, targets=("dense", "query_key_value"), layers=2)) as policy:
+    with load_policy(
+        tiny_bloom(seed=1), lora=LoraSettings(r=3, alpha=6, targets=("dense", "query_key_value"), layers=2)
+    ) as policy:
         policy.load_adapter(sft_adapter)
         tokens = random_tokens(2, 9, seed=3)
         with torch.no_grad(), policy.reference():
@@ -91,7 +95,10 @@ def test_an_error_inside_leaves_the_trained_adapter_in_place(tiny_bloom, sft_ada
 
 @pytest.mark.parametrize(
     ("lora", "expected"),
-    [(LoraSettings(r=4), "does not fit"), (LoraSettings(r=3, alpha=3, targets=("dense", "query_key_value"), layers=2), "alpha")],
+    [
+        (LoraSettings(r=4), "does not fit"),
+        (LoraSettings(r=3, alpha=3, targets=("dense", "query_key_value"), layers=2), "alpha"),
+    ],
 )
 def test_an_adapter_of_other_settings_is_refused(tiny_bloom, sft_adapter, lora, expected):
     with pytest.raises(AdapterError, match=expected):

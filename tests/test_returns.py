@@ -4,7 +4,7 @@ import pytest
 import torch
 from pfrl.agents.ppo import _add_advantage_and_value_target_to_episode
 
-from textrl_swarm.returns import (
+from textrl_swarm.maths.returns import (
     estimate_advantages,
     explained_variance,
     masked_mean,
@@ -27,7 +27,12 @@ def prefix_mask(lengths, width):
 
 def random_batch(width=7):
     """rewards, values, bootstrap_values, mask of four responses; one token, truncated, full width, terminated."""
-    return randn(4, width, seed=1), randn(4, width, seed=2), torch.tensor([0.0, 1.5, -0.7, 0.0]), prefix_mask(LENGTHS, width)
+    return (
+        randn(4, width, seed=1),
+        randn(4, width, seed=2),
+        torch.tensor([0.0, 1.5, -0.7, 0.0]),
+        prefix_mask(LENGTHS, width),
+    )
 
 
 # --- rewards
@@ -76,7 +81,12 @@ def test_lambda_one_gives_return_minus_value():
 def test_advantages_by_hand():
     # delta = 1 + .5 * 2 - 4 = -2, then 3 + .5 * 8 - 2 = 5; A[1] = 5, A[0] = -2 + .25 * 5
     advantages, returns = estimate_advantages(
-        torch.tensor([[1.0, 3.0]]), torch.tensor([[4.0, 2.0]]), torch.tensor([8.0]), prefix_mask([2], 2), gamma=0.5, gae_lambda=0.5
+        torch.tensor([[1.0, 3.0]]),
+        torch.tensor([[4.0, 2.0]]),
+        torch.tensor([8.0]),
+        prefix_mask([2], 2),
+        gamma=0.5,
+        gae_lambda=0.5,
     )
     assert advantages.tolist() == [[-0.75, 5.0]]
     assert returns.tolist() == [[3.25, 7.0]]
@@ -93,15 +103,21 @@ def weighted_n_step_advantage(rewards, values, bootstrap, t, gamma, gae_lambda):
     return total
 
 
-@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0), (0.0, 0.7), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0), (0.0, 0.7), (1.0, 1.0)]
+)
 def test_advantages_are_the_weighted_n_step_advantages(gamma, gae_lambda):
     rewards, values, bootstrap, mask = random_batch()
-    advantages, returns = estimate_advantages(rewards, values, bootstrap, mask, gamma=gamma, gae_lambda=gae_lambda)
+    advantages, returns = estimate_advantages(
+        rewards, values, bootstrap, mask, gamma=gamma, gae_lambda=gae_lambda
+    )
     for b, length in enumerate(LENGTHS):
         row = rewards[b, :length].tolist(), values[b, :length].tolist(), bootstrap[b].item()
         expected = [weighted_n_step_advantage(*row, t, gamma, gae_lambda) for t in range(length)]
         assert advantages[b, :length].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
-        assert returns[b, :length].tolist() == pytest.approx([a + v for a, v in zip(expected, row[1], strict=True)], rel=1e-5, abs=1e-5)
+        assert returns[b, :length].tolist() == pytest.approx(
+            [a + v for a, v in zip(expected, row[1], strict=True)], rel=1e-5, abs=1e-5
+        )
 
 
 def test_advantages_agree_with_pfrl():
@@ -110,13 +126,22 @@ def test_advantages_agree_with_pfrl():
     for b, length in enumerate(LENGTHS):
         next_values = [*values[b, 1:length].tolist(), bootstrap[b].item()]
         episode = [
-            {"reward": rewards[b, t].item(), "v_pred": values[b, t].item(), "next_v_pred": next_values[t], "nonterminal": 1.0}
+            {
+                "reward": rewards[b, t].item(),
+                "v_pred": values[b, t].item(),
+                "next_v_pred": next_values[t],
+                "nonterminal": 1.0,
+            }
             for t in range(length)
         ]
         episode[-1]["nonterminal"] = float(b in (1, 2))  # rows 0 and 3 terminated
         _add_advantage_and_value_target_to_episode(episode, gamma=0.9, lambd=0.8)
-        assert advantages[b, :length].tolist() == pytest.approx([x["adv"] for x in episode], rel=1e-5, abs=1e-5)
-        assert returns[b, :length].tolist() == pytest.approx([x["v_teacher"] for x in episode], rel=1e-5, abs=1e-5)
+        assert advantages[b, :length].tolist() == pytest.approx(
+            [x["adv"] for x in episode], rel=1e-5, abs=1e-5
+        )
+        assert returns[b, :length].tolist() == pytest.approx(
+            [x["v_teacher"] for x in episode], rel=1e-5, abs=1e-5
+        )
 
 
 def test_gamma_zero_looks_at_one_reward_only():
@@ -135,7 +160,9 @@ def test_lambda_zero_is_the_one_step_error():
 def test_a_perfect_critic_leaves_no_advantage():
     rewards = place_scores(torch.tensor([2.0, -1.0]), prefix_mask([3, 2], 3))
     values = torch.tensor([[2.0, 2.0, 2.0], [-1.0, -1.0, 0.0]])
-    advantages, _ = estimate_advantages(rewards, values, torch.zeros(2), prefix_mask([3, 2], 3), gamma=1.0, gae_lambda=0.95)
+    advantages, _ = estimate_advantages(
+        rewards, values, torch.zeros(2), prefix_mask([3, 2], 3), gamma=1.0, gae_lambda=0.95
+    )
     assert advantages.tolist() == [[0.0] * 3] * 2
 
 
@@ -161,8 +188,13 @@ def test_row_order_changes_nothing():
 
 def test_bf16_values_are_accumulated_in_fp32():
     width = 300
-    rewards, values = torch.full((1, width), 1.0, dtype=torch.bfloat16), torch.zeros(1, width, dtype=torch.bfloat16)
-    _, returns = estimate_advantages(rewards, values, torch.zeros(1), prefix_mask([width], width), gamma=1.0, gae_lambda=1.0)
+    rewards, values = (
+        torch.full((1, width), 1.0, dtype=torch.bfloat16),
+        torch.zeros(1, width, dtype=torch.bfloat16),
+    )
+    _, returns = estimate_advantages(
+        rewards, values, torch.zeros(1), prefix_mask([width], width), gamma=1.0, gae_lambda=1.0
+    )
     assert returns[0, 0].item() == 300.0  # bf16 stops counting at 256
     assert returns.dtype == torch.float32
 
@@ -176,11 +208,16 @@ def test_masked_mean_by_hand():
     mean = masked_mean(x, mask)
     assert mean.item() == 3.0
     mean.backward()
-    assert x.grad.tolist() == [[pytest.approx(1 / 3), pytest.approx(1 / 3), 0.0], [pytest.approx(1 / 3), 0.0, 0.0]]
+    assert x.grad.tolist() == [
+        [pytest.approx(1 / 3), pytest.approx(1 / 3), 0.0],
+        [pytest.approx(1 / 3), 0.0, 0.0],
+    ]
 
 
 def test_masked_mean_of_bf16_is_taken_in_fp32():
-    mean = masked_mean(torch.tensor([255.0, 256.0, 258.0]).bfloat16(), torch.ones(3, dtype=torch.bool))  # a bf16 sum would be 768
+    mean = masked_mean(
+        torch.tensor([255.0, 256.0, 258.0]).bfloat16(), torch.ones(3, dtype=torch.bool)
+    )  # a bf16 sum would be 768
     assert mean.dtype == torch.float32
     assert mean.item() == pytest.approx(769 / 3)
 
@@ -192,7 +229,9 @@ def test_whitened_entries_have_mean_zero_and_variance_one(scale, offset):
     x = torch.where(mask, randn(4, 7) * scale + offset, 1e8)  # the padding would spoil both
     real = whiten(x, mask)[mask].double()
     assert real.mean().item() == pytest.approx(0.0, abs=1e-6)
-    assert real.var(correction=0).item() == pytest.approx(1.0, rel=2e-4)  # the 1e-8 under the root is 1e-4 of the smallest variance
+    assert real.var(correction=0).item() == pytest.approx(
+        1.0, rel=2e-4
+    )  # the 1e-8 under the root is 1e-4 of the smallest variance
 
 
 def test_whiten_keeps_the_mean_when_asked():
@@ -212,7 +251,12 @@ def test_whiten_by_hand_ignores_and_zeroes_padding():
 
 @pytest.mark.parametrize(("shift_mean", "expected"), [(True, [0.0, 0.0, 0.0]), (False, [7.0, 0.0, 0.0])])
 def test_a_single_entry_is_only_shifted(shift_mean, expected):
-    assert whiten(torch.tensor([7.0, 1.0, 2.0]), torch.tensor([True, False, False]), shift_mean=shift_mean).tolist() == expected
+    assert (
+        whiten(
+            torch.tensor([7.0, 1.0, 2.0]), torch.tensor([True, False, False]), shift_mean=shift_mean
+        ).tolist()
+        == expected
+    )
 
 
 def test_equal_entries_do_not_become_noise():
@@ -220,7 +264,10 @@ def test_equal_entries_do_not_become_noise():
 
 
 def test_whiten_of_nothing_is_zero():
-    assert whiten(torch.full((2, 2), math.nan), torch.zeros(2, 2, dtype=torch.bool)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert whiten(torch.full((2, 2), math.nan), torch.zeros(2, 2, dtype=torch.bool)).tolist() == [
+        [0.0, 0.0],
+        [0.0, 0.0],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -259,13 +306,17 @@ def test_explained_variance_of_a_single_token_is_zero():
 )
 def test_kl_coefficient_by_hand(kl, factor):
     """100 responses of a horizon of 10,000: the error counts for a hundredth, and is cut at 0.2 either way."""
-    assert next_kl_coef(0.15, kl, target=6.0, horizon=10_000, num_responses=100) == pytest.approx(0.15 * factor)
+    assert next_kl_coef(0.15, kl, target=6.0, horizon=10_000, num_responses=100) == pytest.approx(
+        0.15 * factor
+    )
 
 
 def test_kl_coefficient_settles_where_the_kl_meets_its_target():
     coef = 0.01
     for _ in range(3000):
-        coef = next_kl_coef(coef, 1.0 / coef, target=5.0, horizon=1000, num_responses=64)  # a policy whose kl falls as the penalty grows
+        coef = next_kl_coef(
+            coef, 1.0 / coef, target=5.0, horizon=1000, num_responses=64
+        )  # a policy whose kl falls as the penalty grows
     assert coef == pytest.approx(0.2, rel=1e-3)
 
 
@@ -287,13 +338,25 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: shaped_rewards(X, X, X[:1], MASK, kl_coef=0.1), r"ref_logprobs has shape \(1, 2\), expected \(2, 2\) like response_mask"),
-        (lambda: shaped_rewards(X, X, X, MASK.float(), kl_coef=0.1), r"response_mask must be bool .* got torch.float32"),
+        (
+            lambda: shaped_rewards(X, X, X[:1], MASK, kl_coef=0.1),
+            r"ref_logprobs has shape \(1, 2\), expected \(2, 2\) like response_mask",
+        ),
+        (
+            lambda: shaped_rewards(X, X, X, MASK.float(), kl_coef=0.1),
+            r"response_mask must be bool .* got torch.float32",
+        ),
         (lambda: shaped_rewards(X, X, X, MASK, kl_coef=-0.1), "kl_coef must be >= 0, got -0.1"),
         (lambda: place_scores(X, MASK), r"scores has shape \(2, 2\), expected \(2,\)"),
-        (lambda: place_scores(X[0], MASK & MASK.new_tensor([[True], [False]])), r"rows \[1\] of response_mask hold no chosen token"),
+        (
+            lambda: place_scores(X[0], MASK & MASK.new_tensor([[True], [False]])),
+            r"rows \[1\] of response_mask hold no chosen token",
+        ),
         (lambda: place_scores(X[0], ~MASK), r"rows \[1\] of response_mask have a True after a False"),
-        (lambda: place_scores(X[0], MASK[0]), r"response_mask must be \(B, T\) bool with T >= 1, got shape \(2,\)"),
+        (
+            lambda: place_scores(X[0], MASK[0]),
+            r"response_mask must be \(B, T\) bool with T >= 1, got shape \(2,\)",
+        ),
         (lambda: advantages_of(rewards=X[:, :1]), r"rewards has shape \(2, 1\), expected \(2, 2\)"),
         (lambda: advantages_of(values=X[:1]), r"values has shape \(1, 2\), expected \(2, 2\)"),
         (lambda: advantages_of(bootstrap=X), r"bootstrap_values has shape \(2, 2\), expected \(2,\)"),
@@ -304,10 +367,16 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
         (lambda: whiten(X[0], MASK), r"x has shape \(2,\), expected \(2, 2\) like mask"),
         (lambda: explained_variance(X, X[0], MASK), r"returns has shape \(2,\), expected \(2, 2\) like mask"),
         (lambda: explained_variance(X, X, MASK & False), r"has no True entry"),
-        (lambda: next_kl_coef(0.1, math.nan, **KL), "kl and kl_coef must be finite and kl_coef >= 0, got kl nan"),
+        (
+            lambda: next_kl_coef(0.1, math.nan, **KL),
+            "kl and kl_coef must be finite and kl_coef >= 0, got kl nan",
+        ),
         (lambda: next_kl_coef(-0.1, 1.0, **KL), "kl_coef -0.1"),
         (lambda: next_kl_coef(0.1, 1.0, **KL | {"target": 0.0}), "target and horizon must be > 0"),
-        (lambda: next_kl_coef(0.1, 1.0, **KL | {"num_responses": 500}), "500 responses per update .* raise the horizon above 100"),
+        (
+            lambda: next_kl_coef(0.1, 1.0, **KL | {"num_responses": 500}),
+            "500 responses per update .* raise the horizon above 100",
+        ),
     ],
 )
 def test_messages(call, message):

@@ -15,14 +15,20 @@ from transformers import (
     TextClassificationPipeline,
 )
 
-from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, ModelError
-from textrl_swarm.reward_models import reward_model
-from textrl_swarm.rewards import is_sentence_reward
+from textrl_swarm.rewards.classifiers import reward_model
+from textrl_swarm.rewards.functions import is_sentence_reward
+from textrl_swarm.textrl.env import TextRLEnv
 
 TEXTS = ["a good soup", "x", "", "the phone is bad and the camera too", "good", "bad bad"]
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}
-BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
 SIZES = {"bert": BERT, "roberta": BERT, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}}
 OTHERS = {
     "mpnet": BERT,
@@ -59,7 +65,9 @@ def alone(directory, text: str, keep: int = 40) -> torch.Tensor:
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     ids = character_tokenizer()(text)["input_ids"][-keep:] or [1]
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64)).logits[0]
+        return model(
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64)
+        ).logits[0]
 
 
 @pytest.mark.parametrize("model_type", sorted(SIZES))
@@ -75,9 +83,13 @@ def test_the_probability_of_the_named_label(tmp_path, model_type, batch_size):
 
 
 def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(tmp_path):
-    directory = classifier(tmp_path, problem_type="multi_label_classification")  # as most toxicity classifiers
+    directory = classifier(
+        tmp_path, problem_type="multi_label_classification"
+    )  # as most toxicity classifiers
     pipeline = TextClassificationPipeline(
-        model=AutoModelForSequenceClassification.from_pretrained(directory), tokenizer=character_tokenizer(), top_k=None
+        model=AutoModelForSequenceClassification.from_pretrained(directory),
+        tokenizer=character_tokenizer(),
+        top_k=None,
     )
     texts = [text for text in TEXTS if text]
     expected = {label: [] for label in LABELS.values()}
@@ -87,7 +99,9 @@ def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(t
     for label in LABELS.values():
         assert reward_model(directory, label).score(texts) == pytest.approx(expected[label], abs=1e-5)
         assert reward_model(pipeline, label).score(texts) == pytest.approx(expected[label], abs=1e-5)
-    assert not 0.9 < sum(scores[0] for scores in expected.values()) < 1.1, "they add up to 1 as exclusive labels do: this shows nothing"
+    assert not 0.9 < sum(scores[0] for scores in expected.values()) < 1.1, (
+        "they add up to 1 as exclusive labels do: this shows nothing"
+    )
 
 
 @pytest.mark.parametrize("model_type", sorted(SIZES))
@@ -111,10 +125,15 @@ def test_an_empty_response_gets_a_number(tmp_path):
     assert all(0 < value < 1 for value in reward.score(["", "good"]) + reward.score([""]))
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "mpnet", "longformer", "data2vec-text", "bloom", "xlnet", "distilbert"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "mpnet", "longformer", "data2vec-text", "bloom", "xlnet", "distilbert"]
+)
 def test_long_texts_are_cut_to_what_the_model_reads(tmp_path, model_type):
     reward = reward_model(classifier(tmp_path, model_type), "positive")
-    (long,), (longer,) = reward.score(["bad " * 300 + "a story" * 300]), reward.score(["good " * 300 + "a story" * 300])
+    (long,), (longer,) = (
+        reward.score(["bad " * 300 + "a story" * 300]),
+        reward.score(["good " * 300 + "a story" * 300]),
+    )
     assert 0 < long == pytest.approx(longer, abs=1e-6)
 
 
@@ -140,7 +159,9 @@ def test_it_is_a_sentence_reward_with_or_without_the_prompt(tmp_path):
     reward = reward_model(directory, "positive")
     assert is_sentence_reward(reward)
     assert reward(items, [" good", " bad"]) == reward.score(["the soup is good", "my phone is bad"])
-    assert reward_model(directory, "positive", with_prompt=False)(items, ["good", "bad"]) == reward.score(["good", "bad"])
+    assert reward_model(directory, "positive", with_prompt=False)(items, ["good", "bad"]) == reward.score(
+        ["good", "bad"]
+    )
     assert "positive" in reward.name and reward_model(directory, "positive", name="mine").name == "mine"
     env = TextRLEnv(None, character_tokenizer(), items, max_length=4, reward=reward)
     assert env.sentence_rewards(items, ["a", "b"]) == reward(items, ["a", "b"])
@@ -150,7 +171,9 @@ def test_the_users_pipeline_is_left_as_it_was(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(classifier(tmp_path))
     pipeline = TextClassificationPipeline(model=model, tokenizer=character_tokenizer())
     reward_model(pipeline, "positive").score(TEXTS)
-    assert pipeline.tokenizer.truncation_side == "right" and all(parameter.requires_grad for parameter in model.parameters())
+    assert pipeline.tokenizer.truncation_side == "right" and all(
+        parameter.requires_grad for parameter in model.parameters()
+    )
     with pytest.raises(ConfigError, match="leave device out"):
         reward_model(pipeline, "positive", device="cpu")
 
@@ -163,7 +186,11 @@ def test_one_text_is_no_list_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("label", "told"),
     [
-        (None, "this model has 3 labels: say whose probability is the reward with label=; known: negative, neutral, positive"),
+        (
+            None,
+            "this model has 3 labels: say whose probability is the reward with label=; known: negative, "
+            "neutral, positive",
+        ),
         ("positiv", "this model has no label 'positiv'; did you mean 'positive'?"),
         (3, "label 3 is not one of 0..2"),
         ("LABEL_9", "no label 'LABEL_9'"),
@@ -201,9 +228,20 @@ def test_models_that_are_refused(tmp_path, tiny_bloom):
         ),
         (BertForSequenceClassification(BertConfig(**TINY)), "BertForSequenceClassification is neither"),
         ("", "there is no directory ''"),
-        (damaged(tmp_path, "model.safetensors", lambda data: data[:1000]), "cannot be loaded as a sequence-classification model"),
-        (damaged(tmp_path, "config.json", lambda data: data.replace(b'"hidden_size": 32', b'"hidden_size": 64')), "cannot be loaded as a"),
-        (damaged(tmp_path, "config.json", lambda data: b"{"), "cannot be loaded as a sequence-classification model"),
+        (
+            damaged(tmp_path, "model.safetensors", lambda data: data[:1000]),
+            "cannot be loaded as a sequence-classification model",
+        ),
+        (
+            damaged(
+                tmp_path, "config.json", lambda data: data.replace(b'"hidden_size": 32', b'"hidden_size": 64')
+            ),
+            "cannot be loaded as a",
+        ),
+        (
+            damaged(tmp_path, "config.json", lambda data: b"{"),
+            "cannot be loaded as a sequence-classification model",
+        ),
     ):
         with pytest.raises(ModelError) as caught:
             reward_model(model, 0)

@@ -16,17 +16,11 @@ import pytest
 import torch
 from architectures import character_tokenizer
 
-from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, RewardError
-from textrl_swarm.reward_files import load_reward
-from textrl_swarm.rewards import (
-    CombinedReward,
-    RewardFunction,
-    Rewards,
-    group_baseline,
-    is_sentence_reward,
-    rank_rewards,
-)
+from textrl_swarm.rewards.combine import CombinedReward, group_baseline, rank_rewards
+from textrl_swarm.rewards.files import load_reward
+from textrl_swarm.rewards.functions import RewardFunction, Rewards, is_sentence_reward
+from textrl_swarm.textrl.env import TextRLEnv
 
 ITEM = {"input": "the soup is", "extra": 3}
 PREDICTED = [["a"], ["b"]]
@@ -107,13 +101,19 @@ def test_anything_else_is_an_error_that_names_the_prompt_and_what_came_back(valu
     assert "'the soup is'" in str(caught.value) and "one per sample (2)" in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), KeyError("label"), RuntimeError("CUDA out of memory")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("division by zero"), KeyError("label"), RuntimeError("CUDA out of memory")],
+    ids=repr,
+)
 @pytest.mark.parametrize("finish", [False, True])
 def test_a_function_that_raises(error, finish):
     def get_reward(item, predicted, finish):
         raise error
 
-    with pytest.raises(RewardError, match=r"get_reward raised .* for prompt 'the soup is'.*; see test_rewards\.py, line \d+$") as caught:
+    with pytest.raises(
+        RewardError, match=r"get_reward raised .* for prompt 'the soup is'.*; see test_rewards\.py, line \d+$"
+    ) as caught:
         RewardFunction(get_reward, 2)(ITEM, PREDICTED, finish)
     assert caught.value.__cause__ is error
     assert type(error).__name__ in str(caught.value)
@@ -140,8 +140,13 @@ def test_the_users_own_handlers_catch_what_their_reward_raised():
 
     with pytest.raises(Trial) as caught:
         RewardFunction(failing, 1)({"input": "the soup is"}, [["a"]], True)
-    assert isinstance(caught.value, RewardError) and (caught.value.number, caught.value.reason) == (3, "pruned")
-    assert str(caught.value).startswith("failing raised Trial") and "for prompt 'the soup is'" in str(caught.value)
+    assert isinstance(caught.value, RewardError) and (caught.value.number, caught.value.reason) == (
+        3,
+        "pruned",
+    )
+    assert str(caught.value).startswith("failing raised Trial") and "for prompt 'the soup is'" in str(
+        caught.value
+    )
 
 
 def test_errors_that_cannot_be_combined_with_ours():
@@ -163,7 +168,11 @@ class Stubborn(Exception):
         raise RuntimeError("no repr")
 
 
-@pytest.mark.parametrize("error", [SystemExit(0), StopIteration(), asyncio.CancelledError(), Stubborn(), GeneratorExit()], ids=repr_of)
+@pytest.mark.parametrize(
+    "error",
+    [SystemExit(0), StopIteration(), asyncio.CancelledError(), Stubborn(), GeneratorExit()],
+    ids=repr_of,
+)
 def test_what_would_end_programs_and_loops_is_an_error_like_any_other(error):
     def failing(*_):
         raise error
@@ -216,7 +225,11 @@ def readme_snippet(input_item, predicted_list, finish):
 
 def test_a_reward_that_is_set_at_the_end_only_counts_zero_before_and_is_mentioned_once(caplog):
     function = RewardFunction(readme_snippet, 2)
-    assert [list(function(ITEM, PREDICTED, finish)) for finish in (False, False, True)] == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    assert [list(function(ITEM, PREDICTED, finish)) for finish in (False, False, True)] == [
+        [0.0, 0.0],
+        [0.0, 0.0],
+        [1.0, 1.0],
+    ]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "counts as 0" in record.message
@@ -236,7 +249,9 @@ def test_what_is_the_same_for_every_sample_is_mentioned_once(caplog):
     function = RewardFunction(lambda *_: [1], 3, name="get_reward")
     for _ in range(3):
         assert list(function(ITEM, PREDICTED, False)) == [1.0] * 3
-    assert [record.message for record in caplog.records] == ["get_reward returned a list of one for 3 samples; every sample gets it"]
+    assert [record.message for record in caplog.records] == [
+        "get_reward returned a list of one for 3 samples; every sample gets it"
+    ]
 
 
 def test_the_function_gets_the_item_the_strings_and_whether_all_have_ended():
@@ -292,12 +307,25 @@ class Made:
 
 
 @pytest.mark.parametrize(
-    "reward", [lambda: 0, lambda item: 0, lambda a, b, c, d: 0, lambda *, items, texts: 0, 5, "len", None, Made, Callable]
+    "reward",
+    [
+        lambda: 0,
+        lambda item: 0,
+        lambda a, b, c, d: 0,
+        lambda *, items, texts: 0,
+        5,
+        "len",
+        None,
+        Made,
+        Callable,
+    ],
 )
 def test_any_other_parameters_are_refused_with_both_forms(reward):
     with pytest.raises(ConfigError) as caught:
         RewardFunction(reward, 2)
-    assert "f(input_item, predicted_list, finish)" in str(caught.value) and "f(items, texts)" in str(caught.value)
+    assert "f(input_item, predicted_list, finish)" in str(caught.value) and "f(items, texts)" in str(
+        caught.value
+    )
 
 
 ITEMS = [{"input": "the soup is"}] * 2 + [{"input": "my phone was"}] * 2
@@ -314,7 +342,10 @@ def test_a_sentence_reward_gets_everything_at_once_and_gives_floats():
     assert found == [1.0, 2.0, 3.0, 0.0] and all(type(value) is float for value in found)
     assert seen == [(ITEMS, ["a", "bb", "ccc", ""])]
     RewardFunction(reward, 2).of_sentences(tuple(ITEMS[:1]), ("a",))
-    assert seen[-1] == (ITEMS[:1], ["a"])  # lists: pipelines of transformers take nothing else for several texts
+    assert seen[-1] == (
+        ITEMS[:1],
+        ["a"],
+    )  # lists: pipelines of transformers take nothing else for several texts
 
 
 @pytest.mark.parametrize("guilty", [[0], [1], [2], [3], [1, 3], [0, 1, 2, 3]])
@@ -327,7 +358,9 @@ def test_a_sentence_reward_that_raises_names_the_first_response_it_fails_on_alon
 
     texts = ["a" if i in guilty else f"good {i}" for i in range(4)]
     prompt, sample = ITEMS[guilty[0]]["input"], guilty[0] % 2
-    with pytest.raises(RewardError, match=rf"reward raised ZeroDivisionError.*for prompt '{prompt}', sample {sample} \('a'\)") as caught:
+    with pytest.raises(
+        RewardError, match=rf"reward raised ZeroDivisionError.*for prompt '{prompt}', sample {sample} \('a'\)"
+    ) as caught:
         RewardFunction(reward, 2).of_sentences(ITEMS, texts)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert asked[0] == 4 and sum(asked[1:]) <= 4
@@ -431,7 +464,9 @@ def test_within_the_time_nothing_changes():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])  # as under `textrl-swarm`: no current directory
+    monkeypatch.setattr(
+        sys, "path", [entry for entry in sys.path if entry]
+    )  # as under `textrl-swarm`: no current directory
     source = "def score(items, texts):\n    return [7.0] * len(texts)\n\ndef one(x):\n    pass\n\nPI = 3\n"
     (tmp_path / "tasks_of_this_test.py").write_text(source)
     (tmp_path / "broken_of_this_test.py").write_text("import nothing_like_this\n")
@@ -444,7 +479,9 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "neighbour_of_this_test.py").write_text("EIGHT = 8.0\n")
     imports = "from neighbour_of_this_test import EIGHT\n\n"
-    (tmp_path / "deep" / "my-reward.py").write_text(f"{imports}def score(items, texts):\n    return [EIGHT] * len(texts)\n")
+    (tmp_path / "deep" / "my-reward.py").write_text(
+        f"{imports}def score(items, texts):\n    return [EIGHT] * len(texts)\n"
+    )
     return tmp_path
 
 
@@ -514,7 +551,9 @@ def test_a_part_that_fails_is_named():
     def failing(items, texts):
         return [math.nan] * len(texts)
 
-    with pytest.raises(RewardError, match=r"failing returned nan for prompt 'the soup is', response 0 of 1 \('a'\)"):
+    with pytest.raises(
+        RewardError, match=r"failing returned nan for prompt 'the soup is', response 0 of 1 \('a'\)"
+    ):
         CombinedReward((lengths, 1), (failing, 1))(ITEMS[:1], ["a"])
 
 
@@ -526,20 +565,32 @@ def test_the_response_on_which_a_part_fails_is_named_and_searched_once():
         return [1 / len(text) for text in texts]
 
     function = RewardFunction(CombinedReward((lengths, 1), (failing, 1)), 2)
-    with pytest.raises(RewardError, match=r"failing raised ZeroDivisionError.* for prompt 'my phone was', response 3 of 4 \(''\)"):
+    with pytest.raises(
+        RewardError,
+        match=r"failing raised ZeroDivisionError.* for prompt 'my phone was', response 3 of 4 \(''\)",
+    ):
         function.of_sentences(ITEMS, ["a", "bb", "ccc", ""])
     assert asked[0] == 4 and sum(asked[1:]) <= 4
 
 
 @pytest.mark.parametrize(
     ("scores", "expected"),
-    [([3, 1, 2], [1, -1, 0]), ([5, 5], [0, 0]), ([1, 9, 9], [-1, 0.5, 0.5]), ([4], [0]), ([], []), ([1e9, -1e9, 0, 0], [1, -1, 0, 0])],
+    [
+        ([3, 1, 2], [1, -1, 0]),
+        ([5, 5], [0, 0]),
+        ([1, 9, 9], [-1, 0.5, 0.5]),
+        ([4], [0]),
+        ([], []),
+        ([1e9, -1e9, 0, 0], [1, -1, 0, 0]),
+    ],
 )
 def test_ranks(scores, expected):
     assert rank_rewards(scores) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("scores", "expected"), [([1, 2, 6], [-3, -1.5, 4.5]), ([2, 2], [0, 0]), ([3], [3]), ([], [])])
+@pytest.mark.parametrize(
+    ("scores", "expected"), [([1, 2, 6], [-3, -1.5, 4.5]), ([2, 2], [0, 0]), ([3], [3]), ([], [])]
+)
 def test_group_baseline_leaves_the_own_score_out(scores, expected):
     assert group_baseline(scores) == pytest.approx(expected)
 

@@ -21,12 +21,19 @@ from architectures import character_tokenizer, tiny_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from textrl_swarm.agent import PPOAgent
-from textrl_swarm.checkpoint import PENDING, checkpoints
-from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ModelError, PromptError, RewardError
-from textrl_swarm.run import Run, locked, open_policy, read_ingredients
-from textrl_swarm.run_config import RunConfig, load_config
-from textrl_swarm.train_command import train_command
+from textrl_swarm.commands.train import train_command
+from textrl_swarm.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    PromptError,
+    RewardError,
+)
+from textrl_swarm.learning.learner import Learner
+from textrl_swarm.runs.checkpoint import PENDING, checkpoints
+from textrl_swarm.runs.config import RunConfig, load_config
+from textrl_swarm.runs.run import Run, locked, open_policy, read_ingredients
 
 REWARDS = """
 import random
@@ -77,7 +84,10 @@ def train(config: RunConfig, **options) -> str:
 
 def trained(output: str) -> dict[str, torch.Tensor]:
     adapter = Path(output, "adapter")
-    return {**load_file(adapter / "adapter_model.safetensors"), **load_file(adapter / "value_head.safetensors")}
+    return {
+        **load_file(adapter / "adapter_model.safetensors"),
+        **load_file(adapter / "value_head.safetensors"),
+    }
 
 
 def lines(path: str) -> list[dict]:
@@ -88,7 +98,11 @@ def assert_same_run(a: str, b: str) -> None:
     one, other = trained(a), trained(b)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     measured = [
-        [(line["iteration"], line["score"], line["kl"], line["policy_loss"]) for line in lines(f"{run}/metrics.jsonl")] for run in (a, b)
+        [
+            (line["iteration"], line["score"], line["kl"], line["policy_loss"])
+            for line in lines(f"{run}/metrics.jsonl")
+        ]
+        for run in (a, b)
     ]
     assert measured[0] == measured[1]
 
@@ -97,14 +111,36 @@ def assert_same_run(a: str, b: str) -> None:
 
 
 def test_files_of_a_run(configure):
-    said = train(configure(train={"iterations": 5, "prompts_per_iteration": 2, "samples_every": 2, "report_to": ["tensorboard"]}))
-    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "adapter", "summary.json"} <= set(
-        os.listdir("runs/a")
+    said = train(
+        configure(
+            train={
+                "iterations": 5,
+                "prompts_per_iteration": 2,
+                "samples_every": 2,
+                "report_to": ["tensorboard"],
+            }
+        )
     )
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "adapter",
+        "summary.json",
+    } <= set(os.listdir("runs/a"))
     assert PENDING not in os.listdir("runs/a")
     assert (
         load_config("runs/a/config.yaml").to_dict()
-        == configure(train={"iterations": 5, "prompts_per_iteration": 2, "samples_every": 2, "report_to": ["tensorboard"]}).to_dict()
+        == configure(
+            train={
+                "iterations": 5,
+                "prompts_per_iteration": 2,
+                "samples_every": 2,
+                "report_to": ["tensorboard"],
+            }
+        ).to_dict()
     )
     assert [line["iteration"] for line in lines("runs/a/metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert {line["iteration"] for line in lines("runs/a/samples.jsonl")} == {1, 3, 5}
@@ -113,7 +149,11 @@ def test_files_of_a_run(configure):
     assert list(Path("runs/a/tensorboard").iterdir())
     summary = json.loads(Path("runs/a/summary.json").read_text())
     assert (summary["iterations"], summary["adapter"]) == (5, "runs/a/adapter")
-    assert "iteration 5/5  score" in said and "samples of iteration 1" in said and "adapter in runs/a/adapter" in said
+    assert (
+        "iteration 5/5  score" in said
+        and "samples of iteration 1" in said
+        and "adapter in runs/a/adapter" in said
+    )
 
 
 def test_a_second_time_there_is_nothing_left_to_do(configure):
@@ -142,8 +182,10 @@ def test_a_run_that_is_continued_ends_as_one_that_was_not_interrupted(configure)
 _KILLED = """
 import os, sys
 from rich.console import Console
-from textrl_swarm import checkpoint, ppo, run, train_command
-from textrl_swarm.run_config import load_config
+from textrl_swarm.commands import train as train_command
+from textrl_swarm.learning import ppo
+from textrl_swarm.runs import checkpoint, run
+from textrl_swarm.runs.config import load_config
 import random, numpy
 random.seed(0); numpy.random.seed(0)
 where, at = sys.argv[2], int(sys.argv[3])
@@ -164,13 +206,17 @@ train_command.train_command(load_config(sys.argv[1]), Console())
 
 
 @pytest.mark.parametrize(
-    ("where", "at"), [("update", 7), ("saving", 8), ("renaming", 6), ("pending", 3)], ids=["update", "saving", "renaming", "sampled"]
+    ("where", "at"),
+    [("update", 7), ("saving", 8), ("renaming", 6), ("pending", 3)],
+    ids=["update", "saving", "renaming", "sampled"],
 )
 def test_a_run_that_was_killed_ends_as_one_that_was_not(configure, where, at):
     seeded()
     train(configure("runs/whole", "train.iterations=4"))
     Path("run.yaml").write_text(configure("runs/killed", "train.iterations=4").to_yaml())
-    killed = subprocess.run([sys.executable, "-c", _KILLED, "run.yaml", where, str(at)], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, "run.yaml", where, str(at)], capture_output=True, text=True
+    )
     assert killed.returncode == -9, killed.stderr
     assert len(checkpoints(Path("runs/killed"))) > 0 and not Path("runs/killed/adapter").exists()
     assert "continuing" in train(configure("runs/killed", "train.iterations=4"))
@@ -184,12 +230,17 @@ def test_responses_that_were_sampled_are_not_sampled_again(configure, monkeypatc
     seeded()
     train(configure("runs/b", "train.iterations=1"))
     Path("tasks.py").write_text(REWARDS.replace("return [sum", "return [1 / 0 or sum"))
-    with pytest.raises(RewardError, match=r"ZeroDivisionError[\s\S]*the responses of iteration 2 are kept in runs/b: mend the reward"):
+    with pytest.raises(
+        RewardError,
+        match=r"ZeroDivisionError[\s\S]*The responses of iteration 2 are kept in runs/b: fix the reward",
+    ):
         train(configure("runs/b", "train.iterations=2"))
     assert Path("runs/b", PENDING).is_file()
     Path("tasks.py").write_text(REWARDS)
     with monkeypatch.context() as patched:
-        patched.setattr("textrl_swarm.training.sample_responses", lambda *_: pytest.fail("sampled again"))
+        patched.setattr(
+            "textrl_swarm.learning.loop.sample_responses", lambda *_: pytest.fail("sampled again")
+        )
         train(configure("runs/b", "train.iterations=2"))
     assert_same_run("runs/whole", "runs/b")
 
@@ -217,7 +268,7 @@ def test_ctrl_c_says_how_to_continue(configure, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Run, "shows_samples", interrupted)
         said = train(configure())
-    assert "stopped: 2 of 5 iterations are saved in runs/a; the same command continues there" in said
+    assert "Stopped. 2 of 5 iterations are saved in runs/a; rerun the command to resume." in said
     assert "continuing runs/a after iteration 2 of 5" in train(configure())
 
 
@@ -230,7 +281,14 @@ def test_a_reward_that_draws_numbers_is_seeded_too(configure):
 
 def test_settings_that_are_changed_and_accepted_hold(configure):
     train(configure("runs/a", "train.iterations=2"))
-    changed = configure("runs/a", "train.iterations=3", "ppo.kl_coef=5.0", "ppo.weight_decay=0.5", "ppo.adam_eps=0.1", "ppo.lr=0.25")
+    changed = configure(
+        "runs/a",
+        "train.iterations=3",
+        "ppo.kl_coef=5.0",
+        "ppo.weight_decay=0.5",
+        "ppo.adam_eps=0.1",
+        "ppo.lr=0.25",
+    )
     train(changed, accept_changes=True)
     line = lines("runs/a/metrics.jsonl")[-1]
     assert (line["kl_coef"], line["lr"]) == (5.0, 0.25)
@@ -239,9 +297,13 @@ def test_settings_that_are_changed_and_accepted_hold(configure):
 
 
 def test_a_reward_that_leaves_the_directory_does_not_take_the_run_along(configure, tmp_path):
-    Path("tasks.py").write_text(REWARDS.replace("    return [sum", "    import os; os.chdir('/'); return [sum"))
+    Path("tasks.py").write_text(
+        REWARDS.replace("    return [sum", "    import os; os.chdir('/'); return [sum")
+    )
     train(configure("runs/a", "train.iterations=2"))
-    assert (tmp_path / "runs/a/adapter/adapter_config.json").is_file() and len(checkpoints(tmp_path / "runs/a")) == 2
+    assert (tmp_path / "runs/a/adapter/adapter_config.json").is_file() and len(
+        checkpoints(tmp_path / "runs/a")
+    ) == 2
 
 
 def test_a_rewards_module_may_switch_gradients_off(configure):
@@ -255,7 +317,8 @@ def test_a_rewards_module_may_switch_gradients_off(configure):
 
 def test_a_reward_may_change_its_prompts_but_not_the_next_ones(configure):
     Path("tasks.py").write_text(
-        "def longer(items, texts):\n    for item in items:\n        item['input'] += '!'\n    return [len(i['input']) for i in items]\n"
+        "def longer(items, texts):\n    for item in items:\n        item['input'] += '!'\n    return "
+        "[len(i['input']) for i in items]\n"
     )
     train(configure("runs/a", "train.iterations=3", "train.samples_every=1", reward="tasks.py:longer"))
     assert {line["prompt"] for line in lines("runs/a/samples.jsonl")} == {"the soup", "my phone", "a"}
@@ -265,8 +328,8 @@ def test_a_reward_may_change_its_prompts_but_not_the_next_ones(configure):
 _FORKING = """
 import os, sys, time
 from rich.console import Console
-from textrl_swarm import train_command
-from textrl_swarm.run_config import load_config
+from textrl_swarm.commands import train as train_command
+from textrl_swarm.runs.config import load_config
 import tasks
 def forks(items, texts):
     if os.fork() == 0:
@@ -281,10 +344,16 @@ train_command.train_command(load_config(sys.argv[1]), Console())
 
 def test_workers_of_a_killed_trainer_do_not_keep_its_directory(configure):
     Path("run.yaml").write_text(configure("runs/a", reward="tasks:vowels").to_yaml())
-    killed = subprocess.Popen([sys.executable, "-c", _FORKING, "run.yaml"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", _FORKING, "run.yaml"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         assert killed.wait(120) == -9
-        orphans = [p for p in psutil.process_iter(["cmdline"]) if "run.yaml" in (p.info["cmdline"] or ()) and p.pid != killed.pid]
+        orphans = [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if "run.yaml" in (p.info["cmdline"] or ()) and p.pid != killed.pid
+        ]
         assert orphans, "the forked worker is gone already"
         train(configure("runs/a", "train.iterations=1"))
     finally:
@@ -295,7 +364,9 @@ def test_workers_of_a_killed_trainer_do_not_keep_its_directory(configure):
 def test_what_a_killed_process_left_half_written_is_cleared_away(configure):
     train(configure("runs/a", "train.iterations=1"))
     shutil.copytree("runs/a/adapter", "runs/a/.adapter.0a1b2c3d.part")
-    shutil.copytree("runs/a/adapter", "runs/a/.other.0a1b2c3d.old")  # about to be replaced, and the new one never came
+    shutil.copytree(
+        "runs/a/adapter", "runs/a/.other.0a1b2c3d.old"
+    )  # about to be replaced, and the new one never came
     Path("runs/a/checkpoints/.iteration_000002.0a1b2c3d.part").mkdir()
     theirs = {".bashrc.old", ".video.part"}  # a run's directory may be anybody's
     for name in theirs:
@@ -328,8 +399,11 @@ def test_a_full_disk_is_told_and_loses_nothing(configure, monkeypatch):
         raise RuntimeError("unexpected pos 1024 vs 918")  # as torch.save says it
 
     with monkeypatch.context() as patched:
-        patched.setattr(PPOAgent, "save", full)
-        with pytest.raises(CheckpointError, match=r"iteration_000002 cannot be written .*: make room, and type the same command"):
+        patched.setattr(Learner, "save", full)
+        with pytest.raises(
+            CheckpointError,
+            match=r"iteration_000002 cannot be written .*free some space and rerun the command",
+        ):
             train(configure("runs/a", "train.iterations=2"))
     assert "after iteration 1" in train(configure("runs/a", "train.iterations=2"))
 
@@ -343,11 +417,15 @@ def test_blocks_that_changed_in_place_are_noticed(configure, tiny_bloom, tmp_pat
     train(configure("runs/a", "train.iterations=1", f"model={model}"))
     weights = load_file(model / "model.safetensors")
     save_file(
-        {k: t * 1.5 if "dense" in k and "weight" in k else t for k, t in weights.items()}, model / "model.safetensors", {"format": "pt"}
+        {k: t * 1.5 if "dense" in k and "weight" in k else t for k, t in weights.items()},
+        model / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(CheckpointError, match="the contents of the base model's blocks changed"):
         train(configure("runs/a", "train.iterations=2", f"model={model}"))
-    assert "after iteration 1" in train(configure("runs/a", "train.iterations=2", f"model={model}"), accept_changes=True)
+    assert "after iteration 1" in train(
+        configure("runs/a", "train.iterations=2", f"model={model}"), accept_changes=True
+    )
 
 
 def test_a_users_own_file_of_that_name_is_not_replaced(configure):
@@ -361,7 +439,9 @@ def test_a_users_own_file_of_that_name_is_not_replaced(configure):
 
 def test_a_model_without_a_tokenizer(configure, tiny_bloom, tmp_path):
     shutil.copytree(
-        tiny_bloom(seed=5, layers=2, hidden=32, vocab=48), tmp_path / "model", ignore=shutil.ignore_patterns("token*", "special*")
+        tiny_bloom(seed=5, layers=2, hidden=32, vocab=48),
+        tmp_path / "model",
+        ignore=shutil.ignore_patterns("token*", "special*"),
     )
     with pytest.raises(ModelError, match="has no tokenizer"):
         train(configure(model=str(tmp_path / "model")))
@@ -402,7 +482,9 @@ def test_a_checkpoint_of_another_base_model_is_refused(configure, tiny_bloom, tm
     shutil.copytree(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48), model)
     train(configure("runs/a", "train.iterations=1", f"model={model}"))
     shutil.rmtree(model)
-    shutil.copytree(tiny_bloom(seed=6, layers=2, hidden=32, vocab=48), model)  # the same shapes, other weights
+    shutil.copytree(
+        tiny_bloom(seed=6, layers=2, hidden=32, vocab=48), model
+    )  # the same shapes, other weights
     with pytest.raises(CheckpointError, match="was trained on another base model"):
         train(configure("runs/a", f"model={model}"))
 
@@ -432,13 +514,17 @@ def test_nothing_but_damaged_checkpoints_is_an_error(configure):
     train(configure("runs/a", "train.iterations=2"))
     for checkpoint in checkpoints(Path("runs/a")):
         (checkpoint / "learner.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"all checkpoints in .*runs/a/checkpoints are damaged; move .*runs/a away"):
+    with pytest.raises(
+        CheckpointError, match=r"all checkpoints in .*runs/a/checkpoints are damaged; move .*runs/a away"
+    ):
         train(configure())
 
 
 def test_a_checkpoint_under_another_name_while_it_is_written_does_not_count(configure):
     train(configure("runs/a", "train.iterations=1"))
-    shutil.copytree("runs/a/checkpoints/iteration_000001", "runs/a/checkpoints/.iteration_000002.12345678.part")
+    shutil.copytree(
+        "runs/a/checkpoints/iteration_000001", "runs/a/checkpoints/.iteration_000002.12345678.part"
+    )
     assert "after iteration 1" in train(configure("runs/a", "train.iterations=2"))
 
 
@@ -472,7 +558,10 @@ def test_a_prompt_that_is_too_long_is_told_before_anything_is_trained(configure,
 
 
 def test_one_process_at_a_time(configure):
-    with locked(Path("runs/a")), pytest.raises(ConfigError, match=rf"another process \({os.getpid()}\) is training in runs/a"):
+    with (
+        locked(Path("runs/a")),
+        pytest.raises(ConfigError, match=rf"another process \({os.getpid()}\) is training in runs/a"),
+    ):
         train(configure())
     train(configure("runs/a", "train.iterations=1"))
 
@@ -480,7 +569,7 @@ def test_one_process_at_a_time(configure):
 def test_a_directory_with_another_config_yaml(configure):
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/config.yaml").write_text("- nothing of ours")
-    with pytest.raises(CheckpointError, match="is a file of your own, which the run's would replace"):
+    with pytest.raises(CheckpointError, match="is a file of your own, which the run would replace"):
         train(configure())
 
 
@@ -499,11 +588,15 @@ def test_a_ref_adapter_makes_the_kl_begin_at_zero(configure):
 
 
 def test_rewards_that_are_summed_are_logged_apart(configure):
-    Path("tasks.py").write_text(REWARDS + "\ndef shortness(items, texts):\n    return [-float(len(t)) for t in texts]\n")
+    Path("tasks.py").write_text(
+        REWARDS + "\ndef shortness(items, texts):\n    return [-float(len(t)) for t in texts]\n"
+    )
     parts = [{"function": "tasks.py:vowels", "weight": 2}, {"function": "tasks.py:shortness", "weight": 0.5}]
     train(configure("runs/a", "train.iterations=1", reward=parts))
     (line,) = lines("runs/a/metrics.jsonl")
-    assert line["score"] == pytest.approx(2 * line["reward/vowels"] + 0.5 * line["reward/shortness"], abs=1e-5)
+    assert line["score"] == pytest.approx(
+        2 * line["reward/vowels"] + 0.5 * line["reward/shortness"], abs=1e-5
+    )
     assert line["reward/shortness"] < 0
 
 
@@ -528,17 +621,32 @@ def test_other_reporters_get_every_number(configure, monkeypatch, name):
     numbers, table = logged[0][1], logged[1][1]
     assert numbers["score"] == lines("runs/a/metrics.jsonl")[0]["score"]
     columns, rows = table["samples"]
-    assert [dict(zip(columns, row)) for row in rows] == [
-        {key: line[key] for key in columns} for line in lines("runs/a/samples.jsonl") if line["iteration"] == 1
+    assert [dict(zip(columns, row, strict=False)) for row in rows] == [
+        {key: line[key] for key in columns}
+        for line in lines("runs/a/samples.jsonl")
+        if line["iteration"] == 1
     ]
 
 
 def test_real_reporters_continue_the_same_run(configure, tmp_path):
     """Both as they are, in a process of their own, without an account: W&B keeps files to be uploaded later, trackio a database."""
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }
     Path("run.yaml").write_text(configure("runs/a", "train.report_to=[wandb,trackio]").to_yaml())
     for iterations in (2, 3):
-        command = [sys.executable, "-m", "textrl_swarm.cli", "train", "run.yaml", "--set", f"train.iterations={iterations}"]
+        command = [
+            sys.executable,
+            "-m",
+            "textrl_swarm.cli",
+            "train",
+            "run.yaml",
+            "--set",
+            f"train.iterations={iterations}",
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len({path.name.rsplit("-", 1)[1] for path in Path("wandb").glob("offline-run-*-*")}) == 1
@@ -559,14 +667,18 @@ def test_a_reporter_that_is_not_installed(configure, monkeypatch):
 
 def test_a_slow_reward_ends_the_run_with_its_responses_kept(configure):
     Path("tasks.py").write_text("import time\ndef slow(items, texts):\n    time.sleep(60)\n")
-    with pytest.raises(RewardError, match=r"took longer than reward_timeout_s=0\.1 [\s\S]*are kept in runs/a"):
+    with pytest.raises(
+        RewardError, match=r"took longer than reward_timeout_s=0\.1 [\s\S]*are kept in runs/a"
+    ):
         train(configure(reward="tasks.py:slow", train={"reward_timeout_s": 0.1, "report_to": []}))
 
 
 @pytest.mark.parametrize("settings", [{"quantization": "8bit"}, {"dtype": "bfloat16"}], ids=str)
 def test_other_precisions(configure, settings):
     train(configure("runs/a", "train.iterations=2", **settings))
-    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in trained("runs/a").values())
+    assert all(
+        tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in trained("runs/a").values()
+    )
 
 
 @pytest.mark.swarm
@@ -574,7 +686,10 @@ def test_through_a_swarm_the_run_ends_with_the_same_adapter(configure, two_serve
     configs = {
         "runs/here": configure("runs/here", "train.iterations=2", model=two_servers.model),
         "runs/there": configure(
-            "runs/there", "train.iterations=2", model=two_servers.model, swarm={"initial_peers": list(two_servers.initial_peers)}
+            "runs/there",
+            "train.iterations=2",
+            model=two_servers.model,
+            swarm={"initial_peers": list(two_servers.initial_peers)},
         ),
     }
     for config in configs.values():
@@ -596,8 +711,11 @@ def test_dry_run_starts_nothing(configure):
 
 def test_samples_are_the_first_of_each_prompt(configure):
     config = configure("runs/a", "train.iterations=1")
-    with open_policy(config) as policy:
+    with open_policy(config, read_ingredients(config).model) as policy:
         run = Run(config, read_ingredients(config), policy)
         (iteration,) = run.iterations()
     rows = lines("runs/a/samples.jsonl")
-    assert [row["response"] for row in rows] == [iteration.collected.rollout.texts[0], iteration.collected.rollout.texts[2]]
+    assert [row["response"] for row in rows] == [
+        iteration.collected.rollout.texts[0],
+        iteration.collected.rollout.texts[2],
+    ]

@@ -10,7 +10,7 @@ import pytest
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ConfigError
-from textrl_swarm.run_config import RewardSection, differences, load_config
+from textrl_swarm.runs.config import RewardConfig, differences, load_config
 
 LEAST = {"model": "./m", "prompts": ["The soup is"], "reward": "tasks:score", "output": "runs/x"}
 FULL = """
@@ -37,7 +37,10 @@ def test_a_file_with_everything(tmp_path):
     assert config.swarm.initial_peers == ("/ip4/127.0.0.1/tcp/1/p2p/a",)
     assert config.lora == LoraSettings(r=4, alpha=8, targets=("dense",), layers=2)
     assert config.ppo.lr == 1e-3  # YAML 1.1 reads 1e-3 as a text
-    assert config.reward == (RewardSection(model="./classifier", label="positive", weight=2), RewardSection(function="tasks:length"))
+    assert config.reward == (
+        RewardConfig(model="./classifier", label="positive", weight=2),
+        RewardConfig(function="tasks:length"),
+    )
     assert (config.sampling.num_samples, config.train.report_to, config.output) == (2, (), "runs/ü")
 
 
@@ -54,7 +57,11 @@ def test_round_trip_through_plain_values(tmp_path):
 
 
 def test_four_samples_unless_told_otherwise():
-    assert load_config(LEAST).sampling.num_samples == load_config({**LEAST, "sampling": {"top_k": 3}}).sampling.num_samples == 4
+    assert (
+        load_config(LEAST).sampling.num_samples
+        == load_config({**LEAST, "sampling": {"top_k": 3}}).sampling.num_samples
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,10 @@ def test_overrides(override, get, expected):
         ({"ppo": {"epoch": 1}}, "unknown key 'ppo.epoch'; did you mean 'epochs'?"),
         ({"lora": {"rank": 4}}, "unknown key 'lora.rank'"),
         ({"reward": {"functon": "a:b"}}, "unknown key 'reward.0.functon'; did you mean 'function'?"),
-        ({"ppo": {"epochs": "four"}}, 'ppo.epochs: input should be a valid integer, unable to parse string as an integer, got "four"'),
+        (
+            {"ppo": {"epochs": "four"}},
+            'ppo.epochs: input should be a valid integer, unable to parse string as an integer, got "four"',
+        ),
         ({"ppo": {"epochs": 0}}, "ppo: epochs must be a whole number >= 1, got 0"),
         ({"ppo": 3}, "ppo: input should be a dictionary"),
         ({"model": None}, "model: input should be a valid string, got null"),
@@ -93,18 +103,27 @@ def test_overrides(override, get, expected):
         ({"reward": 3}, "reward: input should be a list, got 3"),
         ({"reward": []}, "reward is empty"),
         ({"reward": {"label": "x"}}, 'give each reward either function: "module:name" or model: NAME'),
-        ({"reward": {"function": "a:b", "label": "x"}}, "label and with_prompt belong to a reward with model:"),
+        (
+            {"reward": {"function": "a:b", "label": "x"}},
+            "label and with_prompt belong to a reward with model:",
+        ),
         ({"swarm": {}}, "the key 'swarm.initial_peers' is missing"),
         ({"swarm": {"initial_peers": 5}}, "swarm.initial_peers: input should be a list, got 5"),
         ({"output": " "}, "output is empty; name a directory"),
         ({"seed": -1}, "seed must be in 0..4294967295, got -1"),
         ({"seed": 2**32}, "seed must be in 0..4294967295"),
-        ({"reward": {"model": "m", "label": True}}, "reward.0.label: YAML reads True; put a label such as yes or no in quotes"),
+        (
+            {"reward": {"model": "m", "label": True}},
+            "reward.0.label: YAML reads True; put a label such as yes or no in quotes",
+        ),
         ({"swarm": {"initial_peers": ["a"]}, "quantization": "8bit"}, "servers of a swarm choose their own"),
         ({"quantization": "3bit"}, "quantization: input should be '8bit' or '4bit', got \"3bit\""),
         ({"sampling": {"seed": 1}}, "sampling.seed: a run has one seed; set the key `seed` instead"),
         ({"sampling": {"temperature": 0}}, "temperature must be > 0"),
-        ({"train": {"report_to": ["tensorbord"]}}, "train.report_to.0: input should be 'tensorboard', 'wandb' or 'trackio'"),
+        (
+            {"train": {"report_to": ["tensorbord"]}},
+            "train.report_to.0: input should be 'tensorboard', 'wandb' or 'trackio'",
+        ),
         ({"train": {"iterations": 0}}, "iterations must be a whole number >= 1, got 0"),
         ({"train": {"reward_timeout_s": -1}}, "reward_timeout_s must be > 0 seconds or null, got -1"),
     ],
@@ -124,7 +143,11 @@ def test_what_is_refused(changes, expected):
         ({"lora": {"targets": "dense"}}, lambda c: c.lora.targets, ("dense",)),
         ({"train": {"report_to": "wandb"}}, lambda c: c.train.report_to, ("wandb",)),
         ({"output": "~/runs"}, lambda c: c.output, str(Path.home() / "runs")),
-        ({"prompts": [{"input": "x", "when": datetime.date(2026, 1, 2)}]}, lambda c: c.to_dict()["prompts"][0]["when"], "2026-01-02"),
+        (
+            {"prompts": [{"input": "x", "when": datetime.date(2026, 1, 2)}]},
+            lambda c: c.to_dict()["prompts"][0]["when"],
+            "2026-01-02",
+        ),
     ],
 )
 def test_what_may_be_written_shorter(changes, get, expected):
@@ -157,7 +180,10 @@ def test_an_override_that_is_no_yaml():
 def test_every_complaint_is_listed_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config({"model": 3, "prompts": ["a"], "ppo": {"epochs": "x"}})
-    assert all(key in str(caught.value) for key in ("model:", "ppo.epochs:", "'reward' is missing", "'output' is missing"))
+    assert all(
+        key in str(caught.value)
+        for key in ("model:", "ppo.epochs:", "'reward' is missing", "'output' is missing")
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +214,10 @@ def test_overrides_that_are_refused(override):
 
 
 def test_differences_name_the_key_and_both_values():
-    old, new = load_config(LEAST).to_dict(), load_config({**LEAST, "ppo": {"lr": 1e-3}, "lora": {"r": 2}}).to_dict()
+    old, new = (
+        load_config(LEAST).to_dict(),
+        load_config({**LEAST, "ppo": {"lr": 1e-3}, "lora": {"r": 2}}).to_dict(),
+    )
     lines = differences(old, new)
     assert lines[0].startswith('lora: null -> {"r": 2')
     assert lines[1:] == ["ppo.lr: 0.0001 -> 0.001"]

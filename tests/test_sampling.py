@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from textrl_swarm.sampling import choose_tokens, filter_logits, token_logprobs
+from textrl_swarm.errors import NumericsError, ShapeError
+from textrl_swarm.maths.sampling import choose_tokens, token_logprobs
+from textrl_swarm.policies.filters import filter_logits
 
 NEG = -math.inf
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -37,7 +39,9 @@ def test_temperature_alone_is_a_plain_division():
 @pytest.mark.parametrize("number", [2, 2.0])
 def test_whole_numbers_are_accepted_where_a_float_is_meant(number):
     scores = filter_logits(
-        torch.tensor([[4.0, -4.0]]), **OFF | {"temperature": number, "repetition_penalty": number}, seen_tokens=[ids(0, 1)]
+        torch.tensor([[4.0, -4.0]]),
+        **OFF | {"temperature": number, "repetition_penalty": number},
+        seen_tokens=[ids(0, 1)],
     )
     assert scores.tolist() == [[1.0, -4.0]]
 
@@ -57,7 +61,15 @@ def test_top_k_by_hand(options, expected):
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(0.05, {1}), (0.45, {1}), (0.55, {1, 3}), (0.79, {1, 3}), (0.81, {1, 3, 0}), (0.94, {1, 3, 0}), (0.96, {0, 1, 2, 3})],
+    [
+        (0.05, {1}),
+        (0.45, {1}),
+        (0.55, {1, 3}),
+        (0.79, {1, 3}),
+        (0.81, {1, 3, 0}),
+        (0.94, {1, 3, 0}),
+        (0.96, {0, 1, 2, 3}),
+    ],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     probs = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
@@ -76,14 +88,19 @@ def test_top_p_sees_the_temperature_and_what_top_k_left():
 
 def test_repetition_penalty_touches_each_rows_own_tokens_once():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0], [2.0, -2.0, 2.0, -2.0]])
-    seen = [ids(0, 1, 1, 1, 0), ids(3)]  # unequal lengths; token 0 must not be penalised in row 1 as if it were padding
+    seen = [
+        ids(0, 1, 1, 1, 0),
+        ids(3),
+    ]  # unequal lengths; token 0 must not be penalised in row 1 as if it were padding
     scores = filter_logits(logits, **OFF | {"repetition_penalty": 2.0}, seen_tokens=seen)
     assert scores.tolist() == [[1.0, -4.0, 2.0, -2.0], [2.0, -2.0, 2.0, -4.0]]
 
 
 def test_nothing_seen_yet_penalises_nothing():
     logits = randn(2, 5)
-    assert torch.equal(filter_logits(logits, **OFF | {"repetition_penalty": 2.0}, seen_tokens=[ids(), ids()]), logits)
+    assert torch.equal(
+        filter_logits(logits, **OFF | {"repetition_penalty": 2.0}, seen_tokens=[ids(), ids()]), logits
+    )
 
 
 def test_rows_do_not_influence_each_other():
@@ -97,7 +114,9 @@ def test_rows_do_not_influence_each_other():
 def test_the_input_is_left_alone():
     logits = randn(2, 10)
     before = logits.clone()
-    filter_logits(logits, temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=3.0, seen_tokens=[ids(1), ids(2)])
+    filter_logits(
+        logits, temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=3.0, seen_tokens=[ids(1), ids(2)]
+    )
     assert torch.equal(logits, before)
 
 
@@ -109,7 +128,9 @@ def test_the_input_is_left_alone():
     [(0.0, 1), (0.2499, 1), (0.2501, 3), (0.7499, 3), (0.7501, 4), (1 - 2**-53, 4)],
 )
 def test_inverse_cdf_by_hand(uniform, token):
-    scores = torch.tensor([[NEG, 0.25, NEG, 0.5, 0.25, NEG]]).log().nan_to_num(nan=NEG)  # impossible tokens at both ends and between
+    scores = (
+        torch.tensor([[NEG, 0.25, NEG, 0.5, 0.25, NEG]]).log().nan_to_num(nan=NEG)
+    )  # impossible tokens at both ends and between
     assert choose_tokens(scores, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
 
 
@@ -149,10 +170,14 @@ def test_frequencies_follow_the_softmax():
 def test_filtered_frequencies_follow_the_renormalised_softmax():
     probs = torch.tensor([[0.1, 0.4, 0.3, 0.2]])
     scores = filter_logits(probs.log(), **OFF | {"top_k": 3}).expand(20_000, 4)
-    counts = torch.bincount(choose_tokens(scores, torch.rand(20_000, generator=torch.Generator().manual_seed(2))), minlength=4)
+    counts = torch.bincount(
+        choose_tokens(scores, torch.rand(20_000, generator=torch.Generator().manual_seed(2))), minlength=4
+    )
     expected = torch.tensor([0.4, 0.3, 0.2]) / 0.9 * 20_000
     assert counts[0] == 0
-    assert ((counts[1:] - expected).square() / expected).sum() < 9.21  # 99 % quantile for 2 degrees of freedom
+    assert (
+        (counts[1:] - expected).square() / expected
+    ).sum() < 9.21  # 99 % quantile for 2 degrees of freedom
 
 
 def test_a_draw_depends_on_its_own_row_only():
@@ -160,7 +185,9 @@ def test_a_draw_depends_on_its_own_row_only():
     together = choose_tokens(scores, uniforms)
     order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
     assert torch.equal(choose_tokens(scores[order], uniforms[order]), together[order])
-    assert [choose_tokens(scores[b : b + 1], uniforms[b : b + 1]).item() for b in range(8)] == together.tolist()
+    assert [
+        choose_tokens(scores[b : b + 1], uniforms[b : b + 1]).item() for b in range(8)
+    ] == together.tolist()
 
 
 def test_shifting_all_scores_changes_no_draw():
@@ -175,9 +202,13 @@ def test_without_uniforms_the_most_likely_token_is_taken():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_large_vocabulary_is_reached_to_its_end(dtype):
-    scores = torch.zeros(2, 250_880, dtype=dtype)  # a bf16 or fp32 cumulative sum would stall long before the end
+    scores = torch.zeros(
+        2, 250_880, dtype=dtype
+    )  # a bf16 or fp32 cumulative sum would stall long before the end
     assert choose_tokens(scores, torch.tensor([0.0, 1 - 2**-24])).tolist() == [0, 250_879]
-    assert choose_tokens(scores, (torch.tensor([100_000.5, 250_000.5], dtype=torch.float64) / 250_880)).tolist() == [100_000, 250_000]
+    assert choose_tokens(
+        scores, (torch.tensor([100_000.5, 250_000.5], dtype=torch.float64) / 250_880)
+    ).tolist() == [100_000, 250_000]
 
 
 def test_rare_tokens_keep_their_share():
@@ -191,14 +222,21 @@ def test_rare_tokens_keep_their_share():
 
 def test_logprobs_by_hand():
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
-    assert token_logprobs(logits, ids(1, 0), temperature=1.0).tolist() == pytest.approx([math.log(0.75), math.log(0.5)])
+    assert token_logprobs(logits, ids(1, 0), temperature=1.0).tolist() == pytest.approx(
+        [math.log(0.75), math.log(0.5)]
+    )
     # temperature 1/2 squares the odds: 9 to 1
-    assert token_logprobs(logits, ids(1, 0), temperature=0.5).tolist() == pytest.approx([math.log(0.9), math.log(0.5)])
+    assert token_logprobs(logits, ids(1, 0), temperature=0.5).tolist() == pytest.approx(
+        [math.log(0.9), math.log(0.5)]
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 4)])
 def test_logprobs_agree_with_torch_distributions_in_any_shape(shape):
-    logits, tokens = randn(*shape, 11) * 4, torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
+    logits, tokens = (
+        randn(*shape, 11) * 4,
+        torch.randint(11, shape, generator=torch.Generator().manual_seed(0)),
+    )
     logprobs = token_logprobs(logits, tokens, temperature=0.7)
     assert logprobs.shape == shape and logprobs.dtype == torch.float32
     expected = torch.distributions.Categorical(logits=logits.double() / 0.7).log_prob(tokens)
@@ -217,7 +255,9 @@ def test_logprobs_of_bf16_logits_are_computed_in_fp32():
 def test_logprobs_keep_their_digits_when_logits_are_huge():
     small = (randn(4, 300) * 5 * 64).round() / 64  # multiples of 1/64, so that adding 65536 is exact
     tokens = ids(0, 10, 200, 299)
-    assert torch.equal(token_logprobs(small + 65536, tokens, temperature=1.0), token_logprobs(small, tokens, temperature=1.0))
+    assert torch.equal(
+        token_logprobs(small + 65536, tokens, temperature=1.0), token_logprobs(small, tokens, temperature=1.0)
+    )
 
 
 def test_logprobs_with_impossible_tokens():
@@ -253,31 +293,67 @@ def test_filters_do_not_enter_the_score():
     ("call", "message"),
     [
         (lambda: filter_logits(torch.zeros(3), **OFF), r"logits must be \(B, V\), got shape \(3,\)"),
-        (lambda: filter_logits(torch.zeros(2, 3), **OFF | {"repetition_penalty": 2.0}), "needs seen_tokens with 2 rows, got None"),
         (
-            lambda: filter_logits(torch.zeros(2, 3), **OFF | {"repetition_penalty": 2.0}, seen_tokens=[ids(1)]),
+            lambda: filter_logits(torch.zeros(2, 3), **OFF | {"repetition_penalty": 2.0}),
+            "needs seen_tokens with 2 rows, got None",
+        ),
+        (
+            lambda: filter_logits(
+                torch.zeros(2, 3), **OFF | {"repetition_penalty": 2.0}, seen_tokens=[ids(1)]
+            ),
             "needs seen_tokens with 2 rows, got 1 rows",
         ),
         (
-            lambda: filter_logits(torch.zeros(1, 3), **OFF | {"repetition_penalty": 2.0}, seen_tokens=[torch.zeros(2)]),
+            lambda: filter_logits(
+                torch.zeros(1, 3), **OFF | {"repetition_penalty": 2.0}, seen_tokens=[torch.zeros(2)]
+            ),
             r"seen_tokens\[0\] must be 1-d int64, got shape \(2,\) torch.float32",
         ),
         (
-            lambda: filter_logits(torch.zeros(1, 3), **OFF | {"repetition_penalty": 2.0}, seen_tokens=ids(1, 2)[None, None]),
+            lambda: filter_logits(
+                torch.zeros(1, 3), **OFF | {"repetition_penalty": 2.0}, seen_tokens=ids(1, 2)[None, None]
+            ),
             r"seen_tokens\[0\] must be 1-d int64, got shape \(1, 2\)",
         ),
         (lambda: choose_tokens(torch.zeros(3), None), r"scores must be \(B, V\), got shape \(3,\)"),
-        (lambda: choose_tokens(torch.zeros(2, 3), torch.zeros(3)), r"uniforms has shape \(3,\), expected \(2,\)"),
-        (lambda: choose_tokens(torch.zeros(2, 3), torch.tensor([0.0, 1.0])), r"uniforms must lie in \[0, 1\), got 0.0 to 1.0"),
-        (lambda: choose_tokens(torch.zeros(2, 3), torch.tensor([-0.5, 0.5])), r"uniforms must lie in \[0, 1\), got -0.5 to 0.5"),
-        (lambda: choose_tokens(torch.zeros(2, 3), torch.tensor([math.nan, 0.5])), r"uniforms must lie in \[0, 1\)"),
-        (lambda: choose_tokens(torch.tensor([[0.0, 1.0], [NEG, NEG]]), torch.zeros(2)), r"rows \[1\] of scores hold NaN"),
-        (lambda: choose_tokens(torch.tensor([[0.0, math.nan], [0.0, math.inf]]), None), r"rows \[0, 1\] of scores hold NaN"),
-        (lambda: token_logprobs(torch.zeros(2, 3), ids(1), temperature=1.0), r"logits \(2, 3\) must have the shape of tokens \(1,\)"),
-        (lambda: token_logprobs(torch.tensor(0.0), torch.tensor(0), temperature=1.0), r"logits \(\) must have the shape of tokens"),
-        (lambda: token_logprobs(torch.zeros(1, 3), ids(1), temperature=0.0), "temperature must be > 0, got 0.0"),
+        (
+            lambda: choose_tokens(torch.zeros(2, 3), torch.zeros(3)),
+            r"uniforms has shape \(3,\), expected \(2,\)",
+        ),
+        (
+            lambda: choose_tokens(torch.zeros(2, 3), torch.tensor([0.0, 1.0])),
+            r"uniforms must lie in \[0, 1\), got 0.0 to 1.0",
+        ),
+        (
+            lambda: choose_tokens(torch.zeros(2, 3), torch.tensor([-0.5, 0.5])),
+            r"uniforms must lie in \[0, 1\), got -0.5 to 0.5",
+        ),
+        (
+            lambda: choose_tokens(torch.zeros(2, 3), torch.tensor([math.nan, 0.5])),
+            r"uniforms must lie in \[0, 1\)",
+        ),
+        (
+            lambda: choose_tokens(torch.tensor([[0.0, 1.0], [NEG, NEG]]), torch.zeros(2)),
+            r"rows \[1\] of the model\'s logits hold NaN",
+        ),
+        (
+            lambda: choose_tokens(torch.tensor([[0.0, math.nan], [0.0, math.inf]]), None),
+            r"rows \[0, 1\] of the model\'s logits hold NaN",
+        ),
+        (
+            lambda: token_logprobs(torch.zeros(2, 3), ids(1), temperature=1.0),
+            r"logits \(2, 3\) must have the shape of tokens \(1,\)",
+        ),
+        (
+            lambda: token_logprobs(torch.tensor(0.0), torch.tensor(0), temperature=1.0),
+            r"logits \(\) must have the shape of tokens",
+        ),
+        (
+            lambda: token_logprobs(torch.zeros(1, 3), ids(1), temperature=0.0),
+            "temperature must be > 0, got 0.0",
+        ),
     ],
 )
 def test_messages(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ShapeError, NumericsError), match=message):
         call()

@@ -15,12 +15,12 @@ from plain_peft import PlainPeft, assert_same, connect, difference, fill, random
 from rich.console import Console
 from stock_client import _greedy_by_session, end
 
-from textrl_swarm.base_model import default_dht_prefix
+from textrl_swarm.commands.serve import _check_adapters, serve_command
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError
-from textrl_swarm.policy import load_policy
-from textrl_swarm.serving import _check_adapters, serve
-from textrl_swarm.swarm.local import LocalSwarm, check_servable
+from textrl_swarm.models.base_model import resolve
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.swarm.local import LocalSwarm
 
 TOKENS = torch.tensor([[9, 8, 7, 30, 31], [50, 51, 52, 53, 54]])
 
@@ -29,7 +29,10 @@ TOKENS = torch.tensor([[9, 8, 7, 30, 31], [50, 51, 52, 53, 54]])
 def plain(tiny_bloom, tmp_path_factory):
     """Directory names -> the adapter there, on plain transformers + peft: one in all blocks, one in the last two."""
     directory, made = tmp_path_factory.mktemp("adapters"), {}
-    for name, lora in (("kind", LoraSettings(r=4)), ("late", LoraSettings(r=2, targets=("dense", "dense_h_to_4h"), layers=2))):
+    for name, lora in (
+        ("kind", LoraSettings(r=4)),
+        ("late", LoraSettings(r=2, targets=("dense", "dense_h_to_4h"), layers=2)),
+    ):
         with load_policy(tiny_bloom(seed=1), lora=lora) as policy:
             fill(policy, lora.r)
             made[directory / name] = PlainPeft(policy, directory / name)
@@ -38,7 +41,9 @@ def plain(tiny_bloom, tmp_path_factory):
 
 @pytest.mark.swarm
 def test_stock_clients_get_the_adapter_that_they_name(tiny_bloom, plain, tmp_path):
-    with LocalSwarm(tiny_bloom(seed=1), num_servers=2, server_options=("--adapters", *map(str, plain))) as swarm:
+    with LocalSwarm(
+        tiny_bloom(seed=1), num_servers=2, server_options=("--adapters", *map(str, plain))
+    ) as swarm:
         base = next(iter(plain.values())).model
         for directory, oracle in plain.items():
             logits, tokens, grad = talk(swarm, active_adapter=directory.name)
@@ -50,7 +55,10 @@ def test_stock_clients_get_the_adapter_that_they_name(tiny_bloom, plain, tmp_pat
         logits, _, _ = talk(swarm)  # without one it is the base
         assert difference(logits, expected) < 1e-5 and difference(oracle.run(TOKENS).logits, expected) > 0.05
         with connect(swarm, LoraSettings(r=3), filled=3) as policy:  # and the same servers train
-            assert_same(run(policy, random_tokens(2, 7, seed=1)), PlainPeft(policy, tmp_path).run(random_tokens(2, 7, seed=1)))
+            assert_same(
+                run(policy, random_tokens(2, 7, seed=1)),
+                PlainPeft(policy, tmp_path).run(random_tokens(2, 7, seed=1)),
+            )
 
 
 def talk(swarm, **options) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
@@ -58,7 +66,7 @@ def talk(swarm, **options) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]
     model = DistributedBloomForCausalLM.from_pretrained(
         swarm.model,
         initial_peers=swarm.initial_peers,
-        dht_prefix=default_dht_prefix(swarm.model),
+        dht_prefix=resolve(swarm.model).dht_prefix,
         max_retries=5,
         request_timeout=20,
         **options,
@@ -74,8 +82,11 @@ def talk(swarm, **options) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]
 
 def test_names_are_those_of_the_directories(tiny_bloom, plain):
     model = str(tiny_bloom(seed=1))
-    assert _check_adapters(model, check_servable(model), ["--adapters", *map(str, plain), "--device", "cpu"]) == ["kind", "late"]
-    assert _check_adapters(model, check_servable(model), ["--device", "cpu"]) == []
+    assert _check_adapters(resolve(model), ["--adapters", *map(str, plain), "--device", "cpu"]) == [
+        "kind",
+        "late",
+    ]
+    assert _check_adapters(resolve(model), ["--device", "cpu"]) == []
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,9 @@ def test_names_are_those_of_the_directories(tiny_bloom, plain):
         ("twice/kind", "two adapters would both be announced as 'kind'"),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused_before_a_server_starts(tiny_bloom, plain, tmp_path, monkeypatch, made, told):
+def test_adapters_that_do_not_fit_are_refused_before_a_server_starts(
+    tiny_bloom, plain, tmp_path, monkeypatch, made, told
+):
     monkeypatch.chdir(tmp_path)
     os.mkdir("empty")
     kind = next(iter(plain))
@@ -98,4 +111,4 @@ def test_adapters_that_do_not_fit_are_refused_before_a_server_starts(tiny_bloom,
             policy.save_adapter(name)
     options = ["--adapters", made, *([str(kind)] if made == "twice/kind" else [])]
     with pytest.raises(AdapterError, match=told):
-        serve(str(tiny_bloom(seed=1)), 1, [], options, Console(file=io.StringIO()))
+        serve_command(str(tiny_bloom(seed=1)), 1, [], options, Console(file=io.StringIO()))

@@ -22,10 +22,10 @@ from hivemind.utils.serializer import MSGPackSerializer
 from petals.data_structures import ServerInfo, ServerState
 
 from textrl_swarm import cli
+from textrl_swarm.commands.status import show_model, to_json
 from textrl_swarm.errors import AddressError, BlocksUnavailable, ConfigError
-from textrl_swarm.status import show_model, to_json
+from textrl_swarm.swarm.client.survey import ModelReport, ServerReport, survey
 from textrl_swarm.swarm.protocol import CAPABILITY
-from textrl_swarm.swarm.survey import ModelReport, ServerReport, survey
 
 ADDRESS = "/ip4/192.0.2.7/tcp/31337/p2p/12D3KooWMkdAkJw8nTLLrZg8nZbmzt9vWnn4h2Zn5nYxQbnYwTcE"
 NOBODY = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
@@ -83,7 +83,14 @@ def test_everything_but_commands_fits_80_columns(num_blocks):
     shown = screen(
         model(
             num_blocks,
-            server(0, num_blocks, name="a server with a long name", quantization="nf4", dtype="float32", token_ms=123456.0),
+            server(
+                0,
+                num_blocks,
+                name="a server with a long name",
+                quantization="nf4",
+                dtype="float32",
+                token_ms=123456.0,
+            ),
             server(half, num_blocks, state="silent", answer_ms=None, token_ms=None, cache_tokens_left=None),
             server(0, num_blocks, can_train=False, cache_tokens_left=123456789),
             repository="https://huggingface.co/bigscience/bloom",
@@ -126,13 +133,25 @@ def test_a_plain_terminal_gets_plain_characters():
         (model(4, server(0, 4)), "A client can train and generate now; no copy to spare of blocks 0..3.", []),
         (model(4, server(0, 4), server(0, 4)), "every block has a copy to spare.", []),
         (model(4, server(0, 3), server(2, 4)), "no copy to spare of blocks 0..1, 3.", []),
-        (model(4, server(0, 2), server(2, 4, can_train=False)), "only servers that run stock petals hold blocks 2..3.", ["2:4"]),
+        (
+            model(4, server(0, 2), server(2, 4, can_train=False)),
+            "only servers that run stock petals hold blocks 2..3.",
+            ["2:4"],
+        ),
         (model(4, server(1, 2)), "Nothing can run now: nobody holds blocks 0, 2..3.", ["0:1", "2:4"]),
         (model(4, server(0, 3)), "nobody holds block 3.", ["3:4"]),
         (model(4), "nobody holds blocks 0..3.", ["0:4"]),
-        (model(4, server(0, 2, can_train=False)), "Only servers that run stock petals, and cannot train, hold blocks 0..1.", ["0:4"]),
+        (
+            model(4, server(0, 2, can_train=False)),
+            "Only servers that run stock petals, and cannot train, hold blocks 0..1.",
+            ["0:4"],
+        ),
         (model(4, server(0, 2), server(2, 4, state="joining")), "Being loaded: blocks 2..3.", ["2:4"]),
-        (model(4, server(0, 4), server(0, 2, state="silent")), "1 server announced blocks and did not answer", []),
+        (
+            model(4, server(0, 4), server(0, 2, state="silent")),
+            "1 server announced blocks and did not answer",
+            [],
+        ),
     ],
 )
 def test_the_verdict_and_what_to_type(report, told, commands):
@@ -152,7 +171,12 @@ def test_json_has_every_field():
     report = model(2, server(0, 1, name="mine"))
     (read,) = json.loads(to_json([report]))["models"]
     assert read["servers"][0] == {**dataclasses.asdict(report.servers[0]), "adapters": []}
-    assert (read["copies"], read["trainable_copies"], read["missing"], read["untrainable"]) == ([1, 0], [1, 0], [[1, 2]], [[1, 2]])
+    assert (read["copies"], read["trainable_copies"], read["missing"], read["untrainable"]) == (
+        [1, 0],
+        [1, 0],
+        [[1, 2]],
+        [[1, 2]],
+    )
     assert (read["can_train"], read["can_generate"], read["num_blocks"]) == (False, False, 2)
 
 
@@ -170,7 +194,9 @@ class Node:
     """A swarm of one node that holds nothing but what is announced."""
 
     def __init__(self):
-        self.dht = DHT(host_maddrs=["/ip4/127.0.0.1/tcp/0"], use_relay=False, use_auto_relay=False, start=True)
+        self.dht = DHT(
+            host_maddrs=["/ip4/127.0.0.1/tcp/0"], use_relay=False, use_auto_relay=False, start=True
+        )
         self.addresses = [str(address) for address in self.dht.get_visible_maddrs()]
         self._p2p = None
 
@@ -179,7 +205,13 @@ class Node:
         assert self.dht.store("_petals.models", value, get_dht_time() + 300, subkey=name)
 
     def announce_server(self, name: str, peer_id: str, blocks: range, **more) -> None:
-        info = ServerInfo(ServerState.ONLINE, 1.0, start_block=blocks.start, end_block=blocks.stop, **{"torch_dtype": "float32", **more})
+        info = ServerInfo(
+            ServerState.ONLINE,
+            1.0,
+            start_block=blocks.start,
+            end_block=blocks.stop,
+            **{"torch_dtype": "float32", **more},
+        )
         for block in blocks:
             assert self.dht.store(f"{name}.{block}", info.to_tuple(), get_dht_time() + 300, subkey=peer_id)
 
@@ -215,12 +247,25 @@ def test_a_swarm_without_models_says_how_to_start_one(node):  # before the other
 def test_servers_are_asked_whatever_they_announced(node):
     node.announce_model("mixed", 4)
     stock = node.serve_stock()
-    node.announce_server("mixed", stock, range(0, 2), quant_type="nf4", cache_tokens_left=8000, version="2.2.0", adapters=("theirs",))
+    node.announce_server(
+        "mixed",
+        stock,
+        range(0, 2),
+        quant_type="nf4",
+        cache_tokens_left=8000,
+        version="2.2.0",
+        adapters=("theirs",),
+    )
     node.announce_server("mixed", NOBODY, range(2, 4), adapters=(CAPABILITY,))
     (report,) = survey(node.addresses, "mixed")
     here, gone = report.servers
     assert (here.peer_id, here.state, here.can_train, here.start, here.stop) == (stock, "online", False, 0, 2)
-    assert (here.quantization, here.dtype, here.cache_tokens_left, here.adapters) == ("nf4", "float32", 2000, ("theirs",))
+    assert (here.quantization, here.dtype, here.cache_tokens_left, here.adapters) == (
+        "nf4",
+        "float32",
+        2000,
+        ("theirs",),
+    )
     assert here.answer_ms > 0
     assert (gone.peer_id, gone.state, gone.can_train, gone.answer_ms) == (NOBODY, "silent", True, None)
     assert report.missing == ((2, 4),)
@@ -252,7 +297,9 @@ def test_addresses_where_nobody_answers():
         survey([f"/ip4/127.0.0.1/tcp/9/p2p/{NOBODY}"])
 
 
-@pytest.mark.parametrize(("peers", "told"), [(["localhost:31337"], "is not a peer's address"), ([], "initial_peers is empty")])
+@pytest.mark.parametrize(
+    ("peers", "told"), [(["localhost:31337"], "is not a peer's address"), ([], "initial_peers is empty")]
+)
 def test_malformed_addresses(peers, told):
     with pytest.raises(AddressError, match=told):
         survey(peers)
@@ -272,7 +319,10 @@ def textrl_swarm(*arguments: object) -> subprocess.CompletedProcess:
 def test_real_servers_can_train_and_say_how_fast(two_servers):
     (report,) = survey(two_servers.initial_peers)
     assert (report.dht_prefix, report.num_blocks) == (two_servers.dht_prefix, 4)
-    assert [(s.start, s.stop, s.state, s.can_train) for s in report.servers] == [(0, 2, "online", True), (2, 4, "online", True)]
+    assert [(s.start, s.stop, s.state, s.can_train) for s in report.servers] == [
+        (0, 2, "online", True),
+        (2, 4, "online", True),
+    ]
     assert {(s.dtype, s.quantization) for s in report.servers} == {("float32", None)}
     for found in report.servers:
         assert 0 < found.answer_ms < found.token_ms + 1000
@@ -312,7 +362,9 @@ def test_blocks_that_stock_servers_hold_are_a_gap_too(node, monkeypatch):
 
 def test_an_error_is_exit_code_1_and_leaves_standard_output_empty(node, monkeypatch, capsys):
     node.announce_model("empty", 3)
-    assert status_here(monkeypatch, "--initial-peers", node.addresses[0], "--dht-prefix", "emty", "--json") == 1
+    assert (
+        status_here(monkeypatch, "--initial-peers", node.addresses[0], "--dht-prefix", "emty", "--json") == 1
+    )
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "did you mean 'empty'?" in shown.err

@@ -15,7 +15,7 @@ from stock_client import talk
 from transformers import AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings, SamplingConfig
-from textrl_swarm.policy import load_policy
+from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.local import LocalSwarm
 
 pytestmark = pytest.mark.swarm
@@ -52,7 +52,9 @@ def test_swarm_equals_plain_transformers_and_peft(request, swarm_name, lora, tmp
             assert greedy(policy, PROMPTS, 12) == [plain.greedy(prompt, 12) for prompt in PROMPTS]
         assert difference(off, base) < 1e-5
         with torch.no_grad():
-            assert difference(policy(tokens).logits, base) > 1e-2, "the adapter changes nothing, so this test shows nothing"
+            assert difference(policy(tokens).logits, base) > 1e-2, (
+                "the adapter changes nothing, so this test shows nothing"
+            )
 
 
 def test_dense_is_not_dense_h_to_4h(two_servers):
@@ -108,7 +110,10 @@ def test_an_adapter_is_sent_once_per_change(two_servers):
             run(policy, tokens)
             greedy(policy, PROMPTS, 3)
         assert policy.traffic.sent["adapters"] == size_bytes
-        assert policy.traffic.received["gradients"] == 2 * size_bytes + 2 * tokens.numel() * policy.hidden_size * 4
+        assert (
+            policy.traffic.received["gradients"]
+            == 2 * size_bytes + 2 * tokens.numel() * policy.hidden_size * 4
+        )
         fill(policy, 12)
         run(policy, tokens)
         assert policy.traffic.sent["adapters"] == 2 * size_bytes
@@ -130,8 +135,13 @@ def test_saved_and_loaded_adapter_is_the_same(two_servers, tmp_path):
 
 
 def test_sampling_is_that_of_a_local_policy(two_servers, tmp_path):
-    sampling = SamplingConfig(max_new_tokens=10, num_samples=3, temperature=1.3, top_k=30, repetition_penalty=1.2, seed=5)
-    with connect(two_servers, filled=8) as policy, load_policy(two_servers.model, lora=LoraSettings(r=4)) as local:
+    sampling = SamplingConfig(
+        max_new_tokens=10, num_samples=3, temperature=1.3, top_k=30, repetition_penalty=1.2, seed=5
+    )
+    with (
+        connect(two_servers, filled=8) as policy,
+        load_policy(two_servers.model, lora=LoraSettings(r=4)) as local,
+    ):
         policy.save_adapter(tmp_path)
         local.load_adapter(tmp_path)
         found, expected = policy.generate(PROMPTS, sampling), local.generate(PROMPTS, sampling)
@@ -149,7 +159,9 @@ def test_blocks_below_the_adapted_ones_run_once(two_servers):
         whole = policy(tokens).logits
         before = policy.traffic.total_sent
         assert torch.equal(policy.project(policy.hidden_states(features)), whole)
-        assert policy.traffic.total_sent - before == features.numel() * 4  # once, to the server of blocks 2..3
+        assert (
+            policy.traffic.total_sent - before == features.numel() * 4
+        )  # once, to the server of blocks 2..3
 
 
 # -------------------------------------------------------------------------------------------------------------- two clients
@@ -157,11 +169,17 @@ def test_blocks_below_the_adapted_ones_run_once(two_servers):
 
 def test_two_clients_do_not_see_each_other(two_servers, tmp_path):
     tokens = random_tokens(3, 9)
-    with connect(two_servers, filled=20) as a, connect(two_servers, LoraSettings(r=2, targets=("dense",)), filled=21) as b:
+    with (
+        connect(two_servers, filled=20) as a,
+        connect(two_servers, LoraSettings(r=2, targets=("dense",)), filled=21) as b,
+    ):
         plain_a, plain_b = PlainPeft(a, tmp_path / "a"), PlainPeft(b, tmp_path / "b")
         expected_a, expected_b = plain_a.run(tokens), plain_b.run(tokens)
 
-        out_a, out_b = a(tokens), b(tokens)  # forward, forward, backward, backward: the servers must not keep "the" adapter
+        out_a, out_b = (
+            a(tokens),
+            b(tokens),
+        )  # forward, forward, backward, backward: the servers must not keep "the" adapter
         assert difference(out_a.logits, expected_a.logits) < 1e-5
         assert difference(out_b.logits, expected_b.logits) < 1e-5
 
@@ -231,7 +249,9 @@ def test_an_evicted_adapter_is_pushed_again_unnoticed(two_servers, crowd_out, ca
         expected = work(undisturbed, tokens, lambda: None)
         size_bytes = undisturbed.traffic.sent["adapters"]
         found = work(policy, tokens, crowd_out)
-        assert policy.traffic.sent["adapters"] == 2 * size_bytes, "it was not evicted, so this test shows nothing"
+        assert policy.traffic.sent["adapters"] == 2 * size_bytes, (
+            "it was not evicted, so this test shows nothing"
+        )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not [record for record in caplog.records if record.name.startswith("textrl_swarm")]
 
@@ -260,7 +280,7 @@ def test_many_rows_are_split_into_micro_batches(small_server, tmp_path, monkeypa
 
 
 def test_a_long_prefill_is_split(small_server, tmp_path, monkeypatch):
-    from textrl_swarm.swarm.rpc import GenerationStream
+    from textrl_swarm.swarm.client.rpc import GenerationStream
 
     prompts = random_tokens(6, 50).tolist()  # 300 tokens, 64 may be sent at once: 10 of each row
     with connect(small_server, filled=42) as policy:
@@ -312,7 +332,12 @@ def test_stock_petals_clients(two_servers, where):
     assert difference(torch.tensor(found["logits"]), logits.detach()) < 1e-5
     assert difference(torch.tensor(found["embedding_grad"]), embeddings.grad) < 1e-5
     expected = base.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=8,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     assert found["session"] == expected.tolist()
     assert found["generate"] == expected.tolist()
@@ -332,7 +357,9 @@ def test_a_petals_model_becomes_a_policy(two_servers):
             assert_same(run(policy, tokens), run(ours, tokens), tolerance=1e-12)
             assert greedy(policy, PROMPTS, 6) == greedy(ours, PROMPTS, 6)
         with torch.no_grad():
-            assert model(tokens).logits.shape == (2, 7, policy.vocab_size), "the user's model outlives the policy"
+            assert model(tokens).logits.shape == (2, 7, policy.vocab_size), (
+                "the user's model outlives the policy"
+            )
     finally:
         _end(model)
 

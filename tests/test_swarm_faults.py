@@ -23,7 +23,7 @@ import torch
 from plain_peft import FAST, PlainPeft, assert_same, connect, fill, greedy, loss_of, random_tokens, run
 from safetensors.torch import load_file, save_file
 
-from textrl_swarm.config import LoraSettings, SamplingConfig
+from textrl_swarm.config import LoraSettings, SamplingConfig, Timeouts
 from textrl_swarm.errors import (
     AdapterError,
     AdapterRejected,
@@ -34,12 +34,13 @@ from textrl_swarm.errors import (
     ModelError,
     PromptError,
     RemoteFailure,
+    ServerFailed,
     ServerMismatch,
 )
-from textrl_swarm.policy import load_policy
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.swarm.client.rpc import ServerCalls
+from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.local import LocalSwarm
-from textrl_swarm.swarm.rpc import ServerCalls, ServerFailed, Timeouts
-from textrl_swarm.swarm.session import GenerationSession
 
 pytestmark = pytest.mark.swarm
 
@@ -160,7 +161,9 @@ def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, 
     only(replicas, 1, 2)
     threads = []
     with connect(replicas, filled=70) as policy:
-        found = train(policy, lambda now: threads.append(replaced(replicas, 2)) if now == "before backward 0" else None)
+        found = train(
+            policy, lambda now: threads.append(replaced(replicas, 2)) if now == "before backward 0" else None
+        )
         assert len(threads) == 1
         assert_equal_parameters(found, undisturbed[0])
         threads[0].join()
@@ -168,11 +171,13 @@ def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, 
         assert_equal_rollouts(policy.generate(PROMPTS, SAMPLING), undisturbed[1])
         assert reached
         threads[1].join()
-    assert "no server holds block(s) 2..3 now; waiting up to" in caplog.text
+    assert "no server holds blocks 2..3 now; waiting up to" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "work", [lambda policy: run(policy, TOKENS), lambda policy: greedy(policy, PROMPTS, 4)], ids=["training", "generation"]
+    "work",
+    [lambda policy: run(policy, TOKENS), lambda policy: greedy(policy, PROMPTS, 4)],
+    ids=["training", "generation"],
 )
 def test_without_replica_or_restart_it_fails_within_the_deadline(replicas, work):
     only(replicas, 1, 2)
@@ -191,7 +196,9 @@ def test_without_replica_or_restart_it_fails_within_the_deadline(replicas, work)
 def test_missing_blocks_are_named_when_a_policy_is_made(replicas):
     only(replicas, 1)
     started = time.monotonic()
-    with pytest.raises(BlocksUnavailable, match=r"no server holds block\(s\) 2\.\.3 of .* --block_indices 2:4") as failure:
+    with pytest.raises(
+        BlocksUnavailable, match=r"no server holds blocks 2\.\.3 of .* --block_indices 2:4"
+    ) as failure:
         connect(replicas, timeouts=SHORT)
     assert failure.value.missing == (2, 3)
     assert time.monotonic() - started < 15
@@ -253,20 +260,25 @@ def test_a_passing_fault_is_retried(two_servers, monkeypatch, tmp_path):
 
 def test_an_error_that_the_server_reports_again_and_again_is_believed(two_servers, monkeypatch):
     with connect(two_servers, filled=80) as policy:
-        calls = misbehave(monkeypatch, 100, ServerFailed("rpc_lora_push on server …abc failed: out of memory", answered=True))
+        calls = misbehave(
+            monkeypatch,
+            100,
+            ServerFailed("rpc_lora_push on server …abc failed: out of memory", answered=True),
+        )
         with pytest.raises(
-            RemoteFailure, match=r"forward through blocks 0\.\.3 failed 3 times, last: .* out of memory; look at that server's log"
+            RemoteFailure,
+            match=r"forward through blocks 0\.\.3 failed 3 times, last: .* out of memory; look at that server's log",
         ):
             policy(TOKENS)
         assert len(calls) == 3
 
 
 def test_a_server_that_never_keeps_the_adapter_is_not_asked_for_ever(two_servers, monkeypatch):
-    from textrl_swarm.swarm.rpc import MissingAdapter
+    from textrl_swarm.errors import AdapterMissing
 
     with connect(two_servers, filled=81, timeouts=SHORT) as policy:
         forward = ServerCalls.forward
-        monkeypatch.setattr(ServerCalls, "forward", _raising(MissingAdapter("gone again")))
+        monkeypatch.setattr(ServerCalls, "forward", _raising(AdapterMissing("gone again")))
         with pytest.raises(RemoteFailure, match="does not keep the adapter"):
             policy(TOKENS)
         monkeypatch.setattr(ServerCalls, "forward", forward)
@@ -311,9 +323,14 @@ def test_servers_end_with_their_parent(tiny_bloom):
     """Whatever ends the program that owns the swarm."""
     command = [sys.executable, "-c", PARENT, str(tiny_bloom(seed=4))]
     signals = [signal.SIGKILL, signal.SIGINT]
-    parents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) for _ in signals]
+    parents = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        for _ in signals
+    ]
     servers = {int(pid) for parent in parents for pid in parent.stdout.readline().split()}
-    started = [process for parent in parents for process in psutil.Process(parent.pid).children(recursive=True)]
+    started = [
+        process for parent in parents for process in psutil.Process(parent.pid).children(recursive=True)
+    ]
     assert servers <= {process.pid for process in started}
     assert [process.name() for process in started].count("p2pd") >= 2
     for parent, how in zip(parents, signals, strict=True):
@@ -334,7 +351,12 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def test_a_server_that_cannot_start_says_why(tiny_bloom):
-    with nothing_left(), pytest.raises(LaunchError, match=r"(?s)ended with exit code 2 .*unrecognized arguments: --no_such_option"):
+    with (
+        nothing_left(),
+        pytest.raises(
+            LaunchError, match=r"(?s)ended with exit code 2 .*unrecognized arguments: --no_such_option"
+        ),
+    ):
         LocalSwarm(tiny_bloom(seed=4), num_servers=2, server_options=["--no_such_option", "1"]).__enter__()
 
 
@@ -361,10 +383,18 @@ PEER = "/p2p/12D3KooWEjGpdZERBm1ua8EKtKtU1UQzHqe7vY22kCjuXqdUBbCr"
     [
         ([], AddressError, "initial_peers is empty"),
         ("", AddressError, "'' is not a peer's address"),
-        (["localhost:31337"], AddressError, "'localhost:31337' is not a peer's address; it should look like /ip4/"),
+        (
+            ["localhost:31337"],
+            AddressError,
+            "'localhost:31337' is not a peer's address; it should look like /ip4/",
+        ),
         (["/ip4/127.0.0.1/tcp/1"], AddressError, "is not a peer's address"),
         (["/ip4/127.0.0.1/tcp/1/p2p/short"], AddressError, "is not a peer's address"),
-        ([f"/ip4/127.0.0.1/tcp/1{PEER}"], AddressError, "none of the initial peers answered: /ip4/127.0.0.1/tcp/1/p2p/"),
+        (
+            [f"/ip4/127.0.0.1/tcp/1{PEER}"],
+            AddressError,
+            "none of the initial peers answered: /ip4/127.0.0.1/tcp/1/p2p/",
+        ),
         ([f"/ip4/999.0.0.1/tcp/1{PEER}"], AddressError, "/ip4/999.0.0.1/tcp/1"),
         ([f"/ip4/127.0.0.1/tcp/99999999{PEER}"], AddressError, "/tcp/99999999"),
     ],
@@ -379,24 +409,55 @@ def test_bad_addresses(tiny_bloom, addresses, error, text):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        (lambda: {"quantization": "8bit"}, ConfigError, "quantization='8bit' is for local models; in a swarm the servers hold the weights"),
-        (lambda: {"lora": LoraSettings(targets=("query_key",))}, ConfigError, "did you mean 'query_key_value'? known: dense,"),
+        (
+            lambda: {"quantization": "8bit"},
+            ConfigError,
+            "quantization='8bit' is for local models; in a swarm the servers hold the weights",
+        ),
+        (
+            lambda: {"lora": LoraSettings(targets=("query_key",))},
+            ConfigError,
+            "did you mean 'query_key_value'? known: dense,",
+        ),
         (lambda: {"lora": LoraSettings(r=0)}, ConfigError, "rank r must be a whole number >= 1, got 0"),
-        (lambda: {"lora": LoraSettings(layers=0)}, ConfigError, "layers must be None (all blocks) or a whole number >= 1"),
-        (lambda: {"lora": LoraSettings(layers=5)}, ConfigError, "LoRA layers=5, but the model has 4 blocks; use 1 to 4"),
-        (lambda: {"dht_prefix": "elsewhere", "timeouts": SHORT}, BlocksUnavailable, "no server holds block(s) 0..3 of 'elsewhere'"),
-        (lambda: {"dht_prefix": "elsewhere", "timeouts": SHORT}, BlocksUnavailable, "this swarm serves 'bloom"),
+        (
+            lambda: {"lora": LoraSettings(layers=0)},
+            ConfigError,
+            "layers must be None (all blocks) or a whole number >= 1",
+        ),
+        (
+            lambda: {"lora": LoraSettings(layers=5)},
+            ConfigError,
+            "LoRA layers=5, but the model has 4 blocks; use 1 to 4",
+        ),
+        (
+            lambda: {"dht_prefix": "elsewhere", "timeouts": SHORT},
+            BlocksUnavailable,
+            "no server holds blocks 0..3 of 'elsewhere'",
+        ),
+        (
+            lambda: {"dht_prefix": "elsewhere", "timeouts": SHORT},
+            BlocksUnavailable,
+            "this swarm serves 'bloom",
+        ),
     ],
 )
 def test_bad_settings(two_servers, options, error, text):
     with pytest.raises(error, match=re.escape(text)):
-        load_policy(two_servers.model, initial_peers=two_servers.initial_peers, **{"timeouts": FAST, **options()})
+        load_policy(
+            two_servers.model, initial_peers=two_servers.initial_peers, **{"timeouts": FAST, **options()}
+        )
 
 
 def test_servers_of_another_model_are_refused(two_servers, tiny_bloom):
     other = tiny_bloom(seed=1, hidden=32, vocab=64)
-    with pytest.raises(ServerMismatch, match=r"holds another model: hidden_size 64 \(client: 32\), vocab_size 128 \(client: 64\)"):
-        load_policy(other, initial_peers=two_servers.initial_peers, dht_prefix=two_servers.dht_prefix, timeouts=FAST)
+    with pytest.raises(
+        ServerMismatch,
+        match=r"holds another model: hidden_size 64 \(client: 32\), vocab_size 128 \(client: 64\)",
+    ):
+        load_policy(
+            other, initial_peers=two_servers.initial_peers, dht_prefix=two_servers.dht_prefix, timeouts=FAST
+        )
 
 
 def _model_files(directory: Path, **config) -> Path:
@@ -415,7 +476,7 @@ def _model_files(directory: Path, **config) -> Path:
             "has a config.json but no weights; expected one of model.safetensors",
         ),
         (lambda path: (path / "empty").mkdir() or path / "empty", "has no config.json"),
-        (lambda path: "no/such-model", "'no/such-model' is neither a model directory here nor a model that can be had from the hub"),
+        (lambda path: "no/such-model", "'no/such-model' is neither a model directory nor a model on the hub"),
     ],
 )
 def test_bad_models(tmp_path, make, text, swarm):
@@ -455,7 +516,10 @@ def test_bad_swarms(tiny_bloom, options, text):
             lambda policy: policy.generate([[5] * 395], SamplingConfig(max_new_tokens=8)),
             r"395 tokens; .* makes 403, but the servers' cache .* allows 400",
         ),
-        (lambda policy: policy(random_tokens(2, 65)), r"a sequence of 65 tokens is longer than the servers take at once \(64\)"),
+        (
+            lambda policy: policy(random_tokens(2, 65)),
+            r"a sequence of 65 tokens is longer than the servers take at once \(64\)",
+        ),
         (lambda policy: policy(torch.tensor([[5, 999]])), r"token ids must be in 0\.\.127, got 5\.\.999"),
         (lambda policy: policy.generate([[]]), "prompt 0 is empty"),
         (lambda policy: policy.generate([]), "the prompt list is empty"),
@@ -484,14 +548,19 @@ def _not_finite(directory: Path) -> None:
         (_damage, "adapter_model.safetensors cannot be read"),
         (_not_finite, "has NaN or infinite numbers in base_model.model.transformer.h.0"),
         (shutil.rmtree, "holds no adapter: there is no adapter_config.json"),
-        (lambda path: (path / "adapter_model.safetensors").unlink(), "holds no adapter: there is no adapter_model.safetensors"),
+        (
+            lambda path: (path / "adapter_model.safetensors").unlink(),
+            "holds no adapter: there is no adapter_model.safetensors",
+        ),
     ],
 )
 def test_bad_adapters(two_servers, tmp_path, spoil, text):
     with connect(two_servers, filled=90) as policy:
         policy.save_adapter(tmp_path / "adapter")
         spoil(tmp_path / "adapter")
-        before = {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
+        before = {
+            name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()
+        }
         with pytest.raises(AdapterError, match=re.escape(text)):
             policy.load_adapter(tmp_path / "adapter")
         assert_equal_parameters(policy.trainable_parameters(), before)
@@ -503,16 +572,26 @@ def test_an_adapter_of_another_model_or_rank_is_refused(two_servers, hub_model, 
     with connect(two_servers, LoraSettings(r=2)) as policy:
         policy.save_adapter(tmp_path / "other rank")
     with connect(two_servers) as policy:
-        with pytest.raises(AdapterError, match=r"does not fit: 8 tensors are unknown here.* made for base model 'tests/tiny-bloom\.v1'"):
+        with pytest.raises(
+            AdapterError,
+            match=r"does not fit: 8 tensors are unknown here.* made for base model 'tests/tiny-bloom\.v1'",
+        ):
             policy.load_adapter(tmp_path / "other model")
-        with pytest.raises(AdapterError, match=r"does not fit: .* has shape \(2, .*expected \(4, .* r=2, .*this policy .*r=4, "):
+        with pytest.raises(
+            AdapterError,
+            match=r"does not fit: .* has shape \(2, .*expected \(4, .* r=2, .*this policy .*r=4, ",
+        ):
             policy.load_adapter(tmp_path / "other rank")
 
 
 @pytest.mark.parametrize(
     ("change", "lora", "text"),
     [
-        (lambda p: next(iter(p.values())).data.fill_(float("nan")), LoraSettings(r=4), "refused the adapter: block 0: the adapter has NaN"),
+        (
+            lambda p: next(iter(p.values())).data.fill_(float("nan")),
+            LoraSettings(r=4),
+            "refused the adapter: block 0: the adapter has NaN",
+        ),
         (lambda p: None, LoraSettings(r=1400), r"refused the adapter: .*--adapter_bytes_per_client"),
     ],
     ids=["NaN", "too large"],

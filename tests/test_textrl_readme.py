@@ -21,10 +21,10 @@ from architectures import character_tokenizer, tiny_model
 from stock_client import end
 from transformers import AutoModelForCausalLM
 
-from textrl_swarm.agent import PPOAgent
-from textrl_swarm.policy import load_policy
+from textrl_swarm.models.tiny import random_bloom
+from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.local import LocalSwarm
-from textrl_swarm.tiny import random_bloom
+from textrl_swarm.textrl.agent import PPOAgent
 
 IMPORTS = """
 import pfrl
@@ -175,9 +175,15 @@ def hub(tmp_path_factory):
     tiny_model("gpt2", n_positions=256).save_pretrained(source / "gpt2")
     character_tokenizer().save_pretrained(source / "gpt2")
     random_bloom(source / "bloomz", seed=8, layers=2, hidden=32, vocab=64)
-    AutoModelForCausalLM.from_pretrained(source / "bloomz", dtype=torch.float16).save_pretrained(source / "bloomz")  # as on the hub
+    AutoModelForCausalLM.from_pretrained(source / "bloomz", dtype=torch.float16).save_pretrained(
+        source / "bloomz"
+    )  # as on the hub
     random_bloom(source / "bloom", seed=9, layers=2, hidden=32, vocab=64)
-    for repository, directory in (("gpt2", "gpt2"), ("bigscience/bloomz-7b1-mt", "bloomz"), ("bigscience/bloom", "bloom")):
+    for repository, directory in (
+        ("gpt2", "gpt2"),
+        ("bigscience/bloomz-7b1-mt", "bloomz"),
+        ("bigscience/bloom", "bloom"),
+    ):
         put_in_cache(repository, source / directory)
     put_in_cache("bigscience/bloom-petals", source / "bloom")
     return source
@@ -209,12 +215,19 @@ def assert_trained(world: dict, printed: str, steps: int, outdir: str = "bloom�
     assert agent.ppo.num_updates > 0 and agent.ppo.num_skipped == 0
     for parameter in agent.policy.trainable_parameters().values():
         assert torch.isfinite(parameter).all()
-    assert any(bool(p.any()) for name, p in agent.policy.adapter_parameters().items() if "lora_B" in name), "the adapter was never changed"
+    assert any(bool(p.any()) for name, p in agent.policy.adapter_parameters().items() if "lora_B" in name), (
+        "the adapter was never changed"
+    )
     said = [eval(line) for line in printed.splitlines() if line.startswith("[")]
-    assert len(said) == 2 and all(len(texts) == 2 and all(isinstance(text, str) for text in texts) for texts in said)
+    assert len(said) == 2 and all(
+        len(texts) == 2 and all(isinstance(text, str) for text in texts) for texts in said
+    )
     names = os.listdir(outdir)
     assert {"best", "scores.txt"} <= set(names) and any(name.endswith("_finish") for name in names)
-    assert max(int(line.split("\t")[0]) for line in Path(outdir, "scores.txt").read_text().splitlines()[1:]) >= steps
+    assert (
+        max(int(line.split("\t")[0]) for line in Path(outdir, "scores.txt").read_text().splitlines()[1:])
+        >= steps
+    )
 
 
 @pytest.mark.parametrize("checkpoint", ["gpt2", "bigscience/bloomz-7b1-mt"])
@@ -225,10 +238,14 @@ def test_examples_1_and_2(world, capsys, caplog, checkpoint):
 
 
 def test_examples_1_with_the_environment_that_it_means(world, capsys, caplog):
-    type_in(world, IMPORTS, LOAD, REWARD, TRAIN.replace("env = TextRLEnv(", "env = MyRLEnv("), checkpoint="gpt2")
+    type_in(
+        world, IMPORTS, LOAD, REWARD, TRAIN.replace("env = TextRLEnv(", "env = MyRLEnv("), checkpoint="gpt2"
+    )
     assert_trained(world, capsys.readouterr().out, 100)
     assert "a list of one for 2 samples" in caplog.text
-    scores = [float(line.split("\t")[3]) for line in Path("bloom—test", "scores.txt").read_text().splitlines()[1:]]
+    scores = [
+        float(line.split("\t")[3]) for line in Path("bloom—test", "scores.txt").read_text().splitlines()[1:]
+    ]
     assert len(scores) > 1 and set(scores) == {1.0}  # [1] at the end, and both samples get it
 
 
@@ -239,7 +256,9 @@ def test_example_3(world, hub, capsys, monkeypatch):
         from petals import DistributedBloomForCausalLM as Model
 
         from_pretrained = functools.partial(Model.from_pretrained, initial_peers=swarm.initial_peers)
-        monkeypatch.setattr(Model, "from_pretrained", from_pretrained)  # without initial_peers petals would ask the public swarm
+        monkeypatch.setattr(
+            Model, "from_pretrained", from_pretrained
+        )  # without initial_peers petals would ask the public swarm
         type_in(world, PETALS, REWARD, TRAIN)
         assert_trained(world, capsys.readouterr().out, 100)
         assert len(world["env"]._prompt_ids) > 20
@@ -256,21 +275,41 @@ def test_key_parameters(world):
 def test_usage_with_the_manual_loop(world, capsys, caplog):
     type_in(world, IMPORTS, LOAD, UNBOUND_REWARD, PREPARE, MANUAL_LOOP, checkpoint="gpt2")
     printed = capsys.readouterr().out
-    assert "episode: 10 R: 0" in printed and "statistics: [('average_value', " in printed and printed.endswith("Finished.\n")
+    assert (
+        "episode: 10 R: 0" in printed
+        and "statistics: [('average_value', " in printed
+        and printed.endswith("Finished.\n")
+    )
     assert "unset before the end of a response; that counts as 0" in caplog.text
     assert world["agent"].ppo.num_updates == 50  # one per episode: they are longer than update_interval
 
 
 def test_usage_with_the_second_recipe(world, capsys, caplog):
     with caplog.at_level(logging.INFO):
-        type_in(world, IMPORTS, LOAD, UNBOUND_REWARD, PREPARE, SECOND_RECIPE, PREDICT, checkpoint="bigscience/bloomz-7b1-mt")
+        type_in(
+            world,
+            IMPORTS,
+            LOAD,
+            UNBOUND_REWARD,
+            PREPARE,
+            SECOND_RECIPE,
+            PREDICT,
+            checkpoint="bigscience/bloomz-7b1-mt",
+        )
     assert "outdir:somewhere step:" in caplog.text and "statistics:[" in caplog.text
     assert {"best", "scores.txt"} <= set(os.listdir("somewhere"))
     assert len(world["actor"].predict({"input": "input text"})) == 2
 
 
 def test_predict_before_there_is_an_agent(world):
-    type_in(world, IMPORTS, LOAD, REWARD, "env = MyRLEnv(model, tokenizer, observation_input=[{'input': 'a'}])", checkpoint="gpt2")
+    type_in(
+        world,
+        IMPORTS,
+        LOAD,
+        REWARD,
+        "env = MyRLEnv(model, tokenizer, observation_input=[{'input': 'a'}])",
+        checkpoint="gpt2",
+    )
     type_in(world, "actor = TextRLActor(env, model, tokenizer)\ntexts = actor.predict('input text')")
     assert len(world["texts"]) == 2
 
@@ -319,7 +358,9 @@ def test_what_was_trained_can_be_dumped(world, monkeypatch, capsys):
         policy.load_adapter("bloom—test/best")
         tokens = torch.tensor([[5, 6, 7, 8]])
         expected = policy(tokens).logits
-    monkeypatch.setattr("sys.argv", ["textrl-dump", "--model", "gpt2", "--rl", "bloom—test/best", "--dump", "output_dir"])
+    monkeypatch.setattr(
+        "sys.argv", ["textrl-dump", "--model", "gpt2", "--rl", "bloom—test/best", "--dump", "output_dir"]
+    )
     with pytest.raises(SystemExit) as ended:
         cli.dump()
     assert ended.value.code in (0, None)

@@ -7,12 +7,16 @@ from architectures import character_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from textrl_swarm.texts import decode_response, encode_prompt, stop_ids
+from textrl_swarm.models.texts import decode_response, encode_prompt, stop_ids
 
 
 def metaspace() -> PreTrainedTokenizerFast:
     """As SentencePiece's: a word's first piece carries the space before it, and the first space of a text is dropped when it is decoded."""
-    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, **{f"▁{c}": i for i, c in enumerate("abc", 2)}, "d": 5}, "<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {"</s>": 0, "<unk>": 1, **{f"▁{c}": i for i, c in enumerate("abc", 2)}, "d": 5}, "<unk>"
+        )
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
@@ -20,7 +24,10 @@ def metaspace() -> PreTrainedTokenizerFast:
 def byte_level() -> PreTrainedTokenizerFast:
     vocabulary = {piece: i for i, piece in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
@@ -28,8 +35,12 @@ def bert_like() -> PreTrainedTokenizerFast:
     """Puts [CLS] before and [SEP] behind every text, as the tokenizers of some GPT-2 models do."""
     tokenizer = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "[UNK]": 2, "a": 3, "b": 4}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["a", "a b"])

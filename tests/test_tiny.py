@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from textrl_swarm import tiny
 from textrl_swarm.errors import ConfigError, ModelError
+from textrl_swarm.models import corpus, tiny
 
 
 def load(directory):
@@ -27,7 +27,9 @@ def logits(directory):
 
 
 def test_random_bloom_repeats_per_seed_and_differs_between_seeds(tmp_path):
-    first, again, other = (logits(tiny.random_bloom(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    first, again, other = (
+        logits(tiny.random_bloom(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert first.shape == (1, 20, 128)
     assert torch.equal(first, again)
     assert (first - other).abs().mean() > 0.1
@@ -106,30 +108,30 @@ def test_random_bloom_refuses(tmp_path, bad, message):
     ],
 )
 def test_opinion_by_hand(text, expected):
-    assert tiny.opinion(text) == expected
+    assert corpus.opinion(text) == expected
 
 
 def test_the_corpus_is_balanced_for_every_beginning():
     counts = collections.defaultdict(collections.Counter)
-    for text in tiny.build_corpus():
+    for text in corpus.build_corpus():
         beginning = re.match(r".*? (is|was)\b", text)[0]
-        counts[beginning][tiny.opinion(text)] += 1
+        counts[beginning][corpus.opinion(text)] += 1
     assert len(counts) == 4 * 3 * 8 * 2  # topics, determiners, things, tenses
     assert all(count == {1.0: 10, 0.0: 10} for count in counts.values())
-    assert set(tiny.DEMO_PROMPTS) <= set(counts)
+    assert set(corpus.DEMO_PROMPTS) <= set(counts)
 
 
 def test_the_corpus_is_repeatable_and_varied():
-    texts = tiny.build_corpus(3)
-    assert texts == tiny.build_corpus(3) != tiny.build_corpus(4)
+    texts = corpus.build_corpus(3)
+    assert texts == corpus.build_corpus(3) != corpus.build_corpus(4)
     assert len(set(texts)) > 0.95 * len(texts) > 2000
     assert not [text for text in texts if "{" in text or "  " in text or not text.endswith(".")]
 
 
 def test_opinion_words_are_on_one_side_and_not_in_prompts():
-    assert not tiny.GOOD_WORDS & tiny.BAD_WORDS
-    assert {tiny.opinion(prompt) for prompt in tiny.DEMO_PROMPTS} == {0.5}
-    assert len(set(tiny.DEMO_PROMPTS)) == 16
+    assert not corpus.GOOD_WORDS & corpus.BAD_WORDS
+    assert {corpus.opinion(prompt) for prompt in corpus.DEMO_PROMPTS} == {0.5}
+    assert len(set(corpus.DEMO_PROMPTS)) == 16
 
 
 # make_tiny_bloom
@@ -137,13 +139,20 @@ def test_opinion_words_are_on_one_side_and_not_in_prompts():
 
 def test_a_short_time_limit_still_makes_a_whole_model(tmp_path, caplog):
     progress = []
-    directory = tiny.make_tiny_bloom(tmp_path / "tiny", time_limit_s=0.01, on_progress=lambda *report: progress.append(report))
+    directory = tiny.make_tiny_bloom(
+        tmp_path / "tiny", time_limit_s=0.01, on_progress=lambda *report: progress.append(report)
+    )
     assert "pretraining cut" in caplog.text and "of 1200" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
     assert progress[-1][0] == 1.0
     model, tokenizer = load(directory)
     assert model.config.vocab_size == len(tokenizer) <= 1000
-    assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id == model.config.pad_token_id
+    assert (
+        model.config.eos_token_id
+        == tokenizer.eos_token_id
+        != tokenizer.pad_token_id
+        == model.config.pad_token_id
+    )
     assert "transformer.h.0.mlp.dense_h_to_4h.weight" in load_file(directory / "model.safetensors")
     for text in ("The soup is warm.", "naïve 汤, \n\t two  spaces"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -218,7 +227,7 @@ def skeleton(text):
     """What is left of a text without its thing, adjectives and adverbs; two texts of the same shape have the same."""
     text = re.sub(r"^.*? (is|was)\b", r"\1", text)
     text = re.sub("|".join(tiny.ADVERBS), "ADVERB", text)
-    return re.sub(r"\b(" + "|".join(tiny.GOOD_WORDS | tiny.BAD_WORDS) + r")\b", "ADJECTIVE", text)
+    return re.sub(r"\b(" + "|".join(corpus.GOOD_WORDS | corpus.BAD_WORDS) + r")\b", "ADJECTIVE", text)
 
 
 @pytest.mark.slow
@@ -231,16 +240,18 @@ def test_the_pretrained_model_speaks_and_has_no_opinion_of_its_own(tmp_path):
     model, tokenizer = load(directory)
     torch.manual_seed(0)
     texts, ended = [], 0
-    for prompt in tiny.DEMO_PROMPTS:
+    for prompt in corpus.DEMO_PROMPTS:
         ids = tokenizer([prompt] * 32, return_tensors="pt")["input_ids"]
         mask = torch.ones_like(ids)
-        rows = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=24)
+        rows = model.generate(
+            ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=24
+        )
         ended += (rows[:, ids.shape[1] :] == tokenizer.eos_token_id).any(dim=1).sum().item()
         said = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        assert {0.0, 1.0} <= set(map(tiny.opinion, said)), prompt  # there is something to choose between
+        assert {0.0, 1.0} <= set(map(corpus.opinion, said)), prompt  # there is something to choose between
         texts += said
-    opinions = [tiny.opinion(text) for text in texts]
+    opinions = [corpus.opinion(text) for text in texts]
     assert 0.35 < sum(opinions) / len(opinions) < 0.65  # 512 samples: a standard error of 0.02
     assert ended > 0.95 * len(texts)
-    shapes = {skeleton(text) for text in tiny.build_corpus()}
+    shapes = {skeleton(text) for text in corpus.build_corpus()}
     assert sum(skeleton(text) in shapes for text in texts) > 0.9 * len(texts)

@@ -13,14 +13,15 @@ import torch
 from architectures import character_tokenizer, tiny_model
 from safetensors.torch import load_file
 
-from textrl_swarm.actor import TextRLActor
-from textrl_swarm.agent import PPOAgent
 from textrl_swarm.config import LoraSettings, SamplingConfig
-from textrl_swarm.env import TextRLEnv
 from textrl_swarm.errors import ConfigError, RewardError
-from textrl_swarm.policy import load_policy
-from textrl_swarm.rollout import collect_env_steps
-from textrl_swarm.training import train, train_agent_with_evaluation
+from textrl_swarm.learning.loop import train
+from textrl_swarm.learning.rollout import collect_env_steps
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.textrl.actor import TextRLActor
+from textrl_swarm.textrl.agent import PPOAgent
+from textrl_swarm.textrl.env import TextRLEnv
+from textrl_swarm.textrl.evaluation import train_agent_with_evaluation
 
 LENGTH = 5
 PROMPTS = [{"input": "the soup"}, {"input": "a"}, {"input": "my coffee was"}]
@@ -41,15 +42,22 @@ class Ends(TextRLEnv):
 
 class Vowels(TextRLEnv):
     def get_reward(self, input_item, predicted_list, finish):
-        return [sum(token in "aeiou" for token in tokens) / len(tokens) if finish else 0 for tokens in predicted_list]
+        return [
+            sum(token in "aeiou" for token in tokens) / len(tokens) if finish else 0
+            for tokens in predicted_list
+        ]
 
 
-def make_agent(cls=Ends, samples: int = 2, max_length: int = LENGTH, seed: int = 0, **fields) -> tuple[PPOAgent, TextRLEnv]:
+def make_agent(
+    cls=Ends, samples: int = 2, max_length: int = LENGTH, seed: int = 0, **fields
+) -> tuple[PPOAgent, TextRLEnv]:
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "\n"})  # rarely chosen: most episodes have the full length
     policy = load_policy(tiny_model("gpt2"), lora=LoraSettings(r=2), tokenizer=tokenizer, seed=seed)
     env = cls(None, tokenizer, PROMPTS, max_length=max_length, compare_sample=samples)
-    agent = TextRLActor(env, policy, seed=seed).agent_ppo(**{"update_interval": 2 * LENGTH, "epochs": 1, **fields})
+    agent = TextRLActor(env, policy, seed=seed).agent_ppo(
+        **{"update_interval": 2 * LENGTH, "epochs": 1, **fields}
+    )
     return agent, env
 
 
@@ -80,7 +88,11 @@ def test_files_of_a_run(tmp_path, name):
     outdir = tmp_path / name
     returned, history = run(agent, env, outdir, checkpoint_freq=20)
     assert returned is agent
-    steps = 40 if (outdir / "40_finish").is_dir() else max(int(p.name.split("_")[0]) for p in outdir.glob("*_finish"))
+    steps = (
+        40
+        if (outdir / "40_finish").is_dir()
+        else max(int(p.name.split("_")[0]) for p in outdir.glob("*_finish"))
+    )
     header, rows = table(outdir)
     assert header[: len(PFRL_COLUMNS)] == PFRL_COLUMNS
     assert [row["mean"] for row in rows] == [entry["eval_score"] for entry in history] == [1.0] * len(rows)
@@ -89,7 +101,12 @@ def test_files_of_a_run(tmp_path, name):
     checkpoints = [p for p in outdir.glob("*_checkpoint")]
     assert len(checkpoints) == 1
     for directory in (outdir / "best", outdir / f"{steps}_finish", *checkpoints):
-        assert {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "learner.pt"} <= names(directory)
+        assert {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "value_head.safetensors",
+            "learner.pt",
+        } <= names(directory)
         assert json.loads((directory / "adapter_config.json").read_text())["r"] == 2
         make_agent()[0].load(str(directory))
 
@@ -102,7 +119,9 @@ def test_best_is_the_agent_of_the_best_evaluation(tmp_path, monkeypatch):
         saved[step] = {name: p.detach().clone() for name, p in agent.policy.adapter_parameters().items()}
 
     scores = iter([0.5, 2.0, 1.0, 1.5, 0.0, 0.0, 0.0, 0.0])
-    monkeypatch.setattr("pfrl.experiments.evaluator.eval_performance", lambda *args, **kwargs: scores_of(next(scores)))
+    monkeypatch.setattr(
+        "pfrl.experiments.evaluator.eval_performance", lambda *args, **kwargs: scores_of(next(scores))
+    )
     run(agent, env, tmp_path, evaluation_hooks=[hook])
     best = adapter(tmp_path / "best")
     second = saved[sorted(saved)[1]]
@@ -119,7 +138,9 @@ def test_best_exists_even_when_no_evaluation_was_due(tmp_path):
     """README's second recipe: evaluation every 10000 steps of 1000."""
     agent, env = make_agent()
     _, history = run(agent, env, tmp_path, eval_interval=10_000)
-    assert history == table(tmp_path)[1] == []  # nor is one held: it may be the longest part, 1500 episodes in the README
+    assert (
+        history == table(tmp_path)[1] == []
+    )  # nor is one held: it may be the longest part, 1500 episodes in the README
     (finish,) = tmp_path.glob("*_finish")
     best, last = adapter(tmp_path / "best"), adapter(finish)
     assert all(torch.equal(best[name], last[name]) for name in last)
@@ -174,7 +195,12 @@ def test_tensorboard(tmp_path):
 def test_a_hook_is_called_once_per_env_step(tmp_path):
     agent, env = make_agent()
     seen = []
-    run(agent, env, tmp_path, step_hooks=[lambda env_, agent_, step: seen.append((env_ is env, agent_ is agent, step))])
+    run(
+        agent,
+        env,
+        tmp_path,
+        step_hooks=[lambda env_, agent_, step: seen.append((env_ is env, agent_ is agent, step))],
+    )
     (finish,) = tmp_path.glob("*_finish")
     assert seen == [(True, True, step) for step in range(1, int(finish.name.split("_")[0]) + 1)]
     assert 40 <= len(seen) < 40 + 2 * LENGTH
@@ -183,7 +209,14 @@ def test_a_hook_is_called_once_per_env_step(tmp_path):
 def test_steps_go_on_from_an_offset(tmp_path):
     agent, env = make_agent()
     seen = []
-    run(agent, env, tmp_path, step_offset=100, steps=130, step_hooks=[lambda env, agent, step: seen.append(step)])
+    run(
+        agent,
+        env,
+        tmp_path,
+        step_offset=100,
+        steps=130,
+        step_hooks=[lambda env, agent, step: seen.append(step)],
+    )
     assert seen[0] == 101 and 130 <= seen[-1] < 140
     assert all(row["steps"] > 100 for row in table(tmp_path)[1])
 
@@ -192,7 +225,9 @@ def test_steps_go_on_from_an_offset(tmp_path):
 def test_a_rollout_has_about_update_interval_env_steps(tmp_path, monkeypatch, interval, prompts):
     agent, env = make_agent(update_interval=interval, samples=3)
     learn, rows = agent.learn, []
-    monkeypatch.setattr(agent, "learn", lambda rollout, rewards: rows.append(len(rollout)) or learn(rollout, rewards))
+    monkeypatch.setattr(
+        agent, "learn", lambda rollout, rewards: rows.append(len(rollout)) or learn(rollout, rewards)
+    )
     run(agent, env, tmp_path, steps=1)
     assert rows == [3 * prompts]
 
@@ -289,14 +324,18 @@ def test_an_update_has_update_interval_env_steps_however_short_the_responses(tmp
     def counted(rollout, rewards):
         lengths = rollout.response_lengths.view(-1, env.compare_sample).amax(dim=1)
         sizes.append((int(lengths.sum()), int(lengths.max())))
-        assert rewards.shape == rollout.response_mask.shape == rollout.old_logprobs.shape and len(rollout.texts) == len(rollout)
+        assert rewards.shape == rollout.response_mask.shape == rollout.old_logprobs.shape and len(
+            rollout.texts
+        ) == len(rollout)
         assert (rewards.sum(dim=1) == 1).all() and bool(rewards[~rollout.response_mask].eq(0).all())
         return learn(rollout, rewards)
 
     monkeypatch.setattr(agent, "learn", counted)
     run(agent, env, tmp_path, steps=3 * interval, eval_interval=10_000)
     assert all(interval <= steps for steps, _ in sizes)
-    assert sum(steps for steps, _ in sizes) < 3 * interval + len(sizes) * 4 * 30  # no update collects much more than it needs
+    assert (
+        sum(steps for steps, _ in sizes) < 3 * interval + len(sizes) * 4 * 30
+    )  # no update collects much more than it needs
 
 
 def test_the_parts_of_a_rollout_have_random_numbers_of_their_own():
@@ -305,7 +344,10 @@ def test_the_parts_of_a_rollout_have_random_numbers_of_their_own():
     env._items = env._items[:1]  # always the same prompt
     env.seed(0)
     found = collect_env_steps(agent.policy, env, 30, SamplingConfig(max_new_tokens=30, seed=0))
-    first, second = (row[int(n) :].tolist() for row, n in list(zip(found.rollout.tokens, found.rollout.prompt_lengths))[:2])
+    first, second = (
+        row[int(n) :].tolist()
+        for row, n in list(zip(found.rollout.tokens, found.rollout.prompt_lengths, strict=False))[:2]
+    )
     assert len(found.items) > 2 and first != second  # the first part has one response
 
 

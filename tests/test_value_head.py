@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from textrl_swarm.value_head import ValueHead
+from textrl_swarm.models.value_head import ValueHead
 
 
 def randn(*shape, seed=0):

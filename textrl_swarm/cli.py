@@ -13,52 +13,84 @@ from rich.markup import escape
 from textrl_swarm.errors import TextRLSwarmError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     help="Reinforcement learning (PPO) of language models through a Petals swarm.",
-)  # fmt: skip
+)
 console = Console(highlight=False)
 
+_LOADING = "loading torch, transformers and peft ..."
+_ADDRESS = "/ip4/192.0.2.7/tcp/31337/p2p/12D3Koo..."
 
-@app.command(epilog="Examples:  textrl-swarm demo --out runs/demo  |  textrl-swarm demo --local --quantization 8bit --out runs/8bit")
+
+def _examples(*commands: str) -> str:
+    return f"Examples:  {'  |  '.join(commands)}"
+
+
+@app.command(
+    epilog=_examples(
+        "textrl-swarm demo --out runs/demo", "textrl-swarm demo --local --quantization 8bit --out runs/8bit"
+    )
+)
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the base model, adapter, summary and picture.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Directory for base model, adapter, summary and picture.")] = Path(
+        "runs/demo"
+    ),
     servers: Annotated[int, typer.Option(min=1, help="Petals servers to start on this machine.")] = 2,
     local: Annotated[bool, typer.Option("--local", help="No swarm: the model sits in this process.")] = False,
-    quantization: Annotated[str | None, typer.Option(help="8bit or 4bit: of the servers' blocks, or of the local model.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: of the servers' blocks, or of the local model.")
+    ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Rollouts to train on.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
-    """Train a tiny BLOOM, held by real Petals servers, to speak well of things: about four minutes on two cores."""
-    with console.status("loading torch, transformers and peft ..."):
-        from textrl_swarm.demo import DemoSettings, run_demo
+    """Train a tiny BLOOM, held by real Petals servers, to speak well of things: about four minutes on two
+    cores.
+    """
+    with console.status(_LOADING):
+        from textrl_swarm.commands.demo import DemoConfig, run_demo
 
-    summary = run_demo(DemoSettings(out, 0 if local else servers, quantization, iterations, seed), console)
+    summary = run_demo(DemoConfig(out, 0 if local else servers, quantization, iterations, seed), console)
     if summary["interrupted"]:
         raise typer.Exit(130)
 
 
 @app.command(
-    epilog="Examples:  textrl-swarm train run.yaml  |  textrl-swarm train run.yaml --dry-run  |  "
-    "textrl-swarm train run.yaml --set ppo.lr=3e-4 --set output=runs/b",
+    epilog=_examples(
+        "textrl-swarm train run.yaml",
+        "textrl-swarm train run.yaml --dry-run",
+        "textrl-swarm train run.yaml --set ppo.lr=3e-4 --set output=runs/b",
+        "textrl-swarm train run.yaml --set swarm.timeouts.request_s=30",
+    ),
 )
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file with model, prompts, reward and output; the README has one.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value instead of the file's, e.g. ppo.lr=3e-4.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole configuration and what it needs; start nothing.")] = False,
+    config: Annotated[Path, typer.Argument(help="YAML file with model, prompts, reward and output.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value instead of the file's, e.g. ppo.lr=3e-4.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the whole configuration and what it needs; start nothing.")
+    ] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Continue a run although its configuration or prompts changed.")
+        bool,
+        typer.Option(
+            "--accept-changes", help="Continue a run although its configuration or prompts changed."
+        ),
     ] = False,
 ) -> None:
-    """Train from a file. The same command continues a run that was stopped or killed."""
-    with console.status("loading torch, transformers and peft ..."):
-        from textrl_swarm.run_config import load_config
-        from textrl_swarm.train_command import train_command
+    """Train from a file. The same command resumes a run that was stopped or killed."""
+    with console.status(_LOADING):
+        from textrl_swarm.commands.train import train_command
+        from textrl_swarm.runs.config import load_config
 
     run = load_config(config, overrides or ())
     try:
         summary = train_command(run, console, dry_run=dry_run, accept_changes=accept_changes)
     except KeyboardInterrupt:  # before training began, or after it ended
-        console.print(escape(f"stopped: what there is in {run.output} is whole; the same command goes on"), soft_wrap=True)
+        message = f"Stopped. Everything saved in {run.output} is intact; rerun the command to resume."
+        console.print(escape(message), soft_wrap=True)
         raise typer.Exit(130) from None
     if summary is None and not dry_run:
         raise typer.Exit(130)
@@ -66,62 +98,86 @@ def train(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Examples:  textrl-swarm serve bigscience/bloom-560m --new-swarm  |  textrl-swarm serve ./my-bloom --servers 2 --new-swarm  |  "
-    "textrl-swarm serve ./my-bloom --initial-peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo... --block_indices 4:8",
+    epilog=_examples(
+        "textrl-swarm serve bigscience/bloom-560m --new-swarm",
+        "textrl-swarm serve ./my-bloom --servers 2 --new-swarm",
+        f"textrl-swarm serve ./my-bloom --initial-peers {_ADDRESS} --block_indices 4:8",
+    ),
 )
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Directory or hub id of a BLOOM model.")],
-    servers: Annotated[int, typer.Option(min=1, help="Servers to start here, with the blocks split evenly.")] = 1,
-    new_swarm: Annotated[bool, typer.Option("--new-swarm", "--new_swarm", help="Start a swarm instead of joining one.")] = False,
+    servers: Annotated[
+        int, typer.Option(min=1, help="Servers to start here, with the blocks split evenly.")
+    ] = 1,
+    new_swarm: Annotated[
+        bool, typer.Option("--new-swarm", "--new_swarm", help="Start a swarm instead of joining one.")
+    ] = False,
     initial_peers: Annotated[
-        list[str] | None, typer.Option("--initial-peers", "--initial_peers", help="Address of a server to join; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--initial-peers", "--initial_peers", help="Address of a server to join; may be repeated."
+        ),
     ] = None,
 ) -> None:
-    """Serve a model's blocks to clients that generate and train. Every option of petals' run_server can be added.
+    """Serve a model's blocks to clients that generate and train. Every option of petals' run_server can be
+    added.
 
-    --adapters DIR: also serve a trained adapter to petals clients, which ask for it with active_adapter=NAME, the directory's name.
+    --adapters DIR: also serve a trained adapter to petals clients, which ask for it with active_adapter=NAME,
+    the directory's name.
     """
     with console.status("loading ..."):
-        from textrl_swarm.serving import serve as run_servers
+        from textrl_swarm.commands.serve import serve_command
 
     peers, options = _split_addresses(list(initial_peers or []), context.args)
     if new_swarm == bool(peers):
         raise typer.BadParameter("give either --new-swarm (start one) or --initial-peers ADDRESS (join one)")
-    run_servers(model, servers, peers, options, console)
+    serve_command(model, servers, peers, options, console)
 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Examples:  textrl-swarm status --initial-peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo...  |  "
-    "textrl-swarm status --initial-peers ADDRESS ADDRESS --dht-prefix bigscience/bloom-petals --json",
+    epilog=_examples(
+        f"textrl-swarm status --initial-peers {_ADDRESS}",
+        "textrl-swarm status --initial-peers ADDRESS ADDRESS --dht-prefix bigscience/bloom-petals --json",
+    ),
 )
 def status(
     context: typer.Context,
     initial_peers: Annotated[
-        list[str], typer.Option("--initial-peers", "--initial_peers", help="Address of a server of the swarm; several may follow.")
+        list[str],
+        typer.Option(
+            "--initial-peers", "--initial_peers", help="Address of a server of the swarm; several may follow."
+        ),
     ],
     dht_prefix: Annotated[
-        str | None, typer.Option("--dht-prefix", "--dht_prefix", help="Name of the one model to show; default: all that are announced.")
+        str | None,
+        typer.Option(
+            "--dht-prefix", "--dht_prefix", help="Name of the one model to show; default: all models."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")] = False,
-    timeout_s: Annotated[float, typer.Option("--timeout-s", min=1, help="Seconds for everything together.")] = 60,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout-s", min=1, help="Seconds for everything together.")
+    ] = 60,
 ) -> None:
-    """Show which blocks of a swarm are held by whom, how fast, which can train, and what is missing.
+    """Show which servers hold which blocks of a swarm, how fast, which can train, and what is missing.
 
     Exit code: 0 when all blocks of the models shown can be trained, 3 when some cannot, 1 after an error.
     """
     peers, rest = _split_addresses(initial_peers, context.args)
     if rest:
         raise typer.BadParameter(f"unexpected argument: {rest[0]}")
-    from textrl_swarm.status import status_command
+    from textrl_swarm.commands.status import status_command
 
     if not status_command(peers, dht_prefix, console, as_json=as_json, timeout_s=timeout_s):
         raise typer.Exit(3)
 
 
 def _split_addresses(peers: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
-    """petals lets several addresses follow one --initial_peers; those arrive among the other arguments.
+    """Separates addresses from other arguments: petals lets several addresses follow one --initial_peers.
 
     A peer's address has a peer id; that of --host_maddrs has none.
     """
@@ -130,43 +186,69 @@ def _split_addresses(peers: list[str], rest: list[str]) -> tuple[list[str], list
 
 
 @app.command(
-    epilog="Examples:  textrl-swarm export runs/mine adapter  |  textrl-swarm export runs/mine model --merge  |  "
-    "textrl-swarm export runs/mine/best adapter --push-to-hub me/my-adapter",
+    epilog=_examples(
+        "textrl-swarm export runs/mine adapter",
+        "textrl-swarm export runs/mine model --merge",
+        "textrl-swarm export runs/mine/best adapter --push-to-hub me/my-adapter",
+    ),
 )
 def export(
-    source: Annotated[str, typer.Argument(help="Run of `textrl-swarm train`, OUTDIR/best of train_agent_with_evaluation, or an adapter.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; an earlier export there is replaced.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Run of `textrl-swarm train`, OUTDIR/best of train_agent_with_evaluation, or an adapter."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to write; replaces an earlier export there.")],
     merge: Annotated[bool, typer.Option("--merge", help="A full model instead of an adapter.")] = False,
-    checkpoint: Annotated[str | None, typer.Option(help="Of a run: last, or an iteration; without it the finished adapter.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")] = None,
-    push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", help="Repository to upload to, e.g. me/my-adapter.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: last, or an iteration; default: the finished adapter.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model, instead of the one that the adapter names.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Repository to upload to, e.g. me/my-adapter.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    verify: Annotated[bool, typer.Option(help="Load it back in a fresh process and compare logits (needs memory for two models).")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Load it back in a fresh process and compare logits (needs memory for two models)."
+        ),
+    ] = True,
 ) -> None:
-    """Write an adapter in PEFT's format with a model card, or a merged model, and check that it loads elsewhere."""
-    with console.status("loading torch, transformers and peft ..."):
-        from textrl_swarm import export as exporting
-        from textrl_swarm.export_source import find_source
+    """Write an adapter in PEFT's format with a model card, or a merged model, and check that it loads
+    elsewhere.
+    """
+    with console.status(_LOADING):
+        from textrl_swarm.commands.export import export_command
 
-    found = find_source(source, checkpoint, model)
-    written = (exporting.export_merged if merge else exporting.export_adapter)(found, out, console, verify=verify)
-    if not verify:
-        console.print("not checked: --no-verify")
-    if push_to_hub is not None:
-        exporting.push_to_hub(written, push_to_hub, console, private=private)
+    export_command(
+        source,
+        out,
+        console,
+        merge=merge,
+        checkpoint=checkpoint,
+        base_model=model,
+        push_to=push_to_hub,
+        private=private,
+        check=verify,
+    )
 
 
 def _dump(
     model: Annotated[str, typer.Option(help="Directory or hub id of the model before training.")],
     rl: Annotated[str, typer.Option(help="What was trained, e.g. OUTDIR/best.")],
-    directory: Annotated[Path, typer.Option("--dump", "--dumpdir", help="Directory to write the full model to.")],
+    directory: Annotated[
+        Path, typer.Option("--dump", "--dumpdir", help="Directory to write the full model to.")
+    ],
 ) -> None:
     """Write a full model that AutoModelForCausalLM loads, as TextRL's command of this name."""
-    with console.status("loading torch, transformers and peft ..."):
-        from textrl_swarm.export import export_merged
-        from textrl_swarm.export_source import find_source
+    with console.status(_LOADING):
+        from textrl_swarm.commands.export import export_command
 
-    export_merged(find_source(rl, base_model=model), directory, console)
+    export_command(rl, directory, console, merge=True, base_model=model)
     console.print("Finish model dump.")
 
 
@@ -178,7 +260,8 @@ def main() -> None:
 def dump() -> None:
     """Entry point of `textrl-dump`."""
     dumper = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    dumper.command(epilog="Example:  textrl-dump --model ./model_before --rl OUTDIR/best --dump ./model_after")(_dump)
+    example = "textrl-dump --model ./model_before --rl OUTDIR/best --dump ./model_after"
+    dumper.command(epilog=f"Example:  {example}")(_dump)
     _run(dumper)
 
 
@@ -192,7 +275,7 @@ def _run(command: typer.Typer) -> None:
     except TextRLSwarmError as error:
         _complain(str(error))
         sys.exit(1)
-    except OSError as error:  # a full disk, a directory that may not be written
+    except OSError as error:  # a full disk, a directory without write permission
         if error.filename is None:
             raise
         _complain(f"{error.filename}: {error.strerror}")

@@ -1,23 +1,77 @@
-"""Settings as frozen dataclasses, checked when built. Knows nothing about models, servers or files."""
+"""Settings as frozen dataclasses, checked when built. Knows nothing about models, servers or files.
+
+Each field is documented by the string below it. `help()` shows these strings too, because `document_fields`
+appends them to the class's docstring; the run.yaml reference is generated from them.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
 import math
-from collections.abc import Iterable
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from textrl_swarm.errors import ConfigError, closest
+
+Settings = TypeVar("Settings")
 
 QUANTIZATIONS = ("8bit", "4bit")
 
 
-def _require(holds: bool, message: str) -> None:
+# --------------------------------------------------------------------------------- documented fields
+
+
+@functools.cache
+def field_docs(cls: type) -> Mapping[str, str]:
+    """Field name -> the string below the field in the source, with its line breaks folded; {} without the
+    source.
+    """
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+    except (OSError, TypeError):
+        return {}
+    body = next(
+        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+    )
+    docs = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            docs[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    return docs
+
+
+def document_fields(cls: type[Settings]) -> type[Settings]:
+    """Class decorator: appends an "Attributes:" section with every field's own docstring to the class's
+    docstring.
+    """
+    docs = field_docs(cls)  # type: ignore[arg-type]
+    if docs:
+        lines = [
+            textwrap.fill(f"{name}: {text}", 106, subsequent_indent="    ") for name, text in docs.items()
+        ]
+        section = "Attributes:\n" + textwrap.indent("\n".join(lines), "    ")
+        cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{section}\n"
+    return cls
+
+
+# -------------------------------------------------------------------------------------------- checks
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises ConfigError with the message unless the condition holds."""
     if not holds:
         raise ConfigError(message)
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -25,129 +79,264 @@ def _require_numbers(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        _require(ok, f"{name} must be a finite number, got {value!r}")
+        require(ok, f"{name} must be a finite number, got {value!r}")
 
 
 def _require_bools(config: object, *names: str) -> None:
-    for name in names:  # "false" from a file would count as True
-        _require(isinstance(getattr(config, name), bool), f"{name} must be True or False, got {getattr(config, name)!r}")
+    for name in names:  # the text "false" from a file would count as True
+        value = getattr(config, name)
+        require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
 
 
-def from_dict(cls: type, values: dict):
+def _require_counts(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(is_int(value) and value >= 1, f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def from_dict(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Builds a settings dataclass from plain values; unknown keys are refused with the closest name."""
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
-        _require(name in known, f"unknown setting {name!r} of {cls.__name__}; {closest(name, known)}")
+        require(name in known, f"unknown setting {name!r} of {cls.__name__}; {closest(name, known)}")
     return cls(**values)
 
 
+# ------------------------------------------------------------------------------------------ settings
+
+
+@document_fields
 @dataclass(frozen=True)
 class LoraSettings:
     """Which weights are trained: low-rank updates W + (alpha / r) * B A on linear layers inside the blocks.
 
+    Called settings, not config, because `peft.LoraConfig` is something else.
+
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
-    r: int = 8  # rank; trainable parameters and adapter bytes grow linearly with it
-    alpha: float = 16  # the update is scaled by alpha / r
-    targets: tuple[str, ...] | None = None  # names of linear layers, e.g. ("query_key_value", "dense"); None = all of a block
-    layers: int | None = None  # train only the last k blocks (the blocks below are then computed once per rollout); None = all
+    r: int = 8
+    """Rank. Trainable parameters and the adapter's bytes grow linearly with it."""
 
-    def __post_init__(self):
-        _require(_is_int(self.r) and self.r >= 1, f"LoRA rank r must be a whole number >= 1, got {self.r!r}")
+    alpha: float = 16
+    """The update is scaled by alpha / r."""
+
+    targets: tuple[str, ...] | None = None
+    """Names of linear layers, e.g. ("query_key_value", "dense"); None = all linear layers of a block."""
+
+    layers: int | None = None
+    """Adapt only the last k blocks; None = all. Through a swarm, the blocks below run once per rollout and
+    not in every forward; on this machine they run every time."""
+
+    def __post_init__(self) -> None:
+        require(is_int(self.r) and self.r >= 1, f"LoRA rank r must be a whole number >= 1, got {self.r!r}")
         _require_numbers(self, "alpha")
-        _require(self.alpha > 0, f"LoRA alpha must be > 0, got {self.alpha!r}")
+        require(self.alpha > 0, f"LoRA alpha must be > 0, got {self.alpha!r}")
         if self.targets is not None:
-            targets = (self.targets,) if isinstance(self.targets, str) else self.targets
-            ok = isinstance(targets, Iterable) and bool(targets := tuple(targets)) and all(isinstance(t, str) and t for t in targets)
-            _require(ok, f"LoRA targets must be names of linear layers or None for all of them, got {self.targets!r}")
-            object.__setattr__(self, "targets", targets)
-        ok = self.layers is None or (_is_int(self.layers) and self.layers >= 1)
-        _require(ok, f"LoRA layers must be None (all blocks) or a whole number >= 1 (the last k), got {self.layers!r}")
+            object.__setattr__(self, "targets", _checked_targets(self.targets))
+        ok = self.layers is None or (is_int(self.layers) and self.layers >= 1)
+        require(
+            ok,
+            f"LoRA layers must be None (all blocks) or a whole number >= 1 (the last k), got {self.layers!r}",
+        )
 
 
+def _checked_targets(given: object) -> tuple[str, ...]:
+    targets = (given,) if isinstance(given, str) else given
+    names = tuple(targets) if isinstance(targets, Iterable) else ()
+    ok = bool(names) and all(isinstance(name, str) and name for name in names)
+    require(ok, f"LoRA targets must be names of linear layers or None for all of them, got {given!r}")
+    return names
+
+
+@document_fields
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn. Filters and the penalty shape exploration only; logprobs are those of the full vocabulary."""
+    """How responses are drawn.
 
-    max_new_tokens: int = 32  # at most this many tokens are chosen per response, end token included
-    temperature: float = 1.0  # logits are divided by it, here and when scoring
-    top_k: int = 0  # keep the k most likely tokens; 0 = off
-    top_p: float = 1.0  # keep the smallest set of tokens with this much probability; 1 = off
-    repetition_penalty: float = 1.0  # > 1 makes tokens of the prompt and the response so far less likely (arXiv 1909.05858); 1 = off
-    do_sample: bool = True  # False: the most likely token each time
-    num_samples: int = 1  # responses per prompt
-    stop_token_ids: tuple[int, ...] | None = None  # tokens that end a response; None = the model's end tokens (of an environment: its own)
-    seed: int | None = None  # same seed, same policy, same prompts: same responses; None = from torch's global generator
+    Filters and the repetition penalty shape exploration only; logprobs are those of the full vocabulary.
+    """
 
-    def __post_init__(self):
-        for name in ("max_new_tokens", "num_samples"):
-            value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, f"{name} must be a whole number >= 1, got {value!r}")
-        _require(_is_int(self.top_k) and self.top_k >= 0, f"top_k must be a whole number >= 0 (0 = off), got {self.top_k!r}")
+    max_new_tokens: int = 32
+    """Most tokens of a response, end token included."""
+
+    temperature: float = 1.0
+    """Logits are divided by it when sampling and when scoring."""
+
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 = off (Fan et al. 2018, arXiv 1805.04833)."""
+
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this much probability; 1 = off (Holtzman et al. 2019, arXiv
+    1904.09751).
+    """
+
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the response so far become less likely; 1 = off (arXiv
+    1909.05858).
+    """
+
+    do_sample: bool = True
+    """False = take the most likely token each time."""
+
+    num_samples: int = 1
+    """Responses per prompt."""
+
+    stop_token_ids: tuple[int, ...] | None = None
+    """Token ids that end a response; None = the model's end tokens, or an environment's `gen_stop_toks`."""
+
+    seed: int | None = None
+    """The same seed, policy and prompts give the same responses; None = draw from torch's global
+    generator.
+    """
+
+    def __post_init__(self) -> None:
+        _require_counts(self, "max_new_tokens", "num_samples")
+        ok = is_int(self.top_k) and self.top_k >= 0
+        require(ok, f"top_k must be a whole number >= 0 (0 = off), got {self.top_k!r}")
         _require_numbers(self, "temperature", "top_p", "repetition_penalty")
-        _require(
+        require(
             self.temperature > 0,
-            f"temperature must be > 0, got {self.temperature!r}; for the most likely token each time use do_sample=False",
+            f"temperature must be > 0, got {self.temperature!r}; "
+            "for the most likely token each time use do_sample=False",
         )
-        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = off), got {self.top_p!r}")
-        _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0 (1 = off), got {self.repetition_penalty!r}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = off), got {self.top_p!r}")
+        require(
+            self.repetition_penalty > 0,
+            f"repetition_penalty must be > 0 (1 = off), got {self.repetition_penalty!r}",
+        )
         _require_bools(self, "do_sample")
         if self.stop_token_ids is not None:
-            ok = isinstance(self.stop_token_ids, Iterable) and all(_is_int(i) and i >= 0 for i in self.stop_token_ids)
-            _require(ok, f"stop_token_ids must be a list of token ids or None, got {self.stop_token_ids!r}")
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _require(self.seed is None or _is_int(self.seed), f"seed must be a whole number or None, got {self.seed!r}")
+            object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
+        require(
+            self.seed is None or is_int(self.seed), f"seed must be a whole number or None, got {self.seed!r}"
+        )
 
 
+def _checked_ids(given: object) -> tuple[int, ...]:
+    ids = tuple(given) if isinstance(given, Iterable) else (None,)
+    ok = all(is_int(token) and token >= 0 for token in ids)
+    require(ok, f"stop_token_ids must be a list of token ids or None, got {given!r}")
+    return ids
+
+
+@document_fields
 @dataclass(frozen=True)
 class PPOConfig:
     """Proximal policy optimisation of whole responses. Defaults are the literature's; each names its source.
 
-    Source: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; Huang et al. 2024, arXiv 2403.17031.
+    Source: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; Huang et al. 2024,
+    arXiv 2403.17031.
     """
 
-    lr: float = 1e-4  # AdamW learning rate of adapter and value head; LoRA wants about 10x that of full training (arXiv 2106.09685)
-    lr_decay_updates: int | None = None  # lr falls linearly to 0 over this many updates (arXiv 1909.08593); None = constant
-    epochs: int = 4  # passes over each rollout (arXiv 1909.08593)
-    minibatch_size: int = 64  # responses per optimizer step; more than the rollout has = the whole rollout
-    gamma: float = 1.0  # discount per token (arXiv 1909.08593)
-    gae_lambda: float = 0.95  # generalised advantage estimation, arXiv 1506.02438
-    bootstrap_truncated: bool = False  # True: a response cut at the length limit is worth the value of its last state on top of its rewards
-    clip_range: float = 0.2  # the policy's ratio is clipped to 1 +- this (arXiv 1707.06347)
-    value_clip_range: float | None = 0.2  # new values move at most this far from the old ones; None = no clipping
-    value_coef: float = 0.1  # weight of the value loss (arXiv 1909.08593)
-    entropy_coef: float = 0.0  # weight of the entropy bonus; needs no reference policy
-    kl_coef: float = 0.05  # per-token penalty -kl_coef * (logprob - ref_logprob) (arXiv 2403.17031); 0 = off
-    adaptive_kl_target: float | None = None  # nats per response; None = fixed kl_coef, else it is steered (arXiv 1909.08593, section 2.2)
-    adaptive_kl_horizon: int = 10_000  # responses over which the controller reacts
-    target_kl: float | None = None  # stop the epochs of an update when approx_kl exceeds this; None = never
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    whiten_advantages: bool = True  # mean 0, variance 1 over the real tokens of a rollout
-    whiten_rewards: bool = False  # variance 1, mean kept (arXiv 1909.08593)
-    weight_decay: float = 0.0  # of AdamW
-    adam_eps: float = 1e-5  # arXiv 2403.17031, detail on Adam's epsilon
-    seed: int = 0  # order of minibatches
+    lr: float = 1e-4
+    """AdamW's learning rate for adapter and value head. LoRA wants about 10 times the rate of full training
+    (arXiv 2106.09685)."""
 
-    def __post_init__(self):
+    lr_decay_updates: int | None = None
+    """The learning rate falls linearly to 0 over this many updates (arXiv 1909.08593); None = constant."""
+
+    epochs: int = 4
+    """Passes over each rollout (arXiv 1909.08593)."""
+
+    minibatch_size: int = 64
+    """Responses per optimizer step; a number above the rollout's size means the whole rollout."""
+
+    gamma: float = 1.0
+    """Discount per token (arXiv 1909.08593)."""
+
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
+
+    bootstrap_truncated: bool = False
+    """True = add the value of the last state to a response that was cut at the length limit. On RandomWalks,
+    policies then learned never to end."""
+
+    clip_range: float = 0.2
+    """The ratio of new to old policy is clipped to 1 +- this (arXiv 1707.06347)."""
+
+    value_clip_range: float | None = 0.2
+    """New values move at most this far from the old ones; None = no clipping."""
+
+    value_coef: float = 0.1
+    """Weight of the value loss (arXiv 1909.08593)."""
+
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 = off."""
+
+    kl_coef: float = 0.05
+    """Per-token penalty -kl_coef * (logprob - ref_logprob) (arXiv 2403.17031); 0 = off."""
+
+    adaptive_kl_target: float | None = None
+    """Steer kl_coef towards this KL, in nats per response (arXiv 1909.08593, section 2.2); None = fixed
+    kl_coef.
+    """
+
+    adaptive_kl_horizon: int = 10_000
+    """Responses over which the adaptive kl_coef reacts."""
+
+    target_kl: float | None = None
+    """End the epochs of an update once approx_kl exceeds this; None = never."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm."""
+
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 over the real tokens of a rollout."""
+
+    whiten_rewards: bool = False
+    """Scale rewards to variance 1 and keep their mean (arXiv 1909.08593)."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+
+    adam_eps: float = 1e-5
+    """AdamW's epsilon (arXiv 2403.17031)."""
+
+    seed: int = 0
+    """Decides the order of minibatches."""
+
+    def __post_init__(self) -> None:
         _require_numbers(
-            self, "lr", "gamma", "gae_lambda", "clip_range", "value_coef", "entropy_coef", "kl_coef", "max_grad_norm",
-            "weight_decay", "adam_eps",
-        )  # fmt: skip
-        for name in ("epochs", "minibatch_size", "adaptive_kl_horizon"):
-            value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, f"{name} must be a whole number >= 1, got {value!r}")
-        ok = self.lr_decay_updates is None or (_is_int(self.lr_decay_updates) and self.lr_decay_updates >= 1)
-        _require(ok, f"lr_decay_updates must be a whole number >= 1 or None, got {self.lr_decay_updates!r}")
+            self, "lr", "gamma", "gae_lambda", "clip_range", "value_coef", "entropy_coef", "kl_coef"
+        )
+        _require_numbers(self, "max_grad_norm", "weight_decay", "adam_eps")
+        _require_counts(self, "epochs", "minibatch_size", "adaptive_kl_horizon")
+        ok = self.lr_decay_updates is None or (is_int(self.lr_decay_updates) and self.lr_decay_updates >= 1)
+        require(ok, f"lr_decay_updates must be a whole number >= 1 or None, got {self.lr_decay_updates!r}")
         for name in ("lr", "clip_range", "max_grad_norm", "adam_eps"):
-            _require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)!r}")
+            require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)!r}")
         for name in ("value_coef", "entropy_coef", "kl_coef", "weight_decay"):
-            _require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)!r}")
+            require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)!r}")
         for name in ("gamma", "gae_lambda"):
-            _require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         for name in ("value_clip_range", "adaptive_kl_target", "target_kl"):
             if getattr(self, name) is not None:
                 _require_numbers(self, name)
-                _require(getattr(self, name) > 0, f"{name} must be > 0 or None, got {getattr(self, name)!r}")
+                require(getattr(self, name) > 0, f"{name} must be > 0 or None, got {getattr(self, name)!r}")
         _require_bools(self, "bootstrap_truncated", "whiten_advantages", "whiten_rewards")
-        _require(_is_int(self.seed), f"seed must be a whole number, got {self.seed!r}")
+        require(is_int(self.seed), f"seed must be a whole number, got {self.seed!r}")
+
+
+@document_fields
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a client waits for the swarm before it gives up."""
+
+    connect_s: float = 10.0
+    """Until a stream to a server is open."""
+
+    request_s: float = 120.0
+    """One forward, backward, push or generation step on one server."""
+
+    discovery_s: float = 60.0
+    """Until all blocks are found when a policy is made."""
+
+    recovery_s: float = 300.0
+    """How long one request may be retried, or wait for lost blocks, before it fails."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect_s", "request_s", "discovery_s", "recovery_s"):
+            _require_numbers(self, name)
+            value = getattr(self, name)
+            require(value >= 0, f"{name} must be a number of seconds >= 0, got {value!r}")

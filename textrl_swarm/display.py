@@ -1,4 +1,6 @@
-"""What a terminal shows while something takes longer than two seconds. Knows nothing about what takes so long."""
+"""What a terminal shows while something takes longer than two seconds. Knows nothing about what takes so
+long.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from contextlib import AbstractContextManager
 from rich.console import Console
 
 
-def status(console: Console, what: str) -> AbstractContextManager:
+def spinner(console: Console, what: str) -> AbstractContextManager[object]:
     """A spinner with these words inside the block; where there is no terminal, one line."""
     if console.is_terminal:
         return console.status(f"{what} ...")

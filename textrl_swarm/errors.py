@@ -1,6 +1,29 @@
-"""Every error a user of this library can meet. Knows nothing about where they are raised.
+"""Every error that this package raises on purpose. Knows nothing about where they are raised.
 
-Each message says what was seen (with numbers and units) and what to do next; facts a program may want stand as attributes.
+    TextRLSwarmError
+    ├── ConfigError             a setting has an impossible value or an unknown name         (ValueError)
+    ├── ShapeError              a tensor has the wrong shape, type or contents               (ValueError)
+    ├── ModelError              a model cannot be used
+    │   └── NumericsError       a model's logits are NaN or infinite                         (ArithmeticError)
+    ├── PromptError             a prompt is empty, malformed or too long                     (ValueError)
+    ├── RewardError             a reward function failed or returned no reward               (ValueError)
+    ├── AdapterError            an adapter cannot be used with this model
+    ├── CheckpointError         a run's directory cannot be continued or exported
+    ├── ExportError             an export cannot be written, or differs from what was trained
+    ├── PetalsMissing           petals is not installed                                      (ImportError)
+    ├── IncompatibleLibrary     an installed library changed something we rely on            (ImportError)
+    └── SwarmError              everything that comes from the swarm
+        ├── AddressError        an initial peer's address is malformed or nobody answers     (ValueError)
+        ├── BlocksUnavailable   no server holds some of the model's blocks
+        ├── ServerMismatch      a server holds blocks of another model
+        ├── ServerFailed        one server did not answer, or answered with an error
+        ├── RemoteFailure       a request kept failing until its deadline
+        ├── AdapterMissing      a server does not hold the adapter that a request names
+        ├── AdapterRejected     a server refuses to store an adapter
+        └── LaunchError         a server process ended or did not come online in time
+
+Each message says what was seen, with numbers and units, and what to do next. Facts that a program may want
+are attributes.
 """
 
 from __future__ import annotations
@@ -10,15 +33,25 @@ from collections.abc import Iterable
 
 
 class TextRLSwarmError(Exception):
-    """Base of all errors raised on purpose by textrl_swarm."""
+    """Base of all errors that this package raises on purpose."""
 
 
 class ConfigError(TextRLSwarmError, ValueError):
     """A setting has an impossible value or an unknown name."""
 
 
+class ShapeError(TextRLSwarmError, ValueError):
+    """A tensor passed to a function has the wrong shape, type or contents, or a number is out of its
+    range.
+    """
+
+
 class ModelError(TextRLSwarmError):
     """A model directory, hub id or model object cannot be used."""
+
+
+class NumericsError(ModelError, ArithmeticError):
+    """A model's logits are NaN or infinite, so no token can be drawn from them."""
 
 
 class PetalsMissing(TextRLSwarmError, ImportError):
@@ -26,19 +59,19 @@ class PetalsMissing(TextRLSwarmError, ImportError):
 
 
 class IncompatibleLibrary(TextRLSwarmError, ImportError):
-    """An installed library changed something the swarm parts rely on."""
+    """An installed library changed something that the swarm parts rely on."""
 
 
 class AdapterError(TextRLSwarmError):
-    """An adapter directory is unusable, or was made for another model."""
+    """An adapter directory cannot be read, or its adapter was made for another model."""
 
 
 class CheckpointError(TextRLSwarmError):
-    """A run's directory cannot be continued or exported: damaged, of another model, changed, or without a finished iteration."""
+    """A run's directory cannot be continued or exported: damaged, changed, or of another model."""
 
 
 class ExportError(TextRLSwarmError):
-    """An export cannot be written, is not what was trained, or cannot be uploaded."""
+    """An export cannot be written or uploaded, or differs from what was trained."""
 
 
 class PromptError(TextRLSwarmError, ValueError):
@@ -54,7 +87,7 @@ class SwarmError(TextRLSwarmError):
 
 
 class AddressError(SwarmError, ValueError):
-    """An initial peer's address is malformed or nobody answers there."""
+    """An initial peer's address is malformed, or nobody answers there."""
 
 
 class BlocksUnavailable(SwarmError):
@@ -73,12 +106,28 @@ class ServerMismatch(SwarmError):
     """A server holds blocks of another model than the client's."""
 
 
+class ServerFailed(SwarmError):
+    """One server did not answer, answered nonsense, or its computation raised. The client retries elsewhere.
+
+    Attributes:
+        answered: True when the server itself reported the error, so that asking again may give the same.
+    """
+
+    def __init__(self, message: str, *, answered: bool = False):
+        super().__init__(message)
+        self.answered = answered
+
+
 class RemoteFailure(SwarmError):
     """A request kept failing until its deadline; the last cause is chained."""
 
 
+class AdapterMissing(SwarmError):
+    """A server does not hold the adapter that a request names. The client pushes it and asks again."""
+
+
 class AdapterRejected(SwarmError):
-    """A server refused to store an adapter (too large, not finite, or malformed)."""
+    """A server refuses to store an adapter: too large, not finite, or malformed."""
 
 
 class LaunchError(SwarmError):
@@ -86,7 +135,7 @@ class LaunchError(SwarmError):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A suggestion to append to an "unknown name" message; lists what exists."""
+    """A suggestion to append to an "unknown name" message, followed by all names that exist."""
     known = sorted(known)
     match = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {match[0]!r}? " if match else ""

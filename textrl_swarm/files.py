@@ -1,4 +1,6 @@
-"""Writing so that a crash leaves either the old or the new, never half of one. Knows nothing about what is written."""
+"""Writing files so that a crash leaves the old or the new version, never half of one. Knows nothing about
+contents.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>part|old)")  # names that are made below
+# The names of unfinished and replaced files: .NAME.12345678.part and .NAME.12345678.old
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>part|old)")
+
+
+def _temporary(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}")
 
 
 @contextmanager
 def published(directory: str | Path) -> Iterator[Path]:
-    """A sibling directory to write to, on the disk and renamed to `directory` at the end; what stood there is replaced.
+    """Yields a sibling directory to write to, and renames it to `directory` at the end, replacing what stood
+    there.
 
-    Whoever finds `directory` finds all of it, also after a power cut. When the body raises, nothing has changed.
+    `directory` is always complete, after a power cut too. When the body raises, nothing has changed.
     """
     directory = Path(directory).resolve()
-    unique = f"{directory.name}.{uuid.uuid4().hex[:8]}"
-    staging, replaced = directory.with_name(f".{unique}.part"), directory.with_name(f".{unique}.old")
+    staging, replaced = _temporary(directory, "part"), _temporary(directory, "old")
     try:
         staging.mkdir(parents=True)
         yield staging
@@ -33,17 +40,39 @@ def published(directory: str | Path) -> Iterator[Path]:
         os.replace(staging, directory)
         _to_disk(directory.parent)
     finally:
-        if replaced.exists() and not directory.exists():  # interrupted between the two
+        if replaced.exists() and not directory.exists():  # interrupted between the two renames
             os.replace(replaced, directory)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """Yields the name of a sibling file to write, and renames it to `path` at the end, in one step."""
+    path = Path(path)
+    part = _temporary(path, "part")
+    try:
+        yield part
+        _to_disk(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces a file's contents in one step."""
+    with replaced_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def tidy(directory: str | Path) -> None:
-    """Removes what processes that were killed inside `published` or `write_text` left in a directory; what they were about to replace is
-    put back. Files of others, however similar their names, stay."""
+    """Removes what killed processes left unfinished in a directory, and restores what they were about to
+    replace.
+
+    Only names that `published` and `replaced_file` make are touched.
+    """
     for path in list(Path(directory).glob(".*")):
-        match = _LEFT.fullmatch(path.name)
+        match = _LEFT_BEHIND.fullmatch(path.name)
         if match is None:
             continue
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
@@ -52,18 +81,6 @@ def tidy(directory: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Replaces a file's contents in one step."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        _to_disk(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sha256(path: str | Path) -> str:

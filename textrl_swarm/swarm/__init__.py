@@ -1,1 +1,1 @@
-"""Everything that touches petals and hivemind: servers that train LoRA, and the client's chain of remote blocks."""
+"""Everything that touches petals and hivemind: what both ends share, and the servers of one machine."""

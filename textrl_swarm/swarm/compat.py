@@ -1,8 +1,10 @@
-"""Makes PyPI's petals 2.2.0.post1 import and run on today's hivemind, transformers and peft. Nothing else patches anything.
+"""Makes PyPI's petals 2.2.0.post1 import and run on today's hivemind, transformers and peft. Nothing else
+patches anything.
 
-`install_import_hook()` (called when textrl_swarm is imported) only puts a finder on `sys.meta_path`: nothing happens until
-somebody imports petals. Then the names petals expects are put back first, and petals' own classes are mended right after it loaded.
-Each mend checks that what it replaces is still there and says what changed when it is not.
+`install_import_hook()` (called when textrl_swarm is imported) only puts a finder on `sys.meta_path`: nothing
+happens until somebody imports petals. Then the names petals expects are put back first, and petals' own
+classes are mended right after it loaded. Each mend checks that what it replaces is still there and says what
+changed when it is not.
 
 Knows nothing about LoRA, policies or training.
 """
@@ -21,6 +23,7 @@ import sys
 from types import ModuleType
 
 from textrl_swarm.errors import IncompatibleLibrary, ModelError, PetalsMissing
+from textrl_swarm.swarm.sockets import socket_directory
 
 TESTED = {
     "petals": "2.2.0.post1",
@@ -30,13 +33,20 @@ TESTED = {
     "bitsandbytes": "0.50.2",
     "torch": "2.13.0",
 }
-INSTALL_COMMAND = "pip install 'textrl-swarm[swarm]' && pip install --no-deps petals==2.2.0.post1   (in a clone: make setup)"
+INSTALL_COMMAND = (
+    "pip install 'textrl-swarm[swarm]' && pip install --no-deps petals==2.2.0.post1   "
+    "(in a clone: make setup)"
+)
 
 # hivemind 1.1.12 stopped re-exporting these (its PR 663); petals still imports them from the package root
 _HIVEMIND_NAMES = {
     **dict.fromkeys(("BatchTensorDescriptor", "TensorDescriptor"), "hivemind.utils.tensor_descr"),
-    **dict.fromkeys(("get_dht_time", "MAX_DHT_TIME_DISCREPANCY_SECONDS", "TimedStorage"), "hivemind.utils.timed_storage"),
-    **dict.fromkeys(("serialize_torch_tensor", "deserialize_torch_tensor", "deserialize_tensor_stream"), "hivemind.compression"),
+    "get_dht_time": "hivemind.utils.timed_storage",
+    "MAX_DHT_TIME_DISCREPANCY_SECONDS": "hivemind.utils.timed_storage",
+    "TimedStorage": "hivemind.utils.timed_storage",
+    "serialize_torch_tensor": "hivemind.compression",
+    "deserialize_torch_tensor": "hivemind.compression",
+    "deserialize_tensor_stream": "hivemind.compression",
     **dict.fromkeys(("nested_flatten", "nested_pack", "nested_compare"), "hivemind.utils.nested"),
     **dict.fromkeys(("P2P", "P2PContext", "PeerID"), "hivemind.p2p"),
     "MSGPackSerializer": "hivemind.utils.serializer",
@@ -54,7 +64,8 @@ def _version(package: str) -> str:
 
 def _changed(package: str, what: str) -> IncompatibleLibrary:
     return IncompatibleLibrary(
-        f"{package} {_version(package)} {what}; textrl_swarm's swarm parts were tested with {package} {TESTED[package]}: "
+        f"{package} {_version(package)} {what}; textrl_swarm's swarm parts were tested with {package} "
+        f"{TESTED[package]}: "
         f"pip install '{package}=={TESTED[package]}'"
     )
 
@@ -67,7 +78,7 @@ def _need(package: str, module: ModuleType | type, name: str) -> object:
         raise _changed(package, f"has no {module.__name__}.{name} any more") from None
 
 
-# ---------------------------------------------------------------------------------------------------- the import hook
+# ----------------------------------------------------------------------------------- the import hook
 
 
 class _MendingLoader(importlib.abc.Loader):
@@ -87,9 +98,10 @@ class _MendingLoader(importlib.abc.Loader):
         root_level = logging.root.level
         with _environment(PETALS_IGNORE_DEPENDENCY_VERSION="1", PETALS_LOGGING="False"), _explained_changes():
             self._loader.exec_module(module)
-            importlib.import_module("petals.utils.convert_block")  # hangs a handler on the root logger, whatever PETALS_LOGGING says
-        if "PETALS_LOGGING" not in os.environ:
-            use_hivemind_log_handler(HandlerMode.IN_HIVEMIND)  # the root logger is the application's, and so is its level
+            # This module puts a handler on the root logger, whatever PETALS_LOGGING says.
+            importlib.import_module("petals.utils.convert_block")
+        if "PETALS_LOGGING" not in os.environ:  # the root logger and its level belong to the application
+            use_hivemind_log_handler(HandlerMode.IN_HIVEMIND)
             logging.root.setLevel(root_level)
         _after_petals()
 
@@ -103,7 +115,7 @@ class _PetalsFinder(importlib.abc.MetaPathFinder):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
-                spec.loader = _MendingLoader(spec.loader)
+                spec.loader = _MendingLoader(spec.loader)  # type: ignore[arg-type]
                 return spec
         return None
 
@@ -115,7 +127,9 @@ def install_import_hook() -> None:
 
 
 def lend_tokenizer_name() -> None:
-    """`from transformers import BloomTokenizerFast`, as petals' and TextRL's examples have it: transformers 5 dropped the name alone."""
+    """`from transformers import BloomTokenizerFast`, as petals' and TextRL's examples have it: transformers 5
+    dropped the name alone.
+    """
     import transformers
 
     if not hasattr(transformers, "BloomTokenizerFast"):
@@ -124,7 +138,9 @@ def lend_tokenizer_name() -> None:
 
 @contextlib.contextmanager
 def _environment(**variables: str):
-    """Environment variables for the time of one import; the user's own values win and everything is put back."""
+    """Environment variables for the time of one import; the user's own values win and everything is put
+    back.
+    """
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -149,10 +165,14 @@ def _explained_changes():
 
 
 def check_installed() -> None:
-    """Raises PetalsMissing, with the command to type, when petals or hivemind is not there. Imports nothing."""
+    """Raises PetalsMissing, with the command to type, when petals or hivemind is not there. Imports
+    nothing.
+    """
     for name in ("petals", "hivemind"):
         if importlib.util.find_spec(name) is None:
-            raise PetalsMissing(f"the swarm parts need {name}, which is not installed; type: {INSTALL_COMMAND}")
+            raise PetalsMissing(
+                f"the swarm parts need {name}, which is not installed; type: {INSTALL_COMMAND}"
+            )
 
 
 def require_petals() -> ModuleType:
@@ -166,10 +186,12 @@ def require_petals() -> ModuleType:
     try:
         return importlib.import_module("petals")
     except ModuleNotFoundError as error:
-        raise PetalsMissing(f"the swarm parts need {error.name}, which is not installed; type: {INSTALL_COMMAND}") from error
+        raise PetalsMissing(
+            f"the swarm parts need {error.name}, which is not installed; type: {INSTALL_COMMAND}"
+        ) from error
 
 
-# ---------------------------------------------------------------------------------------------- before petals is loaded
+# --------------------------------------------------------------------------- before petals is loaded
 
 
 def _before_petals() -> None:
@@ -178,6 +200,7 @@ def _before_petals() -> None:
     import hivemind
     import peft.utils
     import transformers.utils
+    from hivemind.p2p import P2P
 
     for name, module in _HIVEMIND_NAMES.items():
         _need("hivemind", importlib.import_module(module), name)
@@ -188,6 +211,8 @@ def _before_petals() -> None:
         raise AttributeError(f"module 'hivemind' has no attribute {name!r}")
 
     hivemind.__getattr__ = find_moved_name
+    _need("hivemind", P2P, "_UNIX_SOCKET_PREFIX")
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"
     if not hasattr(transformers.utils, "get_file_from_repo"):
         transformers.utils.get_file_from_repo = _get_file_from_repo
     if not hasattr(peft.utils, "COMMON_LAYERS_PATTERN"):
@@ -197,7 +222,8 @@ def _before_petals() -> None:
 def _get_file_from_repo(path_or_repo: str, filename: str, use_auth_token=None, **kwargs) -> str | None:
     """What transformers 4 had: a file of a directory or of the hub, None when it does not exist.
 
-    Petals' servers keep downloads in a cache of their own; what transformers has downloaded before is used as well.
+    Petals' servers keep downloads in a cache of their own; what transformers has downloaded before is used as
+    well.
     """
     from transformers.utils.hub import cached_file
 
@@ -210,7 +236,7 @@ def _get_file_from_repo(path_or_repo: str, filename: str, use_auth_token=None, *
     return found
 
 
-# ----------------------------------------------------------------------------------------------- after petals is loaded
+# ---------------------------------------------------------------------------- after petals is loaded
 
 
 def _after_petals() -> None:
@@ -227,17 +253,25 @@ def _after_petals() -> None:
     bloom_block.WrappedBloomBlock.forward = _bloom_block_forward
     _check_bloom_block(bloom_block.WrappedBloomBlock)
     lm_head.LMHead.__init__ = _lm_head_init
-    remote_sequential.RemoteSequential.__init__ = _outside_meta_device(remote_sequential.RemoteSequential.__init__)
+    remote_sequential.RemoteSequential.__init__ = _outside_meta_device(
+        remote_sequential.RemoteSequential.__init__
+    )
     _read_both_key_styles(bloom_model)
     _close_once(inference_session._ServerInferenceSession)
     _mend_generation(remote_generation)
-    auto_config._AutoDistributedBase.from_pretrained = _accept_token(auto_config._AutoDistributedBase.from_pretrained)
-    bloom_config.DistributedBloomConfig.from_pretrained = _accept_token(bloom_config.DistributedBloomConfig.from_pretrained)
+    auto_config._AutoDistributedBase.from_pretrained = _accept_token(
+        auto_config._AutoDistributedBase.from_pretrained
+    )
+    bloom_config.DistributedBloomConfig.from_pretrained = _accept_token(
+        bloom_config.DistributedBloomConfig.from_pretrained
+    )
     version.validate_version = lambda: None  # an HTTP request without a time limit
 
 
 def mend_server_modules() -> None:
-    """What only servers import: reads checkpoints whose blocks are called `transformer.h.3.` as well as `h.3.`."""
+    """What only servers import: reads checkpoints whose blocks are called `transformer.h.3.` as well as
+    `h.3.`.
+    """
     require_petals()
     import petals.server.from_pretrained as from_pretrained
 
@@ -258,7 +292,9 @@ def mend_server_modules() -> None:
     from_hub = _need("petals", from_pretrained, "_load_state_dict_from_repo_file")
 
     def load_file(model_name: str, filename: str, *, block_prefix: str | None = None, **kwargs):
-        if os.path.isdir(model_name):  # petals would take a damaged file for a broken download and try again for ever
+        if os.path.isdir(
+            model_name
+        ):  # petals takes a damaged file for a broken download and tries again for ever
             path = os.path.join(model_name, filename)
             try:
                 return from_pretrained._load_state_dict_from_local_file(path, block_prefix=block_prefix)
@@ -270,7 +306,9 @@ def mend_server_modules() -> None:
 
 
 def use_server_classes(*, server: type, backend: type, handler: type, convert_block, container: type) -> None:
-    """Petals' command line and Server build their parts from module globals; ours are subclasses of the stock ones."""
+    """Petals' command line and Server build their parts from module globals; ours are subclasses of the stock
+    ones.
+    """
     import petals.cli.run_server as run_server
     import petals.server.server as server_module
 
@@ -292,7 +330,8 @@ def use_server_classes(*, server: type, backend: type, handler: type, convert_bl
 class _OneLayerCache:
     """One block's attention cache as transformers 5 wants it, over the pair of tensors that petals keeps.
 
-    petals: key (batch * heads, head_dim, length), value (batch * heads, length, head_dim); transformers: (batch, heads, length, head_dim).
+    petals keeps key (batch * heads, head_dim, length) and value (batch * heads, length, head_dim);
+    transformers wants both as (batch, heads, length, head_dim).
     """
 
     def __init__(self, layer_past):
@@ -314,8 +353,12 @@ class _OneLayerCache:
         return key, value
 
 
-def _bloom_block_forward(self, hidden_states, *args, attention_mask=None, alibi=None, layer_past=None, use_cache=False, **kwargs):
-    """petals' BLOOM block on transformers 5: an additive 4-d mask, a cache object, and a plain tensor or pair coming back."""
+def _bloom_block_forward(
+    self, hidden_states, *args, attention_mask=None, alibi=None, layer_past=None, use_cache=False, **kwargs
+):
+    """petals' BLOOM block on transformers 5: an additive 4-d mask, a cache object, and a plain tensor or pair
+    coming back.
+    """
     import torch
     from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
 
@@ -327,20 +370,27 @@ def _bloom_block_forward(self, hidden_states, *args, attention_mask=None, alibi=
         ones = torch.ones((batch, total), device=hidden_states.device)
         alibi = build_alibi_tensor(ones, num_heads=self.num_heads, dtype=hidden_states.dtype)
     query_at = torch.arange(past_length, total, device=hidden_states.device)
-    hidden_from_query = torch.arange(total, device=hidden_states.device)[None, :] > query_at[:, None]  # (length, total)
+    positions = torch.arange(total, device=hidden_states.device)
+    hidden_from_query = positions[None, :] > query_at[:, None]  # (length, total)
     mask = torch.zeros((1, 1, length, total), dtype=hidden_states.dtype, device=hidden_states.device)
     mask.masked_fill_(hidden_from_query, torch.finfo(hidden_states.dtype).min)
     cache = _OneLayerCache(layer_past) if use_cache or layer_past is not None else None
-    outputs = BloomBlock.forward(self, hidden_states, alibi=alibi, attention_mask=mask, layer_past=cache, use_cache=use_cache)
+    outputs = BloomBlock.forward(
+        self, hidden_states, alibi=alibi, attention_mask=mask, layer_past=cache, use_cache=use_cache
+    )
     return (outputs[0], cache.layer_past) if cache is not None else (outputs[0],)
 
 
 def _check_bloom_block(block_class: type) -> None:
-    """Eight tokens at once and in two cached pieces must give the same: what the mended block relies on in transformers."""
+    """Eight tokens at once and in two cached pieces must give the same: what the mended block relies on in
+    transformers.
+    """
     import torch
     from transformers.models.bloom.modeling_bloom import BloomBlock, BloomConfig
 
-    missing = {"alibi", "attention_mask", "layer_past", "use_cache"} - set(inspect.signature(BloomBlock.forward).parameters)
+    missing = {"alibi", "attention_mask", "layer_past", "use_cache"} - set(
+        inspect.signature(BloomBlock.forward).parameters
+    )
     if missing:
         raise _changed("transformers", f"BloomBlock.forward takes no {sorted(missing)} any more")
     generator = torch.Generator().manual_seed(0)
@@ -357,17 +407,23 @@ def _check_bloom_block(block_class: type) -> None:
         except Exception as error:
             raise _changed("transformers", f"BloomBlock does not run as before ({error!r})") from error
     if not same:
-        raise _changed("transformers", "BloomBlock gives another result with its attention cache than without")
+        raise _changed(
+            "transformers", "BloomBlock gives another result with its attention cache than without"
+        )
 
 
 def _lm_head_init(self, config) -> None:
-    """petals' LMHead with a weight that transformers 5 can tie, and without cpufeature (which has no wheels)."""
+    """petals' LMHead with a weight that transformers 5 can tie, and without cpufeature (which has no
+    wheels).
+    """
     import torch
     from torch import nn
 
     nn.Module.__init__(self)
-    device = torch.device("meta") if config.tie_word_embeddings else None  # a tied weight is only a place-holder until tied
-    self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size, device=device), requires_grad=False)
+    device = torch.device("meta") if config.tie_word_embeddings else None  # a place-holder until it is tied
+    self.weight = nn.Parameter(
+        torch.zeros(config.vocab_size, config.hidden_size, device=device), requires_grad=False
+    )
     self.bias = None
     self.in_features, self.out_features = config.hidden_size, config.vocab_size
     self.use_chunked_forward = config.use_chunked_forward
@@ -390,7 +446,11 @@ def _outside_meta_device(init):
 
 
 def _close_once(session: type) -> None:
-    """A session whose closing failed would try again while the interpreter ends, when no event loop is left to do it, and hang for ever."""
+    """Closes a session only once.
+
+    A session whose closing failed would try again while the interpreter ends, when no event loop is left, and
+    hang.
+    """
     close = _need("petals", session, "close")
 
     def close_once(self) -> None:
@@ -412,7 +472,9 @@ def _read_both_key_styles(bloom_model: ModuleType) -> None:
 
 
 def _mend_generation(remote_generation: ModuleType) -> None:
-    """generate() of transformers 5 must make no cache of its own (servers hold it) and send only what the session has not seen."""
+    """Makes generate() of transformers 5 keep no cache (servers hold it) and send only what the session has
+    not seen.
+    """
     mixin = _need("petals", remote_generation, "RemoteGenerationMixin")
     past_key_values = _need("petals", remote_generation, "RemotePastKeyValues")
     generation = importlib.import_module("transformers.generation.utils").GenerationMixin
@@ -437,4 +499,4 @@ def _accept_token(from_pretrained):
             kwargs.setdefault("token", use_auth_token)
         return function(cls, *args, **kwargs)
 
-    return classmethod(mended)
+    return classmethod(mended)  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
-"""What client and server must agree on: names, metadata keys, how an adapter is laid out in bytes and how it gets its key.
+"""What client and server must agree on: names, metadata keys, how an adapter is laid out in bytes and how it
+gets its key.
 
-An adapter is content-addressed: its key is a digest of its header, and the header holds the digest of every block's tensor. So the same
-weights always have the same key, pushing twice changes nothing, and forward and backward that name one key use the same weights.
+An adapter is content-addressed: its key is a digest of its header, and the header holds the digest of every
+block's tensor. So the same weights always have the same key, pushing twice changes nothing, and forward and
+backward that name one key use the same weights.
 
-Layout of one block's tensor: flat fp32; for each target in the header's order A (r, in) row by row, then B (out, r) row by row.
 Knows nothing about processes, sockets or training.
 """
 
@@ -12,19 +13,112 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
-CAPABILITY = "textrl-swarm/lora-v1"  # announced among a server's adapters, so that routing can tell who can train
+from textrl_swarm.errors import AdapterMissing, AdapterRejected, ModelError, ShapeError
+from textrl_swarm.models.adapters import LayerSizes
+from textrl_swarm.models.base_model import BaseModel
+
+# ----------------------------------------------------------------------------------- names and sizes
+
+CAPABILITY = (
+    "textrl-swarm/lora-v1"  # announced among a server's adapters, so that routing can tell who can train
+)
 INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients ignore it
-MISSING = "ADAPTER_MISSING"  # starts a server's error text when it does not hold the adapter that a request names
-# Metadata key of a request: say how the answer ended. Metadata key of an answer's last message: "" = complete, else the error's text.
+# Metadata key of a request: tell how the answer ended. Of an answer's last message: "" = complete, else the
+# error.
 ENDING = "textrl_swarm_ending"
-REJECTED = "ADAPTER_REJECTED"  # starts a server's error text when it will not store an adapter
+
+MICRO_BATCH_TOKENS = 1024  # rows x tokens of one request for forward or backward, at most
+MAX_MICRO_BATCHES_IN_FLIGHT = 4  # requests of one forward or backward that travel at the same time
+ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
+ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
+ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
+
+_SERVABLE = ("bloom",)  # model types
+
+
+def require_servable(model: BaseModel) -> None:
+    """Raises ModelError for a model whose blocks cannot be trained through a swarm."""
+    if model.config.model_type not in _SERVABLE:
+        raise ModelError(
+            f"{model} is a {model.config.model_type} model; the swarm parts train BLOOM models "
+            "(train it on this machine: leave initial_peers out)"
+        )
+
+
+# -------------------------------------------------------------------------------- errors on the wire
+
+_MISSING = "ADAPTER_MISSING"
+_REJECTED = "ADAPTER_REJECTED"
+
+
+def adapter_missing(key: str, block: int) -> AdapterMissing:
+    """A server's error for a request that names an adapter which was never pushed, or was evicted."""
+    return AdapterMissing(f"{_MISSING}:{key}:{block}")
+
+
+def adapter_rejected(reason: str) -> AdapterRejected:
+    """A server's error for an adapter that it will not store."""
+    return AdapterRejected(f"{_REJECTED}: {reason}")
+
+
+def error_from_wire(text: str, server: str) -> AdapterMissing | AdapterRejected | None:
+    """The client's error for the text of a server's error; None when the text is of another kind."""
+    if _MISSING in text:
+        return AdapterMissing(text)
+    if _REJECTED in text:
+        reason = text.partition(_REJECTED)[2].removeprefix(": ")
+        return AdapterRejected(f"server {server} refused the adapter: {reason}")
+    return None
+
+
+# ------------------------------------------------------------------------------------------ adapters
+
 _KEY = re.compile(r"lora-[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """How the LoRA matrices of one block lie in one flat fp32 tensor.
+
+    For each target in order: A (r, in) row by row, then B (out, r) row by row.
+    """
+
+    r: int
+
+    targets: dict[str, LayerSizes]
+    """Path of a linear layer inside a block -> (in_features, out_features)."""
+
+    @property
+    def block_numel(self) -> int:
+        """Numbers in one block's flat tensor."""
+        return sum(self.r * (fan_in + fan_out) for fan_in, fan_out in self.targets.values())
+
+    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Target path -> (A (r, in), B (out, r)), sharing the memory of a block's flat tensor
+        (block_numel,).
+        """
+        views: dict[str, tuple[Tensor, Tensor]] = {}
+        start = 0
+        for path, (fan_in, fan_out) in self.targets.items():
+            a_end = start + self.r * fan_in
+            b_end = a_end + self.r * fan_out
+            views[path] = (flat[start:a_end].view(self.r, fan_in), flat[a_end:b_end].view(fan_out, self.r))
+            start = b_end
+        return views
+
+    def flatten(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The inverse of `views`: target path -> (A, B) as one flat tensor (block_numel,); differentiable."""
+        parts = []
+        for path in self.targets:
+            a, b = matrices[path]
+            parts += [a.flatten(), b.flatten()]
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -33,44 +127,57 @@ class AdapterHeader:
 
     r: int
     alpha: float
-    targets: dict[str, tuple[int, int]]  # path of a linear layer inside a block -> (in_features, out_features), in layout order
-    digests: dict[int, str]  # block index -> sha256 of its flat tensor
+
+    targets: dict[str, LayerSizes]
+    """Path of a linear layer inside a block -> (in_features, out_features), in layout order."""
+
+    digests: dict[int, str]
+    """Block index -> sha256 of its flat tensor."""
 
     def encode(self) -> bytes:
+        """The header as it travels; `decode` reads it."""
         return json.dumps(asdict(self), sort_keys=False, separators=(",", ":")).encode()
 
     @staticmethod
     def decode(data: bytes) -> AdapterHeader:
-        """Raises ValueError when the bytes are not a header; they come from a stranger."""
+        """Reads a stranger's bytes. Raises ShapeError when they are not a header."""
         try:
             raw = json.loads(data)
             targets = {str(path): (int(sizes[0]), int(sizes[1])) for path, sizes in raw["targets"].items()}
             digests = {int(block): str(digest) for block, digest in raw["digests"].items()}
             header = AdapterHeader(int(raw["r"]), float(raw["alpha"]), targets, digests)
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise ValueError(f"malformed adapter header: {error!r}") from error
+        except (
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise ShapeError(f"malformed adapter header: {error!r}") from error
         sizes_fit = all(fan_in > 0 and fan_out > 0 for fan_in, fan_out in targets.values())
         if header.r < 1 or not 0 < header.alpha < float("inf") or not targets or not sizes_fit or not digests:
-            raise ValueError(f"adapter header with impossible values: r={header.r}, alpha={header.alpha}, {len(targets)} targets")
+            raise ShapeError(
+                f"adapter header with impossible values: r={header.r}, alpha={header.alpha}, "
+                f"{len(targets)} targets"
+            )
         return header
 
     @property
     def key(self) -> str:
+        """The name by which requests refer to the adapter."""
         return "lora-" + hashlib.sha256(self.encode()).hexdigest()[:40]
 
     @property
-    def block_numel(self) -> int:
-        """Numbers in one block's flat tensor."""
-        return sum(self.r * (fan_in + fan_out) for fan_in, fan_out in self.targets.values())
+    def layout(self) -> AdapterLayout:
+        """How a block's flat tensor is to be read."""
+        return AdapterLayout(self.r, self.targets)
 
-    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Target path -> (A (r, in), B (out, r)), sharing the memory of a block's flat tensor (block_numel,)."""
-        views, start = {}, 0
-        for path, (fan_in, fan_out) in self.targets.items():
-            a_end, b_end = start + self.r * fan_in, start + self.r * (fan_in + fan_out)
-            views[path] = (flat[start:a_end].view(self.r, fan_in), flat[a_end:b_end].view(fan_out, self.r))
-            start = b_end
-        return views
+    @property
+    def scale(self) -> float:
+        """The factor of the low-rank update, alpha / r."""
+        return self.alpha / self.r
 
 
 @dataclass(frozen=True)
@@ -78,15 +185,24 @@ class AdapterSnapshot:
     """An adapter frozen at one optimizer step, as it is pushed to servers."""
 
     header: AdapterHeader
-    blocks: Mapping[int, Tensor]  # block index -> flat fp32 (block_numel,), on the CPU
+
+    blocks: Mapping[int, Tensor]
+    """Block index -> flat fp32 (block_numel,), on the CPU."""
+
     key: str = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "key", self.header.key)
 
     @staticmethod
-    def take(r: int, alpha: float, targets: dict[str, tuple[int, int]], blocks: Mapping[int, Tensor]) -> AdapterSnapshot:
-        return AdapterSnapshot(AdapterHeader(r, alpha, targets, {block: digest(flat) for block, flat in blocks.items()}), blocks)
+    def take(layout: AdapterLayout, alpha: float, blocks: Mapping[int, Tensor]) -> AdapterSnapshot:
+        """Names the contents of these flat tensors (block index -> tensor)."""
+        digests = {block: digest(flat) for block, flat in blocks.items()}
+        return AdapterSnapshot(AdapterHeader(layout.r, alpha, layout.targets, digests), blocks)
+
+    def blocks_within(self, blocks: Iterable[int]) -> list[int]:
+        """Those of these blocks that the adapter changes."""
+        return [block for block in blocks if block in self.blocks]
 
 
 def digest(flat: Tensor) -> str:
@@ -95,5 +211,7 @@ def digest(flat: Tensor) -> str:
 
 
 def is_adapter_key(name: str | None) -> bool:
-    """Whether a request's `active_adapter` names a pushed adapter (and not one that the server loaded at start)."""
-    return bool(name) and _KEY.fullmatch(name) is not None
+    """Whether a request's `active_adapter` names a pushed adapter, and not one that the server loaded at
+    start.
+    """
+    return name is not None and _KEY.fullmatch(name) is not None

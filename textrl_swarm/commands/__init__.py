@@ -1,0 +1,1 @@
+"""What each subcommand shows in a terminal; cli.py parses the arguments."""

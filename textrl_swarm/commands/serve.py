@@ -1,0 +1,169 @@
+"""`textrl-swarm serve`: starts servers, prints how to reach them, and waits for Ctrl-C or the end of a
+server.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from torch import Tensor
+
+from textrl_swarm.display import spinner
+from textrl_swarm.errors import AdapterError, ConfigError, LaunchError
+from textrl_swarm.models.adapter_files import find_adapter, read_blocks
+from textrl_swarm.models.base_model import BaseModel, resolve
+from textrl_swarm.models.blocks import BlockSpan, blocks_text, split_evenly
+from textrl_swarm.models.sizes import model_sizes
+from textrl_swarm.swarm import compat
+from textrl_swarm.swarm.launch import ServerGroup
+from textrl_swarm.swarm.protocol import require_servable
+
+_START_TIMEOUT_S = 24 * 3600.0  # a hub model may first have to be downloaded; Ctrl-C ends the wait
+_LEAVE_S = 5.0
+_CHOOSES_BLOCKS = ("--block_indices", "--num_blocks")
+
+
+def serve_command(
+    model: str,
+    num_servers: int,
+    initial_peers: Sequence[str],
+    petals_options: Sequence[str],
+    console: Console,
+) -> None:
+    """Runs servers in the foreground.
+
+    Args:
+        num_servers: with more than one, the blocks are split evenly.
+        initial_peers: addresses to join; empty = a new swarm.
+        petals_options: options of petals' run_server, which override our defaults.
+
+    Raises:
+        ModelError, ConfigError, AddressError, AdapterError, PetalsMissing: before anything starts.
+        LaunchError: a server did not start, or ended by itself.
+    """
+    base = resolve(model)
+    require_servable(base)
+    adapters = _check_adapters(base, petals_options)
+    compat.require_petals()
+    if initial_peers:
+        from textrl_swarm.swarm.client.connection import check_addresses
+
+        check_addresses(initial_peers)
+    num_blocks = base.config.num_hidden_layers
+    group = ServerGroup(
+        base.name,
+        _spans(num_blocks, num_servers, petals_options),
+        _options(base, petals_options),
+        initial_peers=initial_peers,
+        start_timeout_s=_START_TIMEOUT_S,
+    )
+    with _sigterm_as_ctrl_c():
+        try:
+            with spinner(console, f"starting {num_servers} server(s) of {model}"):
+                group.__enter__()
+            _introduce(group, model, num_blocks, console)
+            for name in adapters:
+                console.print(f"adapter for petals clients: active_adapter={name!r}", soft_wrap=True)
+            while all(server.running for server in group.servers):
+                time.sleep(0.5)
+            ended = next(server for server in group.servers if not server.running)
+            raise LaunchError(
+                f"server (pid {ended.pid}) ended with exit code {ended.process.returncode}; "
+                f"its log ends with:\n{ended.log_tail()}"
+            )
+        except KeyboardInterrupt:
+            console.print("leaving the swarm ...")
+        finally:
+            group.close(leave_within_s=_LEAVE_S)
+    console.print("all servers have ended")
+
+
+def _spans(num_blocks: int, num_servers: int, options: Sequence[str]) -> list[BlockSpan] | None:
+    chosen = [option for option in options if option.split("=")[0] in _CHOOSES_BLOCKS]
+    if num_servers > 1:
+        if chosen:
+            raise ConfigError(f"--servers {num_servers} splits the blocks itself; leave out {chosen[0]}")
+        return split_evenly(num_blocks, num_servers)
+    import torch
+
+    if chosen or torch.cuda.is_available():
+        return None  # petals fills the GPU
+    return [(0, num_blocks)]
+
+
+def _check_adapters(base: BaseModel, options: Sequence[str]) -> list[str]:
+    """Names under which servers will announce the adapters of --adapters.
+
+    Raises:
+        AdapterError: an adapter does not fit the model, or two would have the same name.
+    """
+    given = list(options[options.index("--adapters") + 1 :]) if "--adapters" in options else []
+    sources = list(itertools.takewhile(lambda option: not option.startswith("--"), given))
+    names: list[str] = []
+    for source in sources:
+        directory, name = find_adapter(source)
+        _, blocks = read_blocks(directory)
+        misfit = _misfit(base, blocks)
+        if misfit is not None:
+            raise AdapterError(f"the adapter {source} does not fit {base}: it changes {misfit}")
+        if name in names:
+            raise AdapterError(
+                f"two adapters would both be announced as {name!r}; rename one of the directories"
+            )
+        names.append(name)
+    return names
+
+
+def _misfit(base: BaseModel, blocks: Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]) -> str | None:
+    """What an adapter changes that the model does not have; None when it fits."""
+    linears = model_sizes(base.config).linears
+    layers = next(iter(blocks.values()))
+    for path, (a, b) in layers.items():
+        if linears.get(path) != (a.shape[1], b.shape[0]):
+            return f"{path} ({a.shape[1]} -> {b.shape[0]})"
+    num_blocks = base.config.num_hidden_layers
+    return f"block {max(blocks)} of {num_blocks}" if max(blocks) >= num_blocks else None
+
+
+def _options(base: BaseModel, given: Sequence[str]) -> list[str]:
+    """Our defaults first: petals' parser takes the last of two."""
+    dtype = str(base.config.dtype or "float32").removeprefix("torch.")
+    return ["--dht_prefix", base.dht_prefix, "--throughput", "1", "--torch_dtype", dtype, *given]
+
+
+def _introduce(group: ServerGroup, model: str, num_blocks: int, console: Console) -> None:
+    for server in group.servers:
+        assert server.span is not None, "the server is online"
+        held = blocks_text(range(*server.span))
+        console.print(f"server (pid {server.pid}) holds {held} of {num_blocks}; log: {server.log_path}")
+    console.print(
+        f"the swarm serves {group.servers[0].dht_prefix!r}; clients join with one of these addresses:"
+    )
+    for address in group.initial_peers:
+        console.print(f"    {address}", soft_wrap=True)
+    reachable = [a for a in group.initial_peers if "/127.0.0.1/" not in a and "/ip6/::1/" not in a]
+    address = (reachable or group.initial_peers)[0]
+    console.print(
+        f'in Python:\n    policy = load_policy({model!r}, initial_peers=["{address}"])', soft_wrap=True
+    )
+    console.print(f"more servers:\n    textrl-swarm serve {model} --initial-peers {address}", soft_wrap=True)
+    console.print("Ctrl-C ends the servers")
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM (a service manager's) ends the servers as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,222 @@
+"""`textrl-swarm train`: one file in, a trained adapter out, with progress and samples on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from textrl_swarm.config import LoraSettings
+from textrl_swarm.display import spinner
+from textrl_swarm.errors import ModelError, RewardError
+from textrl_swarm.learning.loop import Iteration
+from textrl_swarm.models.adapter_files import read_settings
+from textrl_swarm.runs.config import RunConfig
+from textrl_swarm.runs.estimate import RunEstimate, estimate_run
+from textrl_swarm.runs.run import (
+    Ingredients,
+    Run,
+    locked,
+    open_policy,
+    read_ingredients,
+    require_unchanged,
+    samples,
+)
+
+_MAX_TEXT = 240  # characters of a prompt or response in a table of samples
+_SAMPLED_PROMPTS = 1000  # prompts whose lengths an estimate looks at
+
+
+def train_command(
+    config: RunConfig, console: Console, *, dry_run: bool = False, accept_changes: bool = False
+) -> dict[str, Any] | None:
+    """Starts or continues the run in `config.output`.
+
+    Args:
+        dry_run: only show the configuration and what the run will need.
+        accept_changes: continue a run although its configuration or prompts changed.
+
+    Returns:
+        The run's summary; None for a dry run or when Ctrl-C ended the run before its last iteration.
+    """
+    if not accept_changes:
+        require_unchanged(config)
+    with spinner(console, "reading prompts and reward"):
+        ingredients = read_ingredients(config)
+    if dry_run:
+        _show_plan(config, ingredients, console)
+        return None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(Path(config.output)))
+        if config.swarm is None:
+            _print(console, f"loading {config.model} ...")  # transformers shows a bar of its own
+        with spinner(console, "joining the swarm") if config.swarm else contextlib.nullcontext():
+            policy = stack.enter_context(open_policy(config, ingredients.model))
+        with spinner(console, "looking for a run to continue"):
+            run = Run(config, ingredients, policy, accept_changes=accept_changes)
+        _introduce(run, len(ingredients.prompts), console)
+        try:
+            _show(run, console)
+        except KeyboardInterrupt:
+            console.print(
+                f"[yellow]Stopped.[/] {run.done} of {config.train.iterations} iterations are saved in "
+                f"{escape(config.output)}; rerun the command to resume.",
+                soft_wrap=True,
+            )
+            return None
+        except RewardError as error:
+            raise RewardError(
+                f"{error}\nThe responses of iteration {run.done + 1} are kept in {config.output}: fix the "
+                "reward and "
+                "rerun the command to score them again."
+            ) from error
+        summary = run.finish()
+    _print(
+        console, f"adapter in {summary['adapter']} (PEFT format); numbers in {config.output}/metrics.jsonl"
+    )
+    _print(console, f"use it elsewhere: textrl-swarm export {shlex.quote(config.output)} OUT")
+    return summary
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
+
+
+def _introduce(run: Run, num_prompts: int, console: Console) -> None:
+    config = run.config
+    policy = run.policy
+    if config.swarm:
+        where = f"on {policy.num_servers} server(s) of a swarm"
+    else:
+        where = f"on this machine ({policy.device})"
+    quantized = f" in {config.quantization}" if config.quantization else ""
+    trainable = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
+    model = f"{config.model}{quantized} {where}"
+    _print(console, f"{model}; {trainable:,} trainable parameters; {num_prompts} prompts")
+    if run.start:
+        _print(
+            console, f"continuing {config.output} after iteration {run.start} of {config.train.iterations}"
+        )
+
+
+def _show(run: Run, console: Console) -> None:
+    """Runs the remaining iterations, with a bar, and every so often a table of samples."""
+    total = run.config.train.iterations
+    columns = (
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.fields[numbers]}"),
+        TextColumn("[dim]{task.fields[phase]}"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]left"),
+        TimeRemainingColumn(compact=True),
+    )
+
+    def phase_after(done: int) -> str:
+        return "sampling" if done < total else "done"
+
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(
+            "", total=total, completed=run.start, numbers="", phase=phase_after(run.start)
+        )
+        for iteration in run.iterations(on_sampled=lambda: progress.update(bar, phase="learning")):
+            done = iteration.index + 1
+            numbers = _numbers(iteration)
+            progress.update(bar, completed=done, numbers=numbers, phase=phase_after(done))
+            if not console.is_terminal:
+                console.print(f"iteration {done}/{total}  {numbers}", soft_wrap=True)
+            if run.shows_samples(iteration.index):
+                progress.console.print(_table(iteration))
+
+
+def _numbers(iteration: Iteration) -> str:
+    metrics = iteration.metrics
+    speed = float(iteration.collected.rollout.response_mask.sum()) / iteration.seconds
+    skipped = f"  [red]{metrics['skipped_steps']:.0f} steps skipped[/]" if metrics["skipped_steps"] else ""
+    return f"score {metrics['score']:.3f}  KL {metrics['kl']:.2f}  {speed:.0f} tok/s{skipped}"
+
+
+def _table(iteration: Iteration) -> Table:
+    table = Table(title=f"samples of iteration {iteration.index + 1}", title_justify="left")
+    table.add_column("prompt", overflow="fold", ratio=1)
+    table.add_column("response", overflow="fold", ratio=2)
+    table.add_column("score", justify="right")
+    for row in samples(iteration):
+        response = row["response"].strip()
+        table.add_row(escape(_shortened(row["prompt"])), escape(_shortened(response)), f"{row['score']:.2f}")
+    return table
+
+
+def _shortened(text: str) -> str:
+    """For a table; samples.jsonl has the whole text."""
+    if len(text) <= _MAX_TEXT:
+        return text
+    half = _MAX_TEXT // 2
+    return f"{text[: half - 2]} ... {text[3 - half :]}"
+
+
+def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) -> None:
+    """The configuration with every default, and what an iteration will need."""
+    console.print(escape(config.to_yaml()), end="", soft_wrap=True)
+    lora = config.lora or (read_settings(config.ref_adapter) if config.ref_adapter else LoraSettings())
+    model = ingredients.model.config
+    tokens = _mean_tokens(ingredients)
+    responses = config.train.prompts_per_iteration * config.sampling.num_samples
+
+    def estimate(servers: int) -> RunEstimate:
+        return estimate_run(
+            model,
+            lora,
+            quantization=config.quantization,
+            swarm_servers=servers,
+            responses=responses,
+            prompt_tokens=tokens,
+            response_tokens=config.sampling.max_new_tokens,
+            epochs=config.ppo.epochs,
+            minibatch_size=config.ppo.minibatch_size,
+            wire_bytes=4 if str(model.dtype or "float32").endswith("float32") else 2,
+            dtype=config.dtype,
+        )
+
+    first = estimate(1 if config.swarm else 0)
+    share = first.trainable_parameters / first.total_parameters
+    elsewhere = "; the servers hold the blocks" if config.swarm else ""
+    rows = {
+        "prompts": f"{len(ingredients.prompts):,}, of {tokens} tokens on average",
+        "responses per iteration": f"{responses:,}, of at most {config.sampling.max_new_tokens} tokens",
+        "trainable parameters": f"{first.trainable_parameters:,} of {first.total_parameters:,} ({share:.2%})",
+        "memory on this machine": f"about {decimal(first.memory_bytes)}{elsewhere}",
+    }
+    if config.swarm is None:
+        rows["bytes per iteration"] = "none: the model is on this machine"
+    else:
+        for servers in (1, 2, 4, 8):
+            if servers <= model.num_hidden_layers:
+                needs = estimate(servers)
+                sent = decimal(needs.bytes_sent)
+                received = decimal(needs.bytes_received)
+                rows[f"bytes per iteration, {servers} server(s)"] = f"{sent} sent, {received} received"
+    table = Table(title="estimates", title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _mean_tokens(ingredients: Ingredients) -> int:
+    """Over the first prompts, which are enough for an estimate."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(ingredients.model.name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{ingredients.model} has no tokenizer: {error}") from error
+    texts = [item["input"] for item in ingredients.prompts[:_SAMPLED_PROMPTS]]
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    return round(sum(lengths) / len(lengths))

@@ -1,0 +1,350 @@
+"""Proximal policy optimisation of whole responses: from a rollout and its rewards to a changed adapter.
+
+One teacher-forced forward per minibatch of whole sequences, never one per token. Old logprobs and values are
+recomputed with the same forward that is trained (arXiv 2505.07291 does so at every optimisation step): the
+ratio is 1 on the first pass, however sampling was filtered and whatever the servers' cached path rounds
+differently. Knows nothing about prompts, texts, environments or where the policy's blocks are.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textrl_swarm.config import PPOConfig
+from textrl_swarm.errors import RewardError
+from textrl_swarm.maths.losses import PolicyLossStats, chunked_logprobs, policy_loss, value_loss
+from textrl_swarm.maths.returns import (
+    estimate_advantages,
+    explained_variance,
+    masked_mean,
+    next_kl_coef,
+    shaped_rewards,
+    whiten,
+    zero_outside,
+)
+from textrl_swarm.policies.base import Policy
+from textrl_swarm.types import RolloutBatch
+
+logger = logging.getLogger(__name__)
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+_EVALUATION_ROWS = 64  # rows per forward when nothing is trained
+# Metrics that are means over the optimizer steps of an update.
+_STEP_METRICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm")
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What one forward says about B responses of at most T tokens."""
+
+    logprobs: Tensor
+    """(B, T) of the chosen tokens at the rollout's temperature."""
+
+    values: Tensor
+    """(B, T) of the states in which the tokens were chosen."""
+
+    final_values: Tensor
+    """(B,) of the state after the last token."""
+
+    entropies: Tensor
+    """(B, T) of the distributions; zeros where they were not asked for."""
+
+    @staticmethod
+    def joined(parts: Sequence[_Evaluation], order: Tensor) -> _Evaluation:
+        """Parts below each other, then row i of the result is row order[i] of them."""
+        return _Evaluation(
+            torch.cat([part.logprobs for part in parts])[order],
+            torch.cat([part.values for part in parts])[order],
+            torch.cat([part.final_values for part in parts])[order],
+            torch.cat([part.entropies for part in parts])[order],
+        )
+
+
+class PPO:
+    """The update: owns optimizer and KL coefficient, changes the policy's trainable parameters and nothing
+    else.
+
+    Args:
+        policy: what is trained.
+        config: see PPOConfig; None = its defaults.
+        make_optimizer: parameters -> torch optimizer; None = AdamW.
+
+    Attributes:
+        kl_coef: of the next update.
+        num_updates: rollouts trained on.
+        num_steps: optimizer steps taken.
+        num_skipped: optimizer steps skipped because a loss or gradient was not finite.
+    """
+
+    def __init__(
+        self, policy: Policy, config: PPOConfig | None = None, make_optimizer: MakeOptimizer | None = None
+    ):
+        self.policy = policy
+        self.config = config or PPOConfig()
+        self._parameters = list(policy.trainable_parameters().values())
+        make_optimizer = make_optimizer or self._adamw
+        self.optimizer = make_optimizer(self._parameters)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.kl_coef = self.config.kl_coef
+        self.num_updates = 0
+        self.num_steps = 0
+        self.num_skipped = 0
+
+    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(
+            parameters, lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
+
+    def update(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
+        """Trains on one rollout.
+
+        Args:
+            rollout: B responses of at most T tokens.
+            rewards: (B, T) per token, before the KL penalty; a sentence's score sits on its last token.
+
+        Returns:
+            Metrics by name, as plain numbers; docs/metrics.md defines them.
+
+        Raises:
+            RewardError: rewards of another shape, or not finite; nothing is changed then.
+        """
+        started = time.perf_counter()
+        mask = rollout.response_mask
+        _check_rewards(rewards, mask)
+        config = self.config
+        with torch.no_grad():
+            features, old, ref = self._evaluate_with_ref(rollout)
+            shaped = shaped_rewards(rewards, old.logprobs, ref.logprobs, mask, kl_coef=self.kl_coef)
+            if config.whiten_rewards:
+                shaped = whiten(shaped, mask, shift_mean=False)
+            bootstrapped = ~rollout.terminated & config.bootstrap_truncated
+            bootstrap = torch.where(bootstrapped, old.final_values, torch.zeros(()))
+            advantages, returns = estimate_advantages(
+                shaped, old.values, bootstrap, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+            )
+            if config.whiten_advantages:
+                advantages = whiten(advantages, mask)
+        kl = _kl(old, ref)
+        metrics = {
+            "score": float(zero_outside(mask, rewards).sum(dim=1).mean()),
+            "kl": kl,
+            "kl_coef": self.kl_coef,
+            "entropy": float(masked_mean(old.entropies, mask)),
+            "value": float(masked_mean(old.values, mask)),
+            "explained_variance": float(explained_variance(old.values, returns, mask)),
+            "sampler_kl": float(masked_mean(rollout.old_logprobs - old.logprobs, mask)),
+            "response_tokens": float(mask.sum(dim=1).float().mean()),
+            "terminated": float(rollout.terminated.float().mean()),
+            "lr": self._set_lr(),
+        }
+        with torch.enable_grad():  # a reward's module may have switched gradients off for the whole process
+            metrics.update(self._train(features, rollout, old, advantages, returns))
+        if config.adaptive_kl_target is not None and math.isfinite(kl):
+            self.kl_coef = next_kl_coef(
+                self.kl_coef,
+                kl,
+                target=config.adaptive_kl_target,
+                horizon=config.adaptive_kl_horizon,
+                num_responses=len(rollout),
+            )
+        self.num_updates += 1
+        metrics["update_tokens_per_second"] = float(mask.sum()) / (time.perf_counter() - started)
+        return metrics
+
+    def divergence(self, rollout: RolloutBatch) -> float:
+        """KL to the ref policy over responses that this policy sampled, in nats per response.
+
+        mean over responses of sum_t (logprob[t] - ref_logprob[t])
+        """
+        with torch.no_grad():
+            _, now, ref = self._evaluate_with_ref(rollout)
+        return _kl(now, ref)
+
+    def _evaluate_with_ref(self, rollout: RolloutBatch) -> tuple[Tensor, _Evaluation, _Evaluation]:
+        features = self.policy.features(rollout.tokens.to(self.policy.device))
+        now = self._evaluate_all(features, rollout)
+        with self.policy.reference():
+            return features, now, self._evaluate_all(features, rollout)
+
+    def _train(
+        self, features: Tensor, rollout: RolloutBatch, old: _Evaluation, advantages: Tensor, returns: Tensor
+    ) -> dict[str, float]:
+        config = self.config
+        sums = dict.fromkeys(_STEP_METRICS, 0.0)
+        taken = 0
+        first: PolicyLossStats | None = None
+        stopped_early = False
+        skipped_before = self.num_skipped
+        for rows in self._minibatches(len(rollout)):
+            mask = rollout.response_mask[rows]
+            now = self._evaluate(features, rollout, rows, with_entropy=config.entropy_coef > 0)
+            actor_loss, stats = policy_loss(
+                now.logprobs, old.logprobs[rows], advantages[rows], mask, clip_range=config.clip_range
+            )
+            critic_loss = value_loss(
+                now.values, old.values[rows], returns[rows], mask, clip_range=config.value_clip_range
+            )
+            loss = actor_loss + config.value_coef * critic_loss
+            if config.entropy_coef > 0:
+                loss = loss - config.entropy_coef * masked_mean(now.entropies, mask)
+            if first is None:
+                first = stats
+            if config.target_kl is not None and float(stats.approx_kl) > config.target_kl:
+                stopped_early = True
+                break
+            grad_norm = self._optimizer_step(loss)
+            if grad_norm is None:
+                continue
+            taken += 1
+            sums["policy_loss"] += actor_loss.item()
+            sums["value_loss"] += critic_loss.item()
+            sums["clip_fraction"] += float(stats.clip_fraction)
+            sums["approx_kl"] += float(stats.approx_kl)
+            sums["grad_norm"] += grad_norm
+        assert first is not None, "a rollout has at least one row"
+        return {
+            **{name: total / taken if taken else math.nan for name, total in sums.items()},
+            "ratio_first_pass": float(first.ratio_mean),
+            "ratio_first_pass_max_deviation": float(first.ratio_max_deviation),
+            "optimizer_steps": float(taken),
+            "skipped_steps": float(self.num_skipped - skipped_before),
+            "stopped_early": float(stopped_early),
+        }
+
+    def _set_lr(self) -> float:
+        """Sets and returns this update's learning rate; it depends only on num_updates, so nothing is
+        checkpointed.
+        """
+        decay = self.config.lr_decay_updates
+        if decay is not None:  # else the optimizer's own, which a hook of pfrl may change
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * max(0.0, 1 - self.num_updates / decay)
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _optimizer_step(self, loss: Tensor) -> float | None:
+        """Backward, clip, step.
+
+        Returns:
+            The gradient norm before clipping; None when the step was skipped because the loss or a gradient
+            is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.isfinite(loss):
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+            if torch.isfinite(grad_norm):
+                self.optimizer.step()
+                self.num_steps += 1
+                return float(grad_norm)
+        self.num_skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        logger.warning(
+            "an optimizer step was skipped: loss or gradient is not finite (%d skipped so far)",
+            self.num_skipped,
+        )
+        return None
+
+    def _minibatches(self, num_rows: int, epochs: int | None = None) -> Iterator[Tensor]:
+        """Row indices, every row once per epoch, in an order that depends on seed and update only."""
+        seed = (self.config.seed * 1_000_003 + self.num_updates) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(epochs or self.config.epochs):
+            yield from torch.randperm(num_rows, generator=generator).split(self.config.minibatch_size)
+
+    def _evaluate_all(self, features: Tensor, rollout: RolloutBatch) -> _Evaluation:
+        if self.policy.rounds_by_batch:  # in the minibatches of the first pass, whose ratio is then 1
+            groups = list(self._minibatches(len(rollout), epochs=1))
+        else:
+            groups = list(torch.arange(len(rollout)).split(_EVALUATION_ROWS))
+        parts = [self._evaluate(features, rollout, rows, with_entropy=True) for rows in groups]
+        return _Evaluation.joined(parts, order=torch.cat(groups).argsort())
+
+    def _evaluate(
+        self, features: Tensor, rollout: RolloutBatch, rows: Tensor, *, with_entropy: bool
+    ) -> _Evaluation:
+        """One forward of the given rows; results on the CPU, differentiable when gradients are on."""
+        mask = rollout.response_mask[rows]
+        prompt_lengths = rollout.prompt_lengths[rows]
+        lengths = prompt_lengths + mask.sum(dim=1)
+        hidden = self.policy.hidden_states(features[rows.to(features.device), : int(lengths.max())])
+        row, step = mask.nonzero(as_tuple=True)  # (N,) real response tokens
+        before = prompt_lengths[row] + step - 1  # the state in which token `step` was chosen
+        states = hidden[row.to(hidden.device), before.to(hidden.device)]  # (N, H)
+        chosen = rollout.tokens[rows][row, before + 1].to(hidden.device)
+        logprobs, entropies = chunked_logprobs(
+            states, self.policy.project, chosen, temperature=rollout.temperature, with_entropy=with_entropy
+        )
+        final = hidden[torch.arange(len(rows)), (lengths - 1).to(hidden.device)]
+
+        def spread(flat: Tensor) -> Tensor:  # (N,) -> (b, T), zero outside the mask
+            return torch.zeros(mask.shape).masked_scatter(mask, flat.float().cpu())
+
+        return _Evaluation(
+            logprobs=spread(logprobs),
+            values=spread(self.policy.value_head(states)),
+            final_values=self.policy.value_head(final).float().cpu(),
+            entropies=spread(entropies) if entropies is not None else torch.zeros(mask.shape),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, KL coefficient and counters; the policy saves its parameters itself."""
+        counters = {
+            name: getattr(self, name) for name in ("kl_coef", "num_updates", "num_steps", "num_skipped")
+        }
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
+            "initial_kl_coef": self.config.kl_coef,
+            **counters,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict`, with the settings of this run.
+
+        A learning rate or KL coefficient continues where the saved run's schedule or controller had brought
+        it, unless this run begins with another one. Another kind of optimizer begins afresh.
+        """
+        saved = state.get("optimizer_class")
+        here = type(self.optimizer).__name__
+        if saved in (None, here):
+            chosen = [dict(group) for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, mine in zip(self.optimizer.param_groups, chosen, strict=True):
+                kept = {"params", "lr"} if group.get("initial_lr") == mine["initial_lr"] else {"params"}
+                group.update({name: value for name, value in mine.items() if name not in kept})
+        else:
+            logger.warning("the checkpoint was written with the optimizer %s; %s begins afresh", saved, here)
+        same = state.get("initial_kl_coef", self.config.kl_coef) == self.config.kl_coef
+        self.kl_coef = state["kl_coef"] if same else self.config.kl_coef
+        for name in ("num_updates", "num_steps", "num_skipped"):
+            setattr(self, name, state[name])
+
+
+def _kl(policy: _Evaluation, ref: _Evaluation) -> float:
+    return float((policy.logprobs - ref.logprobs).sum(dim=1).mean())
+
+
+def _check_rewards(rewards: Tensor, mask: Tensor) -> None:
+    if rewards.shape != mask.shape:
+        raise RewardError(
+            f"rewards must have one number per response token, shape {tuple(mask.shape)}, got "
+            f"{tuple(rewards.shape)}"
+        )
+    broken = (~torch.isfinite(rewards) & mask).nonzero()
+    if len(broken):
+        row, token = broken[0].tolist()
+        raise RewardError(
+            f"the reward of response {row}, token {token} is {float(rewards[row, token])}; "
+            "rewards must be finite numbers"
+        )

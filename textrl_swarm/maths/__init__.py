@@ -1,0 +1,1 @@
+"""Mathematics on tensors: sampling, returns and losses. Knows nothing about models, policies or files."""

@@ -1,0 +1,197 @@
+"""The scalars PPO descends: clipped policy loss, clipped value loss, entropy; and logprobs of long batches in
+bounded memory.
+
+Knows nothing about models, optimizers or loss weights. Everything is computed in fp32 whatever comes in, and
+nothing under a False mask reaches a loss or a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from textrl_swarm.errors import ShapeError
+from textrl_swarm.maths.returns import check_same_shape, masked_mean, zero_outside
+from textrl_swarm.maths.sampling import token_logprobs
+
+LOGITS_CHUNK_TOKENS = 512  # tokens whose logits exist at the same time in `chunked_logprobs`
+
+
+@dataclass(frozen=True)
+class PolicyLossStats:
+    """How far the policy moved from the one that sampled, over the real tokens of one minibatch; all without
+    gradient.
+
+    On the first pass over a rollout the ratio is 1: everything but `ratio_mean` is 0.
+    """
+
+    clip_fraction: Tensor
+    """() share of tokens with |ratio - 1| > clip_range, whether or not the clipped branch won the max."""
+
+    approx_kl: Tensor
+    """() nats per token, >= 0: estimate of KL(old || new)."""
+
+    ratio_mean: Tensor
+    """() 1 in expectation."""
+
+    ratio_max_deviation: Tensor
+    """() max |ratio - 1|."""
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float
+) -> tuple[Tensor, PolicyLossStats]:
+    """PPO's clipped surrogate, negated, as a mean over real tokens.
+
+        ratio  = exp(logprobs - old_logprobs)
+        loss   = mean( max( -A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range) ) )
+        approx_kl = mean( (ratio - 1) - log ratio )
+
+    Args:
+        logprobs: (B, T) of the chosen tokens under the policy being trained, nats; carries the gradient.
+        old_logprobs: (B, T) under the policy that sampled, same temperature.
+        advantages: (B, T), constants.
+        mask: (B, T) bool, True on chosen tokens; at least one True.
+        clip_range: > 0.
+
+    Returns:
+        () fp32 loss, and what to log.
+
+    Raises:
+        ShapeError: shapes do not fit, nothing is True, or clip_range <= 0.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7; Schulman 2020, "Approximating KL divergence"
+    (estimator k3).
+    """
+    check_same_shape(mask=mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    if not clip_range > 0:
+        raise ShapeError(f"clip_range must be > 0, got {clip_range!r}")
+    # Masked before exp: inf * 0 is NaN in its gradient.
+    log_ratio = zero_outside(mask, logprobs.float() - old_logprobs.float())
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
+    with torch.no_grad():
+        deviation = torch.expm1(log_ratio)  # ratio - 1 without cancellation; 0 outside the mask
+        stats = PolicyLossStats(
+            clip_fraction=masked_mean(deviation.abs() > clip_range, mask),
+            approx_kl=masked_mean(deviation - log_ratio, mask),
+            ratio_mean=masked_mean(ratio, mask),
+            ratio_max_deviation=deviation.abs().max(),
+        )
+    return loss, stats
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float | None
+) -> Tensor:
+    """Half the squared error of the values, pessimistic about moves beyond the clip range, as a mean over
+    real tokens.
+
+        clipped = old_values + clip(values - old_values, -clip_range, clip_range)
+        loss    = 0.5 * mean( max( (values - returns)^2, (clipped - returns)^2 ) )
+
+    Args:
+        values: (B, T) of the value head being trained; carries the gradient.
+        old_values: (B, T) at the time of the rollout.
+        returns: (B, T), constants.
+        mask: (B, T) bool, True on chosen tokens; at least one True.
+        clip_range: > 0, in units of the return; None = plain squared error.
+
+    Returns:
+        () fp32.
+
+    Raises:
+        ShapeError: shapes do not fit, nothing is True, or clip_range <= 0.
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593 (its code; the clipping is OpenAI baselines', not in the PPO
+    paper).
+    """
+    check_same_shape(mask=mask, values=values, old_values=old_values, returns=returns)
+    if clip_range is not None and not clip_range > 0:
+        raise ShapeError(f"clip_range must be > 0 or None (no clipping), got {clip_range!r}")
+    values, old_values, returns = (zero_outside(mask, x) for x in (values, old_values, returns))
+    errors = (values - returns).square()
+    if clip_range is not None:
+        clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        errors = torch.maximum(errors, (clipped - returns).square())
+    return 0.5 * masked_mean(errors, mask)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits), tokens of probability zero adding nothing; divide the logits by the
+    temperature first.
+
+        H = -sum_v p[v] * log p[v],   with 0 log 0 = 0
+
+    Args:
+        logits: (..., V), any float dtype; may hold -inf, but at least one finite score per row.
+
+    Returns:
+        (...) fp32, nats, in [0, log V]; values and gradients are finite where logits are -inf.
+    """
+    if logits.dim() == 0:
+        raise ShapeError("logits must be (..., V), got a scalar; pass the scores of the whole vocabulary")
+    log_probs = logits.float().log_softmax(dim=-1)
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(dim=-1)
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    project: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int = LOGITS_CHUNK_TOKENS,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of tokens from hidden states, without all logits in memory at once.
+
+    BLOOM's vocabulary has 250,880 entries: the logits of 32k tokens are 33 GB in fp32, before the softmax
+    makes a copy. Here a chunk of `chunk_tokens` rows (0.5 GB per copy for BLOOM) is projected, scored and
+    dropped; when gradients are on, backward projects it again. Values and gradients are those of the
+    unchunked computation up to the order of summation; only time is lost.
+
+    Args:
+        hidden: (N, H), any float dtype.
+        project: (n, H) -> (n, V) logits; differentiable, the same each time it is called, and row by row (no
+            row looks at another).
+        tokens: (N,) int64.
+        temperature: > 0; the logits are divided by it.
+        chunk_tokens: rows projected at a time, >= 1.
+        with_entropy: also return the entropy of each row's distribution at the temperature.
+
+    Returns:
+        (N,) fp32 logprobs, nats; and with `with_entropy` (N,) fp32 entropies, nats, else None.
+
+    Raises:
+        ShapeError: shapes do not fit, chunk_tokens < 1, or temperature <= 0.
+
+    Source: Chen et al. 2016, arXiv 1604.06174 (recomputing in backward).
+    """
+    if hidden.dim() != 2 or tokens.shape != hidden.shape[:1]:
+        raise ShapeError(
+            f"expected hidden (N, H) and tokens (N,), got {tuple(hidden.shape)} and {tuple(tokens.shape)}; "
+            "flatten them first"
+        )
+    if chunk_tokens < 1:
+        raise ShapeError(f"chunk_tokens must be >= 1, got {chunk_tokens!r}")
+
+    def evaluate(hidden_chunk: Tensor, tokens_chunk: Tensor) -> tuple[Tensor, ...]:
+        logits = project(hidden_chunk)  # (n, V)
+        logprobs = token_logprobs(logits, tokens_chunk, temperature=temperature)
+        return (logprobs, entropy(logits.float() / temperature)) if with_entropy else (logprobs,)
+
+    def evaluate_chunk(*chunk: Tensor) -> tuple[Tensor, ...]:
+        return (
+            checkpoint(evaluate, *chunk, use_reentrant=False) if torch.is_grad_enabled() else evaluate(*chunk)
+        )
+
+    pairs = zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
+    chunks = [evaluate_chunk(*pair) for pair in pairs]
+    logprobs, *entropies = (torch.cat(column) for column in zip(*chunks, strict=True))
+    return logprobs, (entropies[0] if with_entropy else None)

@@ -1,0 +1,296 @@
+"""Adapters on disk and on the hub, in PEFT's format: writing, reading, and refusing what is not plain LoRA.
+
+Knows nothing about models in memory, except to merge an adapter into one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from textrl_swarm.config import LoraSettings
+from textrl_swarm.errors import AdapterError
+from textrl_swarm.models.adapters import without_peft_notices
+from textrl_swarm.models.base_model import WEIGHT_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+VALUE_HEAD_WEIGHTS = "value_head.safetensors"
+
+# Of init_lora_weights; the others change the base weights, so the adapter belongs to the changed ones.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "mica", "orthogonal")
+# Settings of PEFT's LoraConfig that make the adapted layer another function than W + (alpha / r) * B A.
+_OTHER_FUNCTIONS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+_IN_BLOCK = re.compile(r"\.(\d+)\.(.+)\.lora_([AB])\.weight")  # ....h.3.self_attention.dense.lora_A.weight
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def save_tensors(
+    directory: str | Path, tensors: Mapping[str, Tensor], config: LoraConfig, value_head: Mapping[str, Tensor]
+) -> None:
+    """Writes an adapter that `PeftModel.from_pretrained` loads, and the value head beside it.
+
+    Raises:
+        AdapterError: `directory` is a file, or holds a model.
+    """
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise AdapterError(f"{path} is a file; give a directory to save the adapter in")
+    if any((path / name).is_file() for name in WEIGHT_FILES):
+        raise AdapterError(
+            f"{path} holds a model, which transformers would load with the adapter in it: "
+            "give the adapter a directory of its own"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    save_file(_plain(tensors), path / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(_plain(value_head), path / VALUE_HEAD_WEIGHTS)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def load_tensors(
+    directory: str | Path, expected: Mapping[str, Tensor], config: LoraConfig
+) -> dict[str, Tensor]:
+    """Reads an adapter that fits `expected` (name -> tensor of the right shape) exactly.
+
+    Raises:
+        AdapterError: no adapter there, another kind, or made for another model or other LoRA settings.
+    """
+    path = Path(directory)
+    _require_adapter(path)
+    found_config = _read_config(path)
+    tensors = read_tensors(path / ADAPTER_WEIGHTS)
+    difference = _difference(tensors, expected)
+    if difference:
+        raise AdapterError(
+            f"the adapter in {path} does not fit: {difference}. It was made for {_summary(found_config)}; "
+            f"this policy has {_summary(config)}"
+        )
+    if found_config.use_rslora or found_config.rank_pattern or found_config.alpha_pattern:
+        raise AdapterError(
+            f"the adapter in {path} has use_rslora, rank_pattern or alpha_pattern; "
+            "only one alpha / r for all layers is supported"
+        )
+    if (found_config.r, found_config.lora_alpha) != (config.r, config.lora_alpha):
+        raise AdapterError(
+            f"the adapter in {path} is scaled by alpha / r = {found_config.lora_alpha} / {found_config.r}, "
+            f"this policy by {config.lora_alpha} / {config.r}; make the policy with "
+            f"alpha={found_config.lora_alpha}"
+        )
+    return tensors
+
+
+def read_settings(directory: str | Path) -> LoraSettings:
+    """The settings with which a policy can take over an adapter. Raises AdapterError."""
+    config = _read_config(Path(directory))
+    targets, blocks = config.target_modules, config.layers_to_transform
+    if not targets or isinstance(targets, str):
+        raise AdapterError(
+            f"the adapter in {directory} has target_modules={targets!r}; "
+            "only a list of names of linear layers is supported"
+        )
+    if isinstance(blocks, int):
+        blocks = [blocks]
+    return LoraSettings(
+        r=config.r,
+        alpha=config.lora_alpha,
+        targets=tuple(sorted(targets)),
+        layers=len(blocks) if blocks else None,
+    )
+
+
+def find_adapter(name: str) -> tuple[Path, str]:
+    """Directory of an adapter given as a directory or hub id, and the name under which servers announce it.
+
+    Servers announce a directory's last part, or the hub id.
+
+    Raises:
+        AdapterError: neither a directory nor an adapter on the hub.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path, path.resolve().name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])), name
+    except Exception as error:  # huggingface_hub and its HTTP library raise many kinds
+        raise AdapterError(f"{name!r} is neither a directory nor an adapter on the hub: {error}") from error
+
+
+def read_blocks(directory: Path) -> tuple[LoraSettings, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
+    """An adapter block by block: index -> path of a linear layer inside the block -> A (r, in), B (out, r),
+    both fp32.
+
+    Raises:
+        AdapterError: no adapter there, or one with parts that servers cannot apply.
+    """
+    settings = read_settings(directory)
+    _require_adapter(directory)
+    found: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for name, tensor in read_tensors(directory / ADAPTER_WEIGHTS).items():
+        match = _IN_BLOCK.search(name)
+        if match is None or not name.endswith(match.group()):
+            raise AdapterError(
+                f"the adapter in {directory} has {name}, which is no LoRA weight inside a block"
+            )
+        block, path, part = int(match[1]), match[2], match[3]
+        found.setdefault(block, {}).setdefault(path, {})[part] = tensor.float()
+    blocks: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+    for block, layers in found.items():
+        if any(pair.keys() != {"A", "B"} for pair in layers.values()):
+            raise _incomplete(directory)
+        blocks[block] = {path: (pair["A"], pair["B"]) for path, pair in sorted(layers.items())}
+    shapes = [{path: (a.shape, b.shape) for path, (a, b) in layers.items()} for layers in blocks.values()]
+    if not shapes or any(shape != shapes[0] for shape in shapes):
+        raise _incomplete(directory)
+    if any(a.shape[0] != settings.r for layers in blocks.values() for a, _ in layers.values()):
+        raise AdapterError(
+            f"the adapter in {directory} has ranks other than the r={settings.r} of its {ADAPTER_CONFIG}"
+        )
+    return settings, blocks
+
+
+def _incomplete(directory: Path) -> AdapterError:
+    return AdapterError(
+        f"the adapter in {directory} is incomplete: every adapted block needs A and B of the same layers"
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file. Raises AdapterError when it is damaged or holds NaN or infinite numbers."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterError(
+            f"{path} has NaN or infinite numbers in {broken[0]} ({len(broken)} tensors in all)"
+        )
+    return tensors
+
+
+def require_no_textrl_model(path: Path) -> None:
+    """Raises AdapterError for what TextRL itself saved, which this package cannot use."""
+    if (path / "model.pt").is_file() and not (path / ADAPTER_CONFIG).is_file():
+        raise AdapterError(
+            f"{path} was saved by TextRL itself (model.pt holds an output layer, no adapter); "
+            "train again with this package"
+        )
+
+
+def _require_adapter(path: Path) -> None:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (path / name).is_file():
+            raise AdapterError(f"{path} holds no adapter: there is no {name}")
+
+
+def _read_config(path: Path) -> LoraConfig:
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise AdapterError(f"{path} holds no adapter: there is no {ADAPTER_CONFIG}")
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # LoftQ's needs SciPy
+        raise AdapterError(f"{path / ADAPTER_CONFIG} cannot be read: {error!r}") from error
+    if not isinstance(config, LoraConfig):
+        kind = getattr(config.peft_type, "value", "nameless")
+        raise AdapterError(f"{path} holds a {kind} adapter; only LoRA adapters can be loaded")
+    _require_plain_lora(path, config)
+    return config
+
+
+def _require_plain_lora(path: Path, config: LoraConfig) -> None:
+    """Raises AdapterError unless the adapted model is W + (alpha / r) * B A with the base model's own W."""
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        raise AdapterError(
+            f"the adapter in {path} has init_lora_weights={config.init_lora_weights!r}, which changed the "
+            "base "
+            "weights: convert it (save it with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)), or merge it into the "
+            "base model"
+        )
+    for name in _OTHER_FUNCTIONS:
+        if value := getattr(config, name, None):
+            raise AdapterError(
+                f"the adapter in {path} has {name}={value!r}; only plain LoRA can be loaded: "
+                "merge it into the base model"
+            )
+
+
+def _summary(config: LoraConfig) -> str:
+    targets = (
+        config.target_modules
+        if isinstance(config.target_modules, str)
+        else sorted(config.target_modules or ())
+    )
+    blocks = "all" if config.layers_to_transform is None else config.layers_to_transform
+    return f"base model {config.base_model_name_or_path!r}, r={config.r}, targets {targets}, blocks {blocks}"
+
+
+def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        return f"{len(missing)} tensors are missing, e.g. {missing[0]}"
+    extra = sorted(found.keys() - expected.keys())
+    if extra:
+        return f"{len(extra)} tensors are unknown here, e.g. {extra[0]}"
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            return f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------- merging
+
+
+def merged_model(base_model: str, adapter: str | Path) -> PreTrainedModel:
+    """A transformers model with the adapter added to the weights: W + (alpha / r) * B A, in the weights' own
+    dtype.
+
+    Raises:
+        AdapterError: the adapter does not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
+    try:
+        with without_peft_notices():
+            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise AdapterError(f"the adapter in {adapter} does not fit {base_model}: {error}") from error

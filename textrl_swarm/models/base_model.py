@@ -1,0 +1,121 @@
+"""Base models on disk or on the hub: whether one is there, what it is, and under which name a swarm serves
+it.
+
+Knows nothing about weights in memory or about servers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from textrl_swarm.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model that `resolve` found: its name and its config.json, read once."""
+
+    name: str
+    """Directory or hub id, as transformers takes it."""
+
+    config: PretrainedConfig
+
+    dht_prefix: str
+    """The name under which a swarm announces the model's blocks, unless the user chooses another."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def resolve(model: str | Path | BaseModel) -> BaseModel:
+    """Finds a model by directory or hub id and reads its configuration.
+
+    Raises:
+        ModelError: no such directory or hub id, no config.json, no weights or an adapter in the directory,
+            code of its own, or not a name at all.
+    """
+    if isinstance(model, BaseModel):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise ModelError(
+            f"model must be a directory, a hub id or a transformers model, got {type(model).__name__}"
+        )
+    path = Path(model)
+    if path.is_dir():
+        _require_model_directory(path)
+    elif path.exists():
+        raise ModelError(f"{path} is a file; point to the directory that holds config.json and the weights")
+    elif looks_like_path(model):
+        raise ModelError(f"there is no directory {path}")
+    name = hub_name(model)
+    return BaseModel(name, _read_config(name), _dht_prefix(name))
+
+
+def _require_model_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json; point to a directory written by save_pretrained")
+    if not any((path / name).is_file() for name in WEIGHT_FILES):
+        raise ModelError(
+            f"{path} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}"
+        )
+    if (
+        path / "adapter_config.json"
+    ).is_file():  # transformers would load that adapter into the model, or fail on it
+        raise ModelError(
+            f"{path} holds a model and, beside its weights, an adapter: move adapter_config.json and "
+            "adapter_model.safetensors to a directory of their own (and give that as ref_adapter to start "
+            "from it)"
+        )
+
+
+def _read_config(name: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name!r} comes with code of its own, which is not run here: if you trust it, load it with "
+                "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) and pass the model"
+            ) from error
+        raise ModelError(f"{name!r} is neither a model directory nor a model on the hub: {error}") from error
+
+
+def looks_like_path(name: str | Path) -> bool:
+    """Whether a name that is no directory must have been meant as one: hub ids have the form `owner/name`."""
+    return Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+
+
+def hub_name(model: str | Path) -> str:
+    """The name to load a model by.
+
+    `bigscience/bloom-petals` and its like were converted copies for old Petals; the original repositories
+    serve now.
+    """
+    name = str(model)
+    is_converted_copy = name.startswith("bigscience/") and not Path(name).is_dir()
+    return name.removesuffix("-petals") if is_converted_copy else name
+
+
+def _dht_prefix(name: str) -> str:
+    """Petals' own name for hub ids, the directory's name for directories.
+
+    A dot or a space would end the name on the wire, so both become dashes.
+    """
+    path = Path(name)
+    prefix = path.resolve().name if path.is_dir() else name + "-petals"
+    return prefix.replace(".", "-").replace(" ", "-")

@@ -1,0 +1,416 @@
+"""A policy whose base model sits on this machine, in full precision, 8-bit or 4-bit.
+
+Any decoder-only Hugging Face model; PEFT applies the adapter. Knows nothing about swarms or training.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from textrl_swarm.config import QUANTIZATIONS, LoraSettings
+from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError
+from textrl_swarm.models.adapters import (
+    add_adapter,
+    find_blocks,
+    has_adapter,
+    initial_tensor,
+    model_lora_config,
+    remove_adapter,
+)
+from textrl_swarm.models.base_model import BaseModel, resolve
+from textrl_swarm.models.quantization import check_quantized, keep_differentiable, quantization_config
+from textrl_swarm.models.value_head import ValueHead
+from textrl_swarm.policies.base import Policy
+from textrl_swarm.policies.generation import DecodingSession
+from textrl_swarm.policies.local_sessions import choose_session, is_close
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from textrl_swarm.models.adapters import PeftModel
+
+logger = logging.getLogger(__name__)
+
+_POLICY = "_textrl_swarm_policy"  # attribute of a model: the policy whose layers are in it
+
+
+# ------------------------------------------------------------------------------------------- loading
+
+
+def load_local_policy(
+    model: str | Path | BaseModel | nn.Module,
+    *,
+    quantization: str | None,
+    lora: LoraSettings,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> LocalPolicy:
+    """See `loading.load_policy`."""
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"quantization must be None, '8bit' or '4bit', got {quantization!r}")
+    if isinstance(model, nn.Module):
+        earlier = vars(model).get(_POLICY)
+        if earlier is not None:
+            logger.warning(
+                "this model was another policy's: that policy is closed now, and what it learned is no "
+                "longer in the model"
+            )
+            earlier.close()
+        plain = _require_plain_decoder(model)
+        _require_same_options(plain, quantization, dtype, device)
+        return LocalPolicy(plain, lora, seed, tokenizer or _tokenizer(plain.name_or_path))
+    base = resolve(model)
+    _require_decoder(base.config, base.name)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = _usable_device(default_device if device is None else device)
+    loaded = _load(base, quantization, dtype, place)
+    return LocalPolicy(loaded, lora, seed, tokenizer or _tokenizer(base.name))
+
+
+def _load(
+    base: BaseModel, quantization: str | None, dtype: torch.dtype | str | None, device: torch.device
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, device)
+        options["device_map"] = {"": device}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(base.name, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the weights of {base.name!r} cannot be loaded: {error}") from error
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"{len(missing)} weights are missing in the checkpoint of {base.name!r}, e.g. {missing[0]}"
+        )
+    if quantization is None:
+        model.to(device)
+    else:
+        check_quantized(model, quantization)
+    return model
+
+
+def _usable_device(device: torch.device | str | int) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # Assertion: torch without CUDA
+        raise ConfigError(f"device={device!r} cannot be used on this machine: {error}") from error
+
+
+def _require_same_options(
+    model: PreTrainedModel,
+    quantization: str | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+) -> None:
+    """Options of loading do not change a loaded model. Raises ConfigError when they ask for another one."""
+    if quantization is not None:
+        raise ConfigError(
+            "quantization is chosen when weights are loaded: pass the model's directory or hub id, "
+            "or a quantized model"
+        )
+    wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if wanted not in (None, "auto", model.dtype):
+        raise ConfigError(
+            f"dtype={dtype!r}, but the model is loaded in {model.dtype}: convert it with model.to(dtype), "
+            "or leave dtype out"
+        )
+    if device is not None and _usable_device(device) != model.device:
+        raise ConfigError(
+            f"device={device!r}, but the model is on {model.device}: move it with model.to(device), "
+            "or leave device out"
+        )
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase | None:
+    """None when there is none, or none that works; prompts must then be token ids."""
+    from transformers import AutoTokenizer
+
+    if not model:  # an object that was not loaded: "" would mean the current directory
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what tokenizers raises for a damaged file is a plain Exception
+        if any(Path(model).glob("tokenizer*")):
+            logger.warning(
+                "the tokenizer in %s cannot be loaded, so prompts must be token ids: %r", model, error
+            )
+        return None
+
+
+def _require_decoder(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({config.model_type}); only decoder-only language models "
+            "can be "
+            "trained: use one of those, e.g. bigscience/bloomz-560m in the place of an instruction-tuned "
+            "T5, or gpt2 "
+            "in that of BART"
+        )
+
+
+def _require_plain_decoder(model: nn.Module) -> PreTrainedModel:
+    name = type(model).__name__
+    if has_adapter(model):
+        raise ModelError(
+            "this model already has a PEFT adapter: pass the base model, then policy.load_adapter(directory)"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"{name} is no transformers model; pass one, or a directory or hub id")
+    _require_decoder(model.config, name)
+    return model
+
+
+def _is_no_mask_notice(record: logging.LogRecord) -> bool:
+    """transformers recommends an attention mask when it sees padding; padding on the right of a decoder needs
+    none.
+    """
+    return "We strongly recommend passing in an `attention_mask`" not in str(record.msg)
+
+
+# ---------------------------------------------------------------------------------------- the policy
+
+
+class LocalPolicy(Policy):
+    """A transformers model on this machine with a PEFT adapter and a value head.
+
+    Args:
+        model: a causal language model; until `close` it is in evaluation mode (no dropout), frozen, and has
+            the adapter's layers.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, lora: LoraSettings, seed: int, tokenizer: PreTrainedTokenizerBase | None
+    ):
+        logging.getLogger("transformers.modeling_utils").addFilter(_is_no_mask_notice)
+        name = type(model).__name__
+        config = model.config.get_text_config(decoder=True)
+        self.base_model = str(model.name_or_path)
+        self.tokenizer = tokenizer
+        self.lora = lora
+        self.device = next(model.parameters()).device
+        self.generation_config = getattr(model, "generation_config", None)
+        self.rounds_by_batch = getattr(model, "is_loaded_in_8bit", False)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{name} has no output embeddings; pass a model for causal language modelling")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError(
+                f"{name} has weights that are not in memory (meta device, or offloaded to disk): load all "
+                "of them"
+            )
+        # 4-bit weights have another shape than their layer
+        self.vocab_size = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]
+        limits = (
+            getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "max_seq_len")
+        )
+        self.max_length = next(filter(None, limits), None)
+        self._model: Any = model
+        self._decoder: Any = _decoder(model)
+        self._head: Any = head
+        self._peft: PeftModel | None = None
+        self._was_training = model.training
+        self._returned_dicts = model.config.return_dict
+        self._was_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            model.eval()
+            model.config.return_dict = True
+            keep_differentiable(model)
+            tokens = self._probe_tokens(getattr(config, "pad_token_id", None))
+            with torch.no_grad():
+                self._adapt(tokens, seed)
+                self._check_model(tokens)
+        except BaseException as error:
+            self._restore()
+            is_ours = isinstance(error, (TextRLSwarmError, torch.cuda.OutOfMemoryError))
+            if isinstance(error, Exception) and not is_ours:  # the model's own
+                raise ModelError(f"{name} cannot be run as a decoder of tokens alone: {error!r}") from error
+            raise
+        self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
+
+    def _probe_tokens(self, pad_token: int | None) -> Tensor:
+        """(1, 4) int64: tokens to try the model on, none of them padding."""
+        ids = [token for token in range(5) if token != pad_token][:4]
+        return torch.tensor([ids], device=self.device) % self.vocab_size
+
+    def _adapt(self, tokens: Tensor, seed: int) -> None:
+        model = self._model
+        self.peft_config = model_lora_config(self.lora, model, self.base_model, tokens)
+        self._peft = add_adapter(model, self.peft_config).eval()
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in self._peft.named_parameters():
+            if ".lora_" in name:
+                self._parameters[name.replace(".default.", ".")] = parameter
+        for name, parameter in self._parameters.items():
+            parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
+        setattr(model, _POLICY, self)  # notebooks run cells again: the next policy takes these layers out
+        model.save_pretrained = _refuse_to_save
+
+    def _check_model(self, tokens: Tensor) -> None:
+        """Finds out how the model makes its logits and keeps its caches.
+
+        Raises ModelError for a model that looks ahead (padding would change it), or whose logits come from
+        more than the last hidden states.
+        """
+        name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
+        output = self._decoder(tokens, use_cache=False)
+        hidden = output.last_hidden_state
+        shorter = self.hidden_states(tokens[:, :2])
+        expected = self._model(tokens).logits
+        if not (torch.isfinite(hidden).all() and torch.isfinite(expected).all()):
+            raise ModelError(
+                f"{name} computes NaN or infinite numbers in {hidden.dtype}: its weights are damaged, or "
+                "too large "
+                "for float16 (then dtype='bfloat16' or 'float32' helps)"
+            )
+        is_quantized = getattr(self._model.config, "quantization_config", None) is not None
+        is_exact = hidden.dtype == torch.float32 and not is_quantized
+        tolerance = 0.01 if is_exact else 0.1  # 8-bit products depend a little on what else is in the batch
+        if not is_close(hidden[:, :2], shorter, tolerance):
+            raise ModelError(f"{name} sees later tokens; only decoder-only models can be trained")
+        self.hidden_size = hidden.shape[-1]
+        self._output_type = type(output)
+        self._head_is_all = self._is_head_all()
+        found = self.project(hidden)
+        if found.shape != expected.shape or not is_close(found, expected, 0.01):
+            raise ModelError(
+                f"{name} makes its logits from more than the last hidden states; such models are not "
+                "supported"
+            )
+        self._new_session: Callable[[], DecodingSession] = choose_session(
+            self._decoder, self._run_decoder, tokens, hidden, tolerance, type(self._model).__name__
+        )
+
+    # ------------------------------------------------------------------------------- as every policy
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """The tokens themselves: all blocks run in `hidden_states`."""
+        return tokens
+
+    def hidden_states(self, features: Tensor) -> Tensor:
+        """See Policy."""
+        return self._run_decoder(features, use_cache=False).last_hidden_state
+
+    def _run_decoder(self, tokens: Tensor, **options: Any) -> Any:
+        with self._adapter():
+            return self._decoder(tokens, **options)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """See Policy."""
+        return self._head_logits(hidden) if self._head_is_all else self._model_logits(hidden)
+
+    def _head_logits(self, hidden: Tensor) -> Tensor:
+        return self._head(self._as_head_input(hidden))
+
+    def _as_head_input(self, hidden: Tensor) -> Tensor:
+        weight = self._head.weight
+        return hidden.to(weight.dtype) if weight.is_floating_point() else hidden
+
+    def _model_logits(self, hidden: Tensor) -> Tensor:
+        """Logits by the model's own forward without its decoder, with what it does around the output
+        embeddings.
+        """
+        row = self._as_head_input(hidden.reshape(1, -1, hidden.shape[-1]))
+        with _returning(self._decoder, self._output_type(last_hidden_state=row)):
+            tokens = torch.zeros(row.shape[:2], dtype=torch.int64, device=self.device)
+            logits = self._model(tokens).logits
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def _is_head_all(self) -> bool:
+        """Whether logits are the output embeddings' and nothing else: some models scale or cap them, or have
+        layers before.
+
+        Tried on random hidden states whose logits are so large (up to 1000) that a soft cap shows.
+        """
+        if isinstance(self._head, nn.Linear) and self._head.in_features != self.hidden_size:
+            return False
+        probe = torch.randn((1, 8, self.hidden_size), generator=torch.Generator().manual_seed(0)).to(
+            self.device
+        )
+        probe *= 1000 / self._head_logits(probe).float().abs().max().clamp_min(1e-3)
+        return torch.equal(self._head_logits(probe).float(), self._model_logits(probe).float())
+
+    @contextmanager
+    def session(self, rows: int, max_length: int) -> Iterator[DecodingSession]:
+        """See Policy."""
+        yield self._new_session()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """See Policy."""
+        return self._parameters
+
+    def _adapter(self) -> AbstractContextManager[object]:
+        if self._peft is None:
+            raise ModelError(
+                "this policy is closed, its adapter is no longer in the model; make a new one with "
+                "load_policy"
+            )
+        if self._model.training:  # a user's model.train(): dropout would make another policy of every forward
+            self._model.eval()
+        return nullcontext() if self._adapter_on else self._peft.disable_adapter()
+
+    def close(self) -> None:
+        """Takes the adapter's layers out of the model, and restores the model as it was."""
+        if self._peft is not None:
+            self._restore()
+
+    def _restore(self) -> None:
+        self._model.config.return_dict = self._returned_dicts
+        remove_adapter(self._model)
+        self._model.train(self._was_training)
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+        for name in (_POLICY, "save_pretrained"):
+            vars(self._model).pop(name, None)
+        self._peft = None
+
+
+def _refuse_to_save(*args: object, **options: object) -> None:
+    raise ModelError(
+        "this model has a policy's layers in it and would be saved under names that nothing can load: use "
+        "policy.save_adapter(directory) for the adapter, `textrl-swarm export --merge` for a whole model, or "
+        "policy.close() first for the base model"
+    )
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The decoder without the LM head.
+
+    Falls back to the submodule that holds the blocks if get_decoder() returns the whole model or the head.
+    """
+    decoder = model.get_decoder()
+    blocks_path, blocks = find_blocks(model)
+    if decoder is not model and any(module is blocks for module in decoder.modules()):
+        return decoder
+    return getattr(model, blocks_path.split(".")[0])
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Inside, the module computes nothing and returns `output`."""
+    own = module.__dict__.get("forward")  # accelerate puts its hooks there
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

@@ -1,0 +1,297 @@
+"""Memory, bytes and network time of a run or a server: arithmetic before anything is loaded or sent.
+
+All figures assume full-length responses; responses that end early need less. Knows nothing about weights or
+clocks; constants that were measured and not derived say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PretrainedConfig
+
+from textrl_swarm.config import LoraSettings, PPOConfig
+from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
+from textrl_swarm.models.blocks import split_evenly
+from textrl_swarm.models.sizes import (
+    FP32_BYTES,
+    ModelSizes,
+    adapted_layers,
+    adapter_parameters,
+    block_bytes,
+    bytes_per_number,
+    first_adapted,
+    model_sizes,
+    value_head_parameters,
+)
+from textrl_swarm.swarm.protocol import (
+    ADAPTER_STORE_BYTES,
+    ATTENTION_CACHE_TOKENS,
+    MAX_MICRO_BATCHES_IN_FLIGHT,
+    MICRO_BATCH_TOKENS,
+)
+
+GIB = 1 << 30
+
+_LOGITS_COPIES = 3  # logits, their log-softmax, and the gradient or the filtered copy; fp32
+_HOP_OVERHEAD_S = 0.018  # what petals itself adds to every hop (its sequence_manager.py)
+
+
+# ------------------------------------------------------------------------------------------ a server
+
+
+def server_memory_bytes(
+    sizes: ModelSizes,
+    blocks: int,
+    precision: str,
+    *,
+    cache_tokens: int = ATTENTION_CACHE_TOKENS,
+    adapter_bytes: int = ADAPTER_STORE_BYTES,
+) -> int:
+    """Memory (of the GPU, if it has one) of a server that computes in 16 bits and holds `blocks` blocks.
+
+        blocks * (weights + 2 * key_size * cache_tokens * 2 bytes) + pushed adapters + room for a backward
+
+    Args:
+        cache_tokens: rows x tokens of all generations together (--attn_cache_tokens).
+        adapter_bytes: the store of pushed adapters, which fills up before old ones go (--adapter_bytes).
+
+    Source of the room for a backward: petals' server/server.py, which measured 2 GiB for BLOOM-176B and
+    scales it with H.
+    """
+    cache = 2 * sizes.key_size * cache_tokens * 2
+    backward = int(2 * GIB / 14336 * sizes.hidden_size)
+    return blocks * (block_bytes(sizes, precision) + cache) + adapter_bytes + backward
+
+
+def blocks_that_fit(sizes: ModelSizes, memory_bytes: int, precision: str, **server_options: int) -> int:
+    """The most blocks that a server with this much memory can hold; 0 when not even one fits."""
+    empty = server_memory_bytes(sizes, 0, precision, **server_options)
+    one = server_memory_bytes(sizes, 1, precision, **server_options)
+    return max(0, min(sizes.num_blocks, (memory_bytes - empty) // (one - empty)))
+
+
+# --------------------------------------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What one iteration (a rollout and its update) needs."""
+
+    trainable_parameters: int
+    """Numbers in adapter and value head."""
+
+    total_parameters: int
+    """Numbers in the base model, wherever it is."""
+
+    adapter_bytes: int
+    """Bytes of the adapter in fp32: sent to servers after every optimizer step, and saved."""
+
+    weight_bytes: int
+    """Memory on this machine for the frozen weights it holds."""
+
+    training_bytes: int
+    """Memory on this machine for the adapter, its gradient, AdamW's two moments and, in a swarm, the copies
+    to push.
+    """
+
+    working_bytes: int
+    """Memory on this machine for logits and, whichever is larger, activations of a minibatch or caches of a
+    rollout.
+    """
+
+    sent: Mapping[str, int]
+    """Bytes this machine sends per iteration, by Traffic's kinds; empty for a local run."""
+
+    received: Mapping[str, int]
+    """Bytes this machine receives per iteration, likewise."""
+
+    round_trips: int
+    """Requests per iteration that must wait for the answer to another."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory on this machine (of the GPU, if the model is there), without about 1 GiB for CUDA and
+        libraries.
+        """
+        return self.weight_bytes + self.training_bytes + self.working_bytes
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this machine sends per iteration."""
+        return sum(self.sent.values())
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes this machine receives per iteration."""
+        return sum(self.received.values())
+
+    def network_seconds(self, *, bits_per_second: float, rtt_s: float) -> tuple[float, float]:
+        """Least seconds that the network takes per iteration: with perfect full duplex, and one direction at
+        a time.
+
+            (max(sent, received) or sent + received) * 8 / bandwidth + round trips * (RTT + 18 ms)
+
+        The servers' computing comes on top. `bits_per_second` is this machine's bandwidth per direction.
+        """
+        waiting = self.round_trips * (rtt_s + _HOP_OVERHEAD_S)
+        duplex = max(self.bytes_sent, self.bytes_received)
+        serial = self.bytes_sent + self.bytes_received
+        return duplex * 8 / bits_per_second + waiting, serial * 8 / bits_per_second + waiting
+
+
+def estimate_run(
+    config: PretrainedConfig,
+    lora: LoraSettings,
+    *,
+    quantization: str | None,
+    swarm_servers: int,
+    responses: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    epochs: int,
+    minibatch_size: int = PPOConfig.minibatch_size,
+    wire_bytes: int = 4,
+    dtype: torch.dtype | str | None = None,
+) -> RunEstimate:
+    """What a run will need.
+
+    Args:
+        config: of the base model.
+        quantization: None, "8bit" or "4bit", of a local model.
+        swarm_servers: servers in the chain, each with an even share of the blocks; 0 = the model is on this
+            machine.
+        responses: per iteration.
+        prompt_tokens, response_tokens: per response; the mean and the limit.
+        epochs, minibatch_size: of the update, as in PPOConfig.
+        wire_bytes: per number of a hidden state: 4 when the servers compute in fp32, 2 in bf16.
+        dtype: of the weights on this machine; None = as the checkpoint says.
+    """
+    sizes = model_sizes(config)
+    precision = str(dtype or config.dtype or "float32").removeprefix("torch.")
+    number_bytes = int(bytes_per_number(precision))
+    adapter = adapter_parameters(sizes, lora)
+    trainable = adapter + value_head_parameters(sizes)
+    length = prompt_tokens + response_tokens
+    minibatch = min(responses, minibatch_size)
+    traffic, copies = _NO_TRAFFIC, 4  # value, gradient and AdamW's two moments
+    if swarm_servers:
+        weights = sizes.outside * number_bytes
+        traffic = _traffic(
+            sizes, lora, swarm_servers, responses, prompt_tokens, response_tokens, epochs, minibatch_size, wire_bytes
+        )
+        copies += 2  # autograd's flat tensors, and the snapshot that is pushed
+        spans = split_evenly(sizes.num_blocks, swarm_servers)
+        adapted_hops = sum(stop > first_adapted(sizes, lora) for _, stop in spans)
+        row = responses * number_bytes + minibatch * (1 + adapted_hops) * wire_bytes
+        hidden = sizes.hidden_size * row * length
+        working = hidden + _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
+    else:
+        blocks = sizes.num_blocks * block_bytes(sizes, quantization or precision, precision)
+        weights = blocks + sizes.outside * number_bytes
+        cached = 2 * sizes.key_size * sizes.num_blocks * responses * length * number_bytes
+        sampling = cached + _logits_bytes(sizes, responses)
+        activations = activation_bytes(sizes, lora, minibatch, length, number_bytes)
+        working = max(sampling, activations + _logits_bytes(sizes, LOGITS_CHUNK_TOKENS))
+    return RunEstimate(
+        trainable_parameters=trainable,
+        total_parameters=sizes.total,
+        adapter_bytes=adapter * FP32_BYTES,
+        weight_bytes=weights,
+        training_bytes=copies * FP32_BYTES * trainable,
+        working_bytes=working,
+        sent=traffic.sent,
+        received=traffic.received,
+        round_trips=traffic.round_trips,
+    )
+
+
+def activation_bytes(sizes: ModelSizes, lora: LoraSettings, rows: int, length: int, number_bytes: int) -> int:
+    """What autograd keeps of one forward of rows x length tokens, without gradient checkpointing; an
+    estimate.
+
+        per token and block: (16 H + 2 heads * length) * bytes per number
+                             + 4 bytes * inputs of the adapted layers, if those are not fp32
+
+    The first term is equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) without dropout, the last is
+    PEFT's fp32 copy of the input of LoRA's A. Measured: within 15 % for BLOOM and GPT-2; models with fused
+    attention keep a fifth to a half less. Blocks below the first adapted one keep nothing.
+    """
+    blocks = sizes.num_blocks - first_adapted(sizes, lora)
+    copies = 0
+    if number_bytes < FP32_BYTES:
+        copies = FP32_BYTES * sum(fan_in for fan_in, _ in adapted_layers(sizes, lora))
+    per_block = (16 * sizes.hidden_size + 2 * sizes.num_heads * length) * number_bytes
+    return rows * length * (blocks * per_block + copies)
+
+
+def _logits_bytes(sizes: ModelSizes, tokens: int) -> int:
+    return _LOGITS_COPIES * tokens * sizes.vocab_size * FP32_BYTES
+
+
+class _Traffic(NamedTuple):
+    sent: Mapping[str, int]
+    received: Mapping[str, int]
+    round_trips: int
+
+
+_NO_TRAFFIC = _Traffic({}, {}, 0)
+
+
+def _traffic(
+    sizes: ModelSizes,
+    lora: LoraSettings,
+    servers: int,
+    responses: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    epochs: int,
+    minibatch_size: int,
+    wire_bytes: int,
+) -> _Traffic:
+    """Bytes sent and received by kind, and round trips that follow one another.
+
+    The client relays every hop. With H hops in all, L of them with blocks below the first adapted one and U
+    with adapted blocks, n response and prompt tokens, and E epochs, in units of one hidden state:
+
+        sent      (n - 1) H + n L + 2 n U (policy and ref) + E n (U forward + 2 U backward: inputs and
+        gradients) received  (n - 1) H + n L + 2 n U                  + E n (U forward + (U - 1) backward: the
+        first returns none)
+
+    The adapter is sent once per optimizer step; its gradient (fp32) comes back once per micro-batch, which
+    for a large adapter and a small hidden size weighs more than all activations.
+    """
+    first = first_adapted(sizes, lora)
+    spans = split_evenly(sizes.num_blocks, servers)
+    hops = servers
+    lower = sum(start < first for start, _ in spans)
+    upper = sum(stop > first for _, stop in spans)
+    length = prompt_tokens + response_tokens
+    minibatches = math.ceil(responses / minibatch_size)
+    scored = lower + 2 * upper
+    hidden = responses * sizes.hidden_size * wire_bytes
+    adapter = adapter_parameters(sizes, lora) * FP32_BYTES
+    micro_batches = 0
+    for i in range(minibatches):
+        micro_batches += _micro_batches(min(minibatch_size, responses - i * minibatch_size), length)
+    sent = {
+        "activations": hidden * ((length - 1) * hops + length * (scored + epochs * 3 * upper)),
+        "adapters": epochs * minibatches * adapter,
+    }
+    received = {
+        "activations": hidden * ((length - 1) * hops + length * (scored + epochs * upper)),
+        "gradients": epochs * (hidden * length * (upper - 1) + micro_batches * adapter),
+    }
+    sessions = math.ceil(responses * length / ATTENTION_CACHE_TOKENS)
+    scoring = math.ceil(_micro_batches(responses, length) / MAX_MICRO_BATCHES_IN_FLIGHT) * scored
+    pushes = epochs * minibatches * upper
+    training = epochs * math.ceil(micro_batches / MAX_MICRO_BATCHES_IN_FLIGHT) * 2 * upper  # forward and backward
+    return _Traffic(sent, received, sessions * response_tokens * hops + scoring + pushes + training)
+
+
+def _micro_batches(rows: int, length: int) -> int:
+    return math.ceil(rows / max(1, MICRO_BATCH_TOKENS // length))

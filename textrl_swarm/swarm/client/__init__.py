@@ -1,0 +1,1 @@
+"""The client side: finding servers, calling them, and surviving their loss."""

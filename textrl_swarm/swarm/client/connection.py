@@ -1,0 +1,202 @@
+"""A client's connection to one model's blocks in one swarm: finds the servers and checks that they hold this
+model.
+
+Knows nothing about tokens or training; `policies/remote.py` puts embeddings and heads around it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from hivemind.dht import DHT
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from torch import Tensor, nn
+
+from textrl_swarm.config import Timeouts
+from textrl_swarm.errors import AddressError
+from textrl_swarm.models.adapters import LayerSizes
+from textrl_swarm.swarm.client.chain import BlockChain, ChainLimits, run_in_background
+from textrl_swarm.swarm.client.routing import Router, Span
+from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
+from textrl_swarm.swarm.client.session import GenerationSession
+from textrl_swarm.swarm.protocol import AdapterSnapshot
+from textrl_swarm.swarm.traffic import Traffic
+
+_ADDRESS = re.compile(r"(/[a-z0-9]+/[^/\s]+)+/p2p/[1-9A-HJ-NP-Za-km-z]{30,}")
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What must agree between a client and the servers whose blocks it uses."""
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    num_blocks: int
+
+
+def check_addresses(initial_peers: Sequence[str]) -> list[str]:
+    """Raises AddressError for an empty list or an address that is not a libp2p multiaddress with a peer
+    id.
+    """
+    addresses = (
+        [initial_peers] if isinstance(initial_peers, str) else [str(address) for address in initial_peers]
+    )
+    if not addresses:
+        raise AddressError(
+            "initial_peers is empty; give the address that `textrl-swarm serve` prints, or None to use "
+            "this machine"
+        )
+    for address in addresses:
+        if not _ADDRESS.fullmatch(address):
+            raise AddressError(
+                f"{address!r} is not a peer's address; it should look like "
+                "/ip4/192.0.2.7/tcp/31337/p2p/12D3Koo..., "
+                "as `textrl-swarm serve` prints it"
+            )
+    return addresses
+
+
+def load_client_model(
+    name: str,
+    initial_peers: Sequence[str],
+    dht_prefix: str,
+    dtype: torch.dtype | str | None,
+    timeouts: Timeouts,
+) -> nn.Module:
+    """The client's own parts of a model (embeddings, final norm, output embeddings), joined to the swarm's
+    DHT.
+
+    Raises:
+        AddressError: an address is malformed, or none of the peers answers.
+    """
+    from petals import DistributedBloomForCausalLM
+
+    addresses = check_addresses(initial_peers)
+    with joining(addresses):
+        return DistributedBloomForCausalLM.from_pretrained(
+            name,
+            initial_peers=addresses,
+            dht_prefix=dht_prefix,
+            daemon_startup_timeout=timeouts.connect_s,
+            show_route=False,
+            dtype=dtype or "auto",
+        )
+
+
+@contextlib.contextmanager
+def joining(addresses: Sequence[str]) -> Iterator[None]:
+    """Turns hivemind's errors for initial peers that do not answer into an AddressError."""
+    try:
+        yield
+    except (P2PDaemonError, concurrent.futures.TimeoutError, TimeoutError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "initial_peers" not in str(error):
+            raise  # about the weights, not about the swarm
+        raise AddressError(
+            f"none of the initial peers answered: {', '.join(addresses)} ({_first_line(error)}); "
+            "is the server running, and is this the address that it printed?"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class SwarmClient:
+    """Forward, backward and generation over a model's remote blocks.
+
+    Args:
+        dht, p2p: a running client node and its libp2p daemon.
+        owns_dht: end both on close; False when a petals model of the user's owns them.
+        fingerprint: of the client's model; servers of another model are refused.
+
+    Raises:
+        BlocksUnavailable, ServerMismatch: some block has no usable server within `timeouts.discovery_s`.
+    """
+
+    def __init__(
+        self,
+        dht: DHT,
+        p2p: P2P,
+        dht_prefix: str,
+        fingerprint: ModelFingerprint,
+        timeouts: Timeouts,
+        *,
+        owns_dht: bool = True,
+    ):
+        self.traffic = Traffic()
+        self.fingerprint = fingerprint
+        self._close: Callable[[], object] = (
+            weakref.finalize(self, shut_down, dht, p2p) if owns_dht else _nothing
+        )
+        self._calls = ServerCalls(p2p, timeouts, self.traffic)
+        self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
+        self.chain = BlockChain(self.router, self._calls)
+        self.linears: dict[
+            str, LayerSizes
+        ] = {}  # path of a layer -> (in_features, out_features), as servers have it
+        route = self.router.route(0, fingerprint.num_blocks, timeout_s=timeouts.discovery_s)
+        try:
+            self.spans: list[Span] = run_in_background(route)
+        except BaseException:
+            self.close()
+            raise
+
+    async def _inspect(self, span: Span, uid: str) -> str | None:
+        """Why a server cannot serve this client, or None; called once per server. Keeps the smallest limits
+        seen.
+        """
+        info = await self._calls.info(span.peer, uid)
+        differing = []
+        for name, ours in vars(self.fingerprint).items():
+            if info.get(name) != ours:
+                differing.append(f"{name} {info.get(name)} (client: {ours})")
+        if differing:
+            return (
+                f"server {short_id(span.peer)} announces {self.router.dht_prefix!r} but holds another model: "
+                f"{', '.join(differing)}"
+            )
+        limits = {name: min(value, info[name]) for name, value in vars(self.chain.limits).items()}
+        self.chain.limits = ChainLimits(**limits)
+        self.linears = {path: (sizes[0], sizes[1]) for path, sizes in info["linears"].items()}
+        return None
+
+    def blocks(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        adapter: AdapterSnapshot | None = None,
+        flats: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """See BlockChain.__call__."""
+        return self.chain(hidden, start, stop, adapter, flats)
+
+    def session(self, adapter: AdapterSnapshot | None, *, max_length: int) -> GenerationSession:
+        """A generation with the caches on the servers, for rows of at most `max_length` tokens."""
+        return GenerationSession(self.chain, adapter, max_length=max_length)
+
+    def close(self) -> None:
+        """Ends the DHT node and its daemon. Safe to call twice; also runs when the program ends."""
+        self._close()
+
+
+def _nothing() -> None:
+    """Closes nothing: the user's petals model owns the connection."""
+
+
+def shut_down(dht: DHT, p2p: P2P) -> None:
+    """Ends a client node's process and daemon; never raises."""
+    with contextlib.suppress(Exception):  # whatever state the daemons are in, they must end
+        RemoteExpertWorker.run_coroutine(p2p.shutdown(), return_future=True).result(timeout=5)
+    with contextlib.suppress(Exception):
+        dht.shutdown()
+        dht.join(5)

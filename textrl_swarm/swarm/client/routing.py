@@ -1,0 +1,251 @@
+"""Which server runs which blocks. Reads the DHT, remembers who failed, and waits for blocks that nobody
+holds.
+
+Routes are sticky: the same blocks go to the same servers until one of them fails, because every new server
+must first be sent the adapter. Knows nothing about tensors or adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from hivemind.dht import DHT, DHTNode
+from hivemind.p2p import PeerID
+from petals.constants import DTYPE_MAP
+from petals.data_structures import ModelInfo, RemoteModuleInfo, ServerState
+from petals.utils.dht import compute_spans, get_remote_module_infos
+
+from textrl_swarm.errors import BlocksUnavailable, ServerFailed, ServerMismatch
+from textrl_swarm.models.blocks import blocks_text
+from textrl_swarm.swarm.client.rpc import short_id
+from textrl_swarm.swarm.protocol import CAPABILITY
+
+logger = logging.getLogger(__name__)
+
+_BAN_S = 2.0  # first ban of a server that failed; doubles with each failure in a row
+_MAX_BAN_S = 240.0
+_POLL_S = 1.0  # how often the DHT is asked again while blocks are missing
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks start..stop (half-open) on one server."""
+
+    peer: PeerID
+    start: int
+    stop: int
+
+    dtype: torch.dtype
+    """In which the server computes and answers."""
+
+    throughput: float
+    """Tokens/s that the server announces."""
+
+    def __str__(self) -> str:
+        return f"{blocks_text(range(self.start, self.stop))} on server {short_id(self.peer)}"
+
+
+@dataclass(frozen=True)
+class _Failures:
+    """A server's failures since its last success."""
+
+    in_a_row: int
+
+    banned_until: float
+    """In time.monotonic seconds."""
+
+    @property
+    def is_banned(self) -> bool:
+        return self.banned_until > time.monotonic()
+
+
+_NO_FAILURES = _Failures(0, -math.inf)
+
+
+class Router:
+    """Chooses servers for spans of blocks.
+
+    Args:
+        dht: a running client node.
+        inspect: coroutine (span, uid of its first block) -> reason why this server cannot be used, or None;
+            called once per server.
+    """
+
+    def __init__(
+        self,
+        dht: DHT,
+        dht_prefix: str,
+        num_blocks: int,
+        inspect: Callable[[Span, str], Awaitable[str | None]],
+    ):
+        self.dht = dht
+        self.dht_prefix = dht_prefix
+        self.num_blocks = num_blocks
+        self.uids = [f"{dht_prefix}.{block}" for block in range(num_blocks)]
+        self._inspect = inspect
+        self._accepted: set[PeerID] = set()
+        self._refused: dict[PeerID, str] = {}  # servers of another model, for good
+        self._failures: dict[PeerID, _Failures] = {}
+        self._spans: list[Span] = []
+        self._untrainable: list[Span] = []
+        self._salt = str(dht.peer_id)  # clients break ties differently, so that replicas share the load
+
+    async def route(self, start: int, stop: int, *, timeout_s: float) -> list[Span]:
+        """Servers for blocks start..stop, in order; waits until every block has one.
+
+        Raises:
+            ServerMismatch: the only servers that hold some of the blocks belong to another model.
+            BlocksUnavailable: nobody held some of the blocks until the deadline.
+        """
+        deadline = time.monotonic() + timeout_s
+        warned = False
+        while True:
+            chain = await self._plan(start, stop)
+            if chain is not None:
+                return chain
+            await self._refresh()
+            chain = await self._plan(start, stop)
+            if chain is not None:
+                return chain
+            missing = self._missing(start, stop)
+            if missing and self._refused and not warned:
+                raise ServerMismatch(next(iter(self._refused.values())))
+            if time.monotonic() >= deadline:
+                raise self._unavailable(missing or tuple(range(start, stop)), timeout_s)
+            if not warned:
+                warned = True
+                logger.warning(
+                    "no server holds %s now; waiting up to %.0f s for one", blocks_text(missing), timeout_s
+                )
+            await asyncio.sleep(_POLL_S)
+
+    def report_failure(self, peer: PeerID) -> None:
+        """Routes around this server for a while. Requests that fail together count once."""
+        earlier = self._failures.get(peer, _NO_FAILURES)
+        if earlier.is_banned:
+            return
+        ban_s = min(_BAN_S * 2**earlier.in_a_row, _MAX_BAN_S)
+        self._failures[peer] = _Failures(earlier.in_a_row + 1, time.monotonic() + ban_s)
+
+    def report_success(self, peer: PeerID) -> None:
+        """Forgets this server's failures."""
+        self._failures.pop(peer, None)
+
+    async def _plan(self, start: int, stop: int) -> list[Span] | None:
+        chain: list[Span] = []
+        block = start
+        while block < stop:
+            span = self._best(block)
+            if span is None:
+                return None
+            if span.peer not in self._accepted:
+                try:
+                    reason = await self._inspect(span, self.uids[span.start])
+                except ServerFailed as error:
+                    logger.warning("%s", error)
+                    self.report_failure(span.peer)
+                    continue
+                if reason is not None:
+                    self._refused[span.peer] = reason
+                    continue
+                self._accepted.add(span.peer)
+            end = min(span.stop, stop)
+            chain.append(Span(span.peer, block, end, span.dtype, span.throughput))
+            block = end
+        return chain
+
+    def _best(self, block: int) -> Span | None:
+        """The usable server that did not fail lately and reaches furthest from this block; then the faster
+        one.
+
+        Different clients break ties differently.
+        """
+
+        def usable(span: Span) -> bool:
+            is_banned = self._failures.get(span.peer, _NO_FAILURES).is_banned
+            return span.start <= block < span.stop and span.peer not in self._refused and not is_banned
+
+        def preference(span: Span) -> tuple[bool, int, float, bytes]:
+            tie_break = hashlib.sha256((self._salt + str(span.peer)).encode()).digest()
+            return (span.peer not in self._failures, span.stop, span.throughput, tie_break)
+
+        return max(filter(usable, self._spans), key=preference, default=None)
+
+    def _missing(self, start: int, stop: int) -> tuple[int, ...]:
+        return tuple(block for block in range(start, stop) if self._best(block) is None)
+
+    async def _refresh(self) -> None:
+        loop = asyncio.get_running_loop()
+        infos = await loop.run_in_executor(None, self._ask)
+        self._spans = []
+        self._untrainable = []
+        for span in compute_spans(infos, min_state=ServerState.ONLINE).values():
+            info = span.server_info
+            dtype = DTYPE_MAP.get(info.torch_dtype, torch.float32)
+            ours = Span(
+                span.peer_id,
+                span.start,
+                span.end,
+                dtype if dtype != "auto" else torch.float32,
+                info.throughput,
+            )
+            (self._spans if CAPABILITY in info.adapters else self._untrainable).append(ours)
+        known = {span.peer for span in self._spans}
+        if known:  # failures of servers that nobody lists any more need not be remembered
+            self._failures = {peer: failure for peer, failure in self._failures.items() if peer in known}
+
+    def _ask(self) -> list[RemoteModuleInfo]:
+        infos = get_remote_module_infos(self.dht, self.uids, latest=True)
+        if any(info.servers for info in infos):
+            return infos
+        # Perhaps all known peers were gone at once, and some are back: hivemind never asks the initial ones
+        # again.
+        self.dht.run_coroutine(_greet_initial_peers)
+        return get_remote_module_infos(self.dht, self.uids, latest=True)
+
+    def _unavailable(self, missing: Sequence[int], waited_s: float) -> BlocksUnavailable:
+        message = f"no server holds {blocks_text(missing)} of {self.dht_prefix!r} (waited {waited_s:.0f} s); "
+        stock = [span for span in self._untrainable if span.start <= missing[0] < span.stop]
+        if stock:
+            message += (
+                f"stock petals servers hold {stock[0]}, but they cannot train LoRA: "
+                "start servers with `textrl-swarm serve`"
+            )
+        else:
+            others = self._other_models()
+            if others and not self._spans:
+                served = ", ".join(map(repr, others))
+                message += f"this swarm serves {served}: pass dht_prefix= if you mean one of them, or "
+            message += (
+                "start a server: textrl-swarm serve MODEL "
+                f"--block_indices {missing[0]}:{missing[-1] + 1} --initial-peers ..."
+            )
+        return BlocksUnavailable(message, tuple(missing))
+
+    def _other_models(self) -> list[str]:
+        return [name for name in announced_models(self.dht) if name != self.dht_prefix]
+
+
+def announced_models(dht: DHT, timeout_s: float | None = None) -> dict[str, ModelInfo]:
+    """Name -> what servers announce about a model. Anyone can write entries; malformed ones are left out."""
+    found = dht.get("_petals.models", latest=True, return_future=True).result(timeout_s)
+    models = {}
+    if found is not None and isinstance(found.value, dict):
+        for name, entry in found.value.items():
+            with contextlib.suppress(TypeError, ValueError):
+                models[str(name)] = ModelInfo.from_dict(entry.value)
+    return models
+
+
+async def _greet_initial_peers(dht: DHT, node: DHTNode) -> None:
+    """Runs in the DHT's process."""
+    peers = [PeerID.from_base58(str(address).rsplit("/p2p/", 1)[-1]) for address in dht.initial_peers or ()]
+    await asyncio.gather(*map(node.protocol.call_ping, peers))

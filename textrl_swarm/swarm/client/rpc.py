@@ -1,0 +1,269 @@
+"""Calls to one server: each with a deadline, its bytes counted, its failures translated into errors of ours.
+
+Runs inside hivemind's event loop thread. Knows nothing about routes, retries or training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from hivemind.compression import deserialize_tensor_stream, deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon import DEFAULT_MAX_MSG_SIZE
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
+from hivemind.proto import runtime_pb2
+from hivemind.utils.asyncio import iter_as_aiter
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.streaming import split_for_streaming
+from torch import Tensor
+
+from textrl_swarm.config import Timeouts
+from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed
+from textrl_swarm.swarm.protocol import ENDING, INFO_KEY, AdapterSnapshot, error_from_wire
+from textrl_swarm.swarm.stub import ServerStub
+from textrl_swarm.swarm.traffic import Traffic
+
+_NO_TENSOR = torch.empty(0)  # petals' way to say "no deep prompts"
+_CLOSE_S = 2.0
+_NO_INDICES = torch.empty(0, dtype=torch.int64)  # "do not reorder the cache"
+
+
+# What hivemind, the network and unpacking a stranger's answer raise.
+_FOREIGN = (
+    P2PHandlerError,
+    P2PDaemonError,
+    OSError,
+    EOFError,
+    asyncio.TimeoutError,
+    asyncio.IncompleteReadError,
+    StopAsyncIteration,
+    ValueError,
+    RuntimeError,  # torch's, when a part of a tensor is missing
+)
+
+
+def short_id(peer: PeerID) -> str:
+    """How messages name a server."""
+    return f"…{str(peer)[-6:]}"
+
+
+def _translated(error: Exception, peer: PeerID, what: str) -> AdapterMissing | AdapterRejected | ServerFailed:
+    text = str(error)
+    known = error_from_wire(text, short_id(peer))
+    if known is not None:
+        return known
+    message = f"{what} on server {short_id(peer)} failed: {text or type(error).__name__}"
+    return ServerFailed(message, answered=isinstance(error, P2PHandlerError))
+
+
+class ServerCalls:
+    """What can be asked of a server. All methods are coroutines.
+
+    All raise ServerFailed, and those that name an adapter AdapterMissing or AdapterRejected.
+    """
+
+    def __init__(self, p2p: P2P, timeouts: Timeouts, traffic: Traffic):
+        self.p2p = p2p
+        self.timeouts = timeouts
+        self.traffic = traffic
+
+    def _stub(self, peer: PeerID) -> Any:
+        return ServerStub.get_stub(self.p2p, peer)
+
+    async def info(self, peer: PeerID, uid: str) -> dict[str, Any]:
+        """Our entry of rpc_info; empty for a stock petals server."""
+        timeout_s = self.timeouts.connect_s + self.timeouts.request_s
+        try:
+            answer = await self._stub(peer).rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=timeout_s)
+            return MSGPackSerializer.loads(answer.serialized_info).get(INFO_KEY, {})
+        except _FOREIGN as error:
+            raise _translated(error, peer, "rpc_info") from error
+
+    async def push(
+        self, peer: PeerID, uids: Sequence[str], blocks: Sequence[int], adapter: AdapterSnapshot
+    ) -> None:
+        """Puts the adapter's tensors of these blocks on the server; returns once they can be used."""
+        flats = [adapter.blocks[block] for block in blocks]
+        metadata = {"header": adapter.header.encode()}
+        await self._stream(peer, "rpc_lora_push", uids, flats, metadata, "adapters", "adapters")
+
+    async def forward(self, peer: PeerID, uids: Sequence[str], hidden: Tensor, key: str) -> Tensor:
+        """Output (B, S, H) of a chain of blocks; `key` "" runs without adapter."""
+        metadata = {"active_adapter": key}
+        tensors = [hidden, _NO_TENSOR]
+        answer = await self._stream(
+            peer, "rpc_forward_stream", uids, tensors, metadata, "activations", "activations"
+        )
+        (outputs,) = _complete(answer, 1, peer)
+        return _checked(outputs, hidden, peer)
+
+    async def backward(
+        self, peer: PeerID, uids: Sequence[str], hidden: Tensor, grad: Tensor, key: str, need_input_grad: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor."""
+        metadata = {"active_adapter": key, "need_input_grad": need_input_grad}
+        answer = await self._stream(
+            peer, "rpc_lora_backward", uids, [hidden, grad], metadata, "activations", "gradients"
+        )
+        grad_input, *flats = _complete(answer, 1 + len(uids), peer)
+        if not all(torch.isfinite(flat).all() for flat in flats):
+            raise ServerFailed(f"server {short_id(peer)} returned gradients that are not finite")
+        return (_checked(grad_input, hidden, peer) if need_input_grad else None), flats
+
+    async def _stream(
+        self,
+        peer: PeerID,
+        rpc: str,
+        uids: Sequence[str],
+        tensors: Sequence[Tensor],
+        metadata: Mapping[str, Any],
+        sent_kind: str,
+        received_kind: str,
+    ) -> list[Tensor]:
+        """Sends tensors to an RPC in parts of a size that hivemind carries; returns the tensors of the
+        answer.
+        """
+        uid = " ".join(uids)
+        packed = MSGPackSerializer.dumps({**metadata, ENDING: True})
+        loop = asyncio.get_running_loop()
+
+        def make_parts() -> list[runtime_pb2.ExpertRequest]:
+            parts = []
+            for tensor in tensors:
+                for part in split_for_streaming(serialize_torch_tensor(tensor), DEFAULT_MAX_MSG_SIZE):
+                    # metadata in every message: petals unpacks them side by side and believes whichever comes
+                    # first
+                    parts.append(runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed))
+            return parts
+
+        async def call() -> list[Tensor]:
+            open_stream = getattr(self._stub(peer), rpc)
+            parts = await loop.run_in_executor(None, make_parts)
+            stream = await asyncio.wait_for(open_stream(iter_as_aiter(parts)), self.timeouts.connect_s)
+            return await deserialize_tensor_stream(_tensors_of(_until_ending(stream)))
+
+        try:
+            answer = await asyncio.wait_for(call(), self.timeouts.request_s)
+        except _FOREIGN as error:
+            raise _translated(error, peer, rpc) from error
+        self.traffic.sent[sent_kind] += sum(tensor.nbytes for tensor in tensors)
+        self.traffic.received[received_kind] += sum(tensor.nbytes for tensor in answer)
+        return answer
+
+    async def open_generation(
+        self, peer: PeerID, uids: Sequence[str], *, max_length: int, key: str
+    ) -> GenerationStream:
+        """A stream that keeps the attention cache of one batch on the server."""
+        requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
+
+        async def feed() -> AsyncIterator[runtime_pb2.ExpertRequest]:
+            while True:
+                request = await requests.get()
+                yield request
+                if not request.tensors:
+                    return
+
+        try:
+            answers = await asyncio.wait_for(self._stub(peer).rpc_inference(feed()), self.timeouts.connect_s)
+        except _FOREIGN as error:
+            raise _translated(error, peer, "rpc_inference") from error
+        opening = {
+            "max_length": max_length,
+            "active_adapter": key,
+            "points": 0,
+            "alloc_timeout": self.timeouts.request_s / 2,
+            ENDING: True,
+        }
+        return GenerationStream(self, peer, " ".join(uids), requests, _until_ending(answers), opening)
+
+
+class GenerationStream:
+    """One batch's open generation on one server; made by ServerCalls.open_generation."""
+
+    def __init__(
+        self,
+        calls: ServerCalls,
+        peer: PeerID,
+        uid: str,
+        requests: asyncio.Queue[runtime_pb2.ExpertRequest],
+        answers: AsyncIterator[runtime_pb2.ExpertResponse],
+        opening: Mapping[str, Any],
+    ):
+        self._calls = calls
+        self._peer = peer
+        self._uid = uid
+        self._requests = requests
+        self._answers = answers
+        self._metadata = opening
+
+    async def step(self, hidden: Tensor) -> Tensor:
+        """Output (B, k, H) for the next k tokens of each row."""
+        tensors = [serialize_torch_tensor(tensor) for tensor in (hidden, _NO_TENSOR, _NO_INDICES)]
+        metadata = MSGPackSerializer.dumps(dict(self._metadata))
+        request = runtime_pb2.ExpertRequest(uid=self._uid, tensors=tensors, metadata=metadata)
+        self._metadata = {}
+        try:
+            await self._requests.put(request)
+            answer = await asyncio.wait_for(self._answers.__anext__(), self._calls.timeouts.request_s)
+            (outputs,) = map(deserialize_torch_tensor, answer.tensors)
+        except _FOREIGN as error:
+            raise _translated(error, self._peer, "a generation step") from error
+        self._calls.traffic.sent["activations"] += hidden.nbytes
+        self._calls.traffic.received["activations"] += outputs.nbytes
+        return _checked(outputs, hidden, self._peer)
+
+    async def close(self) -> None:
+        """Tells the server to free the cache; never raises."""
+
+        async def drain() -> None:
+            await self._requests.put(runtime_pb2.ExpertRequest())
+            async for _ in self._answers:
+                pass
+
+        with contextlib.suppress(*_FOREIGN):  # the server may be gone, which frees the cache too
+            await asyncio.wait_for(drain(), _CLOSE_S)
+
+
+async def _until_ending(stream: Any) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+    """Messages of an answer up to the one that says how it ended; then closes the stream. See
+    handler._with_ending.
+    """
+    try:
+        async for message in stream:
+            ending = MSGPackSerializer.loads(message.metadata).get(ENDING) if message.metadata else None
+            if ending is None:
+                yield message
+            elif ending == "":
+                return
+            else:
+                raise P2PHandlerError(ending)
+        raise EOFError("the connection broke off in the middle of the answer")
+    finally:
+        await stream.aclose()
+
+
+async def _tensors_of(stream: AsyncIterator[runtime_pb2.ExpertResponse]) -> AsyncIterator[Any]:
+    async for message in stream:
+        yield message.tensors
+
+
+def _complete(answer: list[Tensor], count: int, peer: PeerID) -> list[Tensor]:
+    """Raises ServerFailed for too few tensors: hivemind ends a broken stream as it ends a complete one."""
+    if len(answer) != count:
+        raise ServerFailed(f"server {short_id(peer)} broke off: {len(answer)} of {count} tensors arrived")
+    return answer
+
+
+def _checked(outputs: Tensor, inputs: Tensor, peer: PeerID) -> Tensor:
+    if outputs.shape != inputs.shape:
+        raise ServerFailed(
+            f"server {short_id(peer)} returned shape {tuple(outputs.shape)} for inputs of shape "
+            f"{tuple(inputs.shape)}"
+        )
+    if not torch.isfinite(outputs).all():
+        raise ServerFailed(f"server {short_id(peer)} returned NaN or infinite numbers")
+    return outputs

@@ -1,0 +1,1 @@
+"""The server side: blocks that apply pushed adapters and return their gradients."""

@@ -1,0 +1,1 @@
+"""TextRL's interface, and the only code that imports pfrl and gym."""
