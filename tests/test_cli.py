@@ -218,7 +218,7 @@ def test_every_public_name_is_there():
 
     for name in textrl_swarm.__all__:
         assert getattr(textrl_swarm, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'TextRLenv'"):
+    with pytest.raises(AttributeError, match="No textrl_swarm attribute TextRLenv"):
         _ = textrl_swarm.TextRLenv
 
 

@@ -188,7 +188,7 @@ def test_one_text_is_no_list_of_texts(tmp_path):
     [
         (
             None,
-            "this model has 3 labels: say whose probability is the reward with label=; known: negative, "
+            "this model has 3 labels: choose the one whose probability is the reward with label=; known: negative, "
             "neutral, positive",
         ),
         ("positiv", "this model has no label 'positiv'; did you mean 'positive'?"),

@@ -92,7 +92,7 @@ def test_names_are_those_of_the_directories(tiny_bloom, plain):
 @pytest.mark.parametrize(
     ("made", "told"),
     [
-        ("nothing", "'nothing' is neither a directory nor an adapter that can be had from the hub"),
+        ("nothing", "'nothing' is neither a directory nor an adapter on the hub"),
         ("empty", "holds no adapter: there is no adapter_config.json"),
         ("wide", "does not fit"),
         ("gpt2", "which is no LoRA weight inside a block|does not fit"),

@@ -61,7 +61,8 @@ class ServerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**defaults, **os.environ},
+                # Sockets and temporary files of a killed server disappear with the directory of its log.
+                env={**defaults, **os.environ, "TMPDIR": str(log_path.parent)},
                 start_new_session=True,
             )
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -232,7 +233,7 @@ class ServerGroup:
         return [address for server in self.servers if server.running for address in server.addresses]
 
     def __enter__(self) -> Self:
-        self._logs = tempfile.TemporaryDirectory(prefix="textrl-swarm-")
+        self._logs = tempfile.TemporaryDirectory(prefix="textrl-swarm-", ignore_cleanup_errors=True)
         deadline = time.monotonic() + self._start_timeout_s
         later = self._joined or [PEERS_FROM_PARENT]
         self.servers = []
