@@ -3,9 +3,8 @@
     python plain_check.py REQUEST.json
 
 The request: {"model": directory or hub id, "adapter": directory or null, "tokens": [[ids], ...],
-"max_new_tokens": n}. Prints a JSON list:
-for each row of tokens the logits after its last token, and the greedy continuation's token ids. export.py
-runs a copy of this file: beside it lies a types.py, which Python would take for its own.
+"max_new_tokens": n}. Prints a JSON list: for each row of tokens the logits after its last token, and the
+greedy continuation's token ids. check.py runs a copy of this file, away from its neighbours.
 """
 
 import json

@@ -20,9 +20,8 @@ from textrl_swarm.policies.base import Policy
 from textrl_swarm.rewards.functions import Rewards
 from textrl_swarm.types import Item, RolloutBatch
 
-_NEXT_PART = (
-    1_000_003  # added to the seed for each further part of a rollout, which must not repeat the one before
-)
+# Added to the seed for each further part of a rollout, which must not repeat the one before.
+_NEXT_PART = 1_000_003
 
 
 @dataclass(frozen=True)

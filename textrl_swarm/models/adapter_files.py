@@ -240,8 +240,7 @@ def _require_plain_lora(path: Path, config: LoraConfig) -> None:
     if config.init_lora_weights not in _PLAIN_STARTS:
         raise AdapterError(
             f"the adapter in {path} has init_lora_weights={config.init_lora_weights!r}, which changed the "
-            "base "
-            "weights: convert it (save it with PEFT's "
+            "base weights: convert it (save it with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)), or merge it into the "
             "base model"
         )

@@ -256,8 +256,7 @@ def check_lengths(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
     if limits and needed > min(limits):
         raise PromptError(
             f"prompt {longest} has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} "
-            "that makes "
-            f"{needed}, but {decoder.length_limit_reason} allows {min(limits)}: "
+            f"that makes {needed}, but {decoder.length_limit_reason} allows {min(limits)}: "
             "shorten the prompt or lower max_new_tokens"
         )
 

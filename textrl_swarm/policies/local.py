@@ -278,8 +278,7 @@ class LocalPolicy(Policy):
         if not (torch.isfinite(hidden).all() and torch.isfinite(expected).all()):
             raise ModelError(
                 f"{name} computes NaN or infinite numbers in {hidden.dtype}: its weights are damaged, or "
-                "too large "
-                "for float16 (then dtype='bfloat16' or 'float32' helps)"
+                "too large for float16 (then dtype='bfloat16' or 'float32' helps)"
             )
         is_quantized = getattr(self._model.config, "quantization_config", None) is not None
         is_exact = hidden.dtype == torch.float32 and not is_quantized

@@ -92,8 +92,7 @@ def choose_session(
             reason = "with a cache the model computes something else"
     logger.warning(
         "%s cannot be used with an attention cache (%s): generation computes the whole sequence anew for "
-        "every "
-        "token, which is slow",
+        "every token, which is slow",
         model_name,
         reason,
     )

@@ -32,9 +32,8 @@ from textrl_swarm.swarm.compat import check_installed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-PEERS_FROM_PARENT = (
-    "-"  # as --initial_peers: this process writes the addresses to the server's standard input
-)
+# As --initial_peers: this process writes the addresses to the server's standard input.
+PEERS_FROM_PARENT = "-"
 
 _SERVER_MODULE = "textrl_swarm.swarm.server.process"
 _PR_SET_CHILD_SUBREAPER = 36

@@ -25,9 +25,8 @@ from textrl_swarm.models.base_model import BaseModel
 
 # ----------------------------------------------------------------------------------- names and sizes
 
-CAPABILITY = (
-    "textrl-swarm/lora-v1"  # announced among a server's adapters, so that routing can tell who can train
-)
+# Announced among a server's adapters, so that routing can tell who can train.
+CAPABILITY = "textrl-swarm/lora-v1"
 INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients ignore it
 # Metadata key of a request: tell how the answer ended. Of an answer's last message: "" = complete, else the
 # error.

@@ -87,8 +87,7 @@ class LoraHandler(TransformerConnectionHandler):
         `active_adapter`, `need_input_grad`.
 
         Answers with the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block,
-        always as
-        a stream: hivemind's unary answers cannot carry more than 4 MiB.
+        always as a stream: hivemind's unary answers cannot carry more than 4 MiB.
         """
         async for response in _with_ending(self._backward, requests, context):
             yield response
