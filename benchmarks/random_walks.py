@@ -1,18 +1,21 @@
-"""RandomWalks: find the shortest path in a graph of 21 nodes, learned from paths walked at random. PPO with LoRA and value head only.
+"""RandomWalks: find the shortest path in a graph of 21 nodes, learned from paths walked at random.
 
-    python benchmarks/random_walks.py            5 seeds x 40 updates x 128 episodes (4 to 8 minutes on one core)
-    python benchmarks/random_walks.py --quick    1 seed x 10 updates
+PPO trains LoRA and the value head only, on one core.
 
-The graph, the walks, the score and the base model follow the task of trlX's examples/randomwalks (https://github.com/CarperAI/trlx): an
-edge i -> j exists with probability 0.1, node 0 is the goal and absorbs; 1000 walks of at most 10 nodes from a random other node pretrain a
-GPT-2 of 6 layers x 144; a prompt is a start node, drawn uniformly from the 20 others; a response has at most 9 tokens, sampled at
-temperature 1 without filters. A path scores 0 when it leaves the graph or misses the goal, else (10 - its length) / (10 - the shortest).
-The peers' figures in the table are full fine-tuning (lr 3e-4, constant, no KL penalty) on the same task, 5 seeds, measured by ourselves on
-a machine of this kind.
+    python benchmarks/random_walks.py            # 5 seeds x 40 updates of 128 episodes: 4 to 8 minutes
+    python benchmarks/random_walks.py --quick    # 1 seed x 10 updates
 
-The score of an update is the mean over the 128 episodes that were sampled for it, before it was trained on. At the end each start node is
-sampled 50 times (1000 episodes), and walked once greedily. One setting for all seeds; it was chosen on seeds 10 to 13, the reported ones
-are 0 to 4. The base model is made once and kept in --out.
+The graph, the walks, the score and the base model follow the task of trlX's examples/randomwalks
+(https://github.com/CarperAI/trlx): an edge i -> j exists with probability 0.1, node 0 is the goal and
+absorbs; 1000 walks of at most 10 nodes from a random other node pretrain a GPT-2 of 6 layers x 144; a prompt
+is a start node, drawn uniformly from the 20 others; a response has at most 9 tokens, sampled at temperature 1
+without filters. A path scores 0 when it leaves the graph or misses the goal, else
+(10 - its length) / (10 - the shortest). The peers' figures in the table are full fine-tuning (lr 3e-4,
+constant, no KL penalty) on the same task, 5 seeds, measured by ourselves on a machine of this kind.
+
+The score of an update is the mean over the 128 episodes that were sampled for it, before it was trained on.
+At the end each start node is sampled 50 times (1000 episodes), and walked once greedily. One setting for all
+seeds; it was chosen on seeds 10 to 13, the reported ones are 0 to 4. The base model is made once, in --out.
 """
 
 from __future__ import annotations
@@ -41,10 +44,11 @@ EPISODES, MAX_NEW_TOKENS = 128, LONGEST - 1
 FINAL_SAMPLES = 50  # of each start node
 LORA = LoraSettings(r=16, alpha=32)
 SETTINGS = {
-    "lr": 7e-4, "lr_decay_updates": 40, "adam_eps": 1e-8, "epochs": 4, "minibatch_size": 64, "kl_coef": 0.02, "value_coef": 1.2,
-    "gamma": 1.0, "gae_lambda": 1.0, "clip_range": 0.2, "value_clip_range": 0.2,
+    "lr": 7e-4, "lr_decay_updates": 40, "adam_eps": 1e-8, "epochs": 4, "minibatch_size": 64,
+    "kl_coef": 0.02, "value_coef": 1.2, "gamma": 1.0, "gae_lambda": 1.0,
+    "clip_range": 0.2, "value_clip_range": 0.2,
 }  # fmt: skip
-# Mean score of updates 0-9, 10-19, 20-29, 30-39, then sampled and greedy at the end (their runs had 60 updates).
+# Mean score of updates 0-9, 10-19, 20-29 and 30-39, then sampled and greedy at the end, after 60 updates.
 PEERS = {
     "mean": [0.890, 0.964, 0.973, 0.976, 0.925, 0.947],
     "worst seed": [0.879, 0.941, 0.956, 0.968, 0.825, 0.850],
@@ -106,7 +110,8 @@ def make_base(task: Task, directory: Path, console: Console) -> Path:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=NODES + 2, n_layer=6, n_embd=144, n_head=12, n_positions=32, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=None,
+            vocab_size=NODES + 2, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=None,
+            n_layer=6, n_embd=144, n_head=12, n_positions=32,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
@@ -159,7 +164,8 @@ def run_seed(
             rewards = torch.tensor([task.score(path) for path in paths(rollout)])
             metrics = ppo.update(rollout, place_scores(rewards, rollout.response_mask))
             scores.append(float(rewards.mean()))
-            line = f"seed {seed}  update {update + 1:2d}/{updates}  score {scores[-1]:.3f}  KL {metrics['kl']:.2f}"
+            line = f"seed {seed}  update {update + 1:2d}/{updates}  score {scores[-1]:.3f}"
+            line += f"  KL {metrics['kl']:.2f}"
             console.print(line, end="\r" if console.is_terminal and update + 1 < updates else "\n")
         seconds = (time.perf_counter() - started) / updates
         trainable = sum(p.numel() for p in policy.trainable_parameters().values())
@@ -216,11 +222,10 @@ def what_was_run(results: list[dict], base: dict, total: int, settings: dict, lo
     first, seconds = results[0], statistics.median(r["seconds_per_update"] for r in results)
     episodes = FINAL_SAMPLES * (NODES - 1)
     return (
-        f"{len(results)} seeds x {len(first['scores'])} updates x {EPISODES} episodes at temperature 1, no "
-        f"filters; LoRA r={lora.r} "
-        f"alpha={lora.alpha:g} on all linears of the blocks, and the value head: {first['trainable']:,} "
-        "trainable parameters, "
-        f"{total:,} frozen ones. {', '.join(f'{name} {value}' for name, value in settings.items())}. "
+        f"{len(results)} seeds x {len(first['scores'])} updates x {EPISODES} episodes at temperature 1, "
+        f"no filters; LoRA r={lora.r} alpha={lora.alpha:g} on all linears of the blocks, and the value head: "
+        f"{first['trainable']:,} trainable parameters, {total:,} frozen ones. "
+        f"{', '.join(f'{name} {value}' for name, value in settings.items())}. "
         f"Sampled: {episodes} episodes after the last update; greedy: {NODES - 1}. "
         f"The base model: {base['final_sampled']:.3f} sampled, {base['final_greedy']:.3f} greedy. "
         f"{seconds:.2f} s per update (median of seeds; TRL 0.11.4: 1.45 s), on one thread."
@@ -260,9 +265,8 @@ def main() -> None:
     disable_progress_bar()
     console, task = Console(highlight=False), Task()
     directory = make_base(task, arguments.out / "base_model", console)
-    with load_policy(
-        directory, tokenizer=Tokenizer()
-    ) as policy:  # a new adapter changes nothing: this is the base model
+    # A new adapter changes nothing: this is the base model.
+    with load_policy(directory, tokenizer=Tokenizer()) as policy:
         base = final_scores(task, policy, seed=0)
     total = sum(p.numel() for p in GPT2LMHeadModel.from_pretrained(directory).parameters())
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)

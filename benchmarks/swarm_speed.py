@@ -1,9 +1,9 @@
-"""What the swarm costs: our client against petals' own on the same servers, and against the model on this machine.
+"""What the swarm costs: our client against petals' own on the same servers, and against the model here.
 
     python benchmarks/swarm_speed.py [--servers 2] [--repeats 5] [--hidden 256]
 
-Prints a table. Contenders take turns within each repeat, so that a slow minute of the machine hits all of them; medians are quoted.
-Everything is on loopback: latency of a real network is not in these figures.
+Prints a table of medians. Contenders take turns within each repeat, so that a slow minute of the machine hits
+all of them. Everything is on loopback: latency of a real network is not in these figures.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main() -> None:
                 for name, (action, _) in contenders.items():
                     times[name].append(timed(action))
     table = Table(
-        title=f"{options.servers} servers, hidden {options.hidden}, 4 blocks, {options.rows} rows; median of {options.repeats}"
+        title=f"{options.servers} servers, hidden {options.hidden}, 4 blocks, {options.rows} rows; "
+        f"median of {options.repeats}"
     )
     for heading in ("what", "seconds", "min", "max", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
@@ -82,9 +83,8 @@ def make_contenders(
         load_policy(model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8))
     )
     local = stack.enter_context(load_policy(model, lora=LoraSettings(r=8)))
-    remote.tokenizer = local.tokenizer = (
-        None  # no end token: nothing ends early, all contenders do the same work
-    )
+    # Without an end token nothing ends early: all contenders do the same work.
+    remote.tokenizer = local.tokenizer = None
     stock = DistributedBloomForCausalLM.from_pretrained(
         model, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix, show_route=False
     )

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""TextRL's third example: BLOOM-176B learns through a Petals swarm. On TextRL itself nothing but the value head was ever trained there.
+"""TextRL's third example: BLOOM-176B learns through a Petals swarm.
 
-The blocks are on servers; this machine holds the embeddings (7 GB in bf16 for BLOOM-176B), the adapter and the value head. The reward asks
-for vowels, which is seen quickly; put your own in its place.
+With TextRL itself nothing but the value head was ever trained there. The blocks are on servers; this machine
+holds the embeddings (7 GB in bf16 for BLOOM-176B), the adapter and the value head. The reward asks for
+vowels, which is seen quickly; put your own in its place. launchers/bloom_petals.py says how many servers are
+needed, and which commands start them.
 
-    textrl-swarm serve bigscience/bloom --new-swarm             on the servers; launchers/bloom_petals.py says how many are needed
+    textrl-swarm serve bigscience/bloom --new-swarm    # on a server
     python examples/bloom_176b_swarm.py --initial-peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo...
-    python examples/bloom_176b_swarm.py --tiny                  a tiny BLOOM on two servers of this machine: a minute
+    python examples/bloom_176b_swarm.py --tiny         # a tiny BLOOM on two local servers: a minute
 
 Afterwards: OUTDIR/best holds the adapter in PEFT's format, OUTDIR/scores.txt the evaluations.
 """
@@ -78,15 +80,15 @@ def main() -> None:
         )
         before = actor.predict(PROMPTS[0])[:2]
         train_agent_with_evaluation(
-            agent, env, steps=arguments.steps, eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),
-            outdir=str(arguments.outdir),
+            agent, env, steps=arguments.steps, outdir=str(arguments.outdir),
+            eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),
         )  # fmt: skip
         agent.load(str(arguments.outdir / "best"))
         print("before:", before)
         print("after: ", actor.predict(PROMPTS[0])[:2])
         print(
-            f"{policy.traffic.total_sent / 1e6:.1f} MB sent, {policy.traffic.total_received / 1e6:.1f} MB "
-            "received"
+            f"{policy.traffic.total_sent / 1e6:.1f} MB sent, "
+            f"{policy.traffic.total_received / 1e6:.1f} MB received"
         )
 
 

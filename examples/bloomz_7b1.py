@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """TextRL's second example: bloomz-7b1-mt learns from a reward function on one GPU, in 8 bits if you wish.
 
-The reward asks for answers that use the question's words. Half-precision and quantised weights stay as they are; adapter and value head are
-in fp32.
+The reward asks for answers that use the question's words. Half-precision and quantised weights stay as they
+are; adapter and value head are in fp32.
 
-    python examples/bloomz_7b1.py --quantization 8bit           a GPU with about 16 GB; without --quantization about 20 GB
+    python examples/bloomz_7b1.py                                   # a GPU with about 20 GB
+    python examples/bloomz_7b1.py --quantization 8bit               # a GPU with about 16 GB
     python examples/bloomz_7b1.py --model bigscience/bloomz-560m
-    python examples/bloomz_7b1.py --tiny --quantization 8bit    a BLOOM made on the spot, in 8 bits on any CPU: seconds
+    python examples/bloomz_7b1.py --tiny --quantization 8bit        # a toy BLOOM on any CPU: seconds
 
 Afterwards: OUTDIR/best holds the adapter in PEFT's format, OUTDIR/scores.txt the evaluations.
 """
@@ -72,8 +73,8 @@ def main() -> None:
         )
         before = actor.predict(PROMPTS[0])[:2]
         train_agent_with_evaluation(
-            agent, env, steps=arguments.steps, eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),
-            outdir=str(arguments.outdir),
+            agent, env, steps=arguments.steps, outdir=str(arguments.outdir),
+            eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),
         )  # fmt: skip
         agent.load(str(arguments.outdir / "best"))
         print("before:", before)

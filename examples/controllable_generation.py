@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""TextRL's fourth example: controllable generation. A language model is steered by a sentiment classifier and kept fluent.
+"""TextRL's fourth example: a sentiment classifier steers a language model, which stays fluent.
 
-The reward is the classifier's probability of the wanted label for prompt and response together. Fluency comes from the KL penalty: whatever
-the original model would hardly say costs `--kl-coef` nats for nats (per token, in the reward), so that shouting one good word does not pay.
+The reward is the classifier's probability of the wanted label for prompt and response together. Fluency comes
+from the KL penalty: every nat by which a token is less likely under the original model costs `--kl-coef`, so
+that shouting one good word does not pay.
 
-    python examples/controllable_generation.py                                  gpt2, steered to the POSITIVE of lvwerra/distilbert-imdb
-    python examples/controllable_generation.py --label NEGATIVE                 speaks ill of things, as TextRL's example did of a coin
+    python examples/controllable_generation.py                      # gpt2, towards distilbert-imdb's POSITIVE
+    python examples/controllable_generation.py --label NEGATIVE     # speaks ill of things
     python examples/controllable_generation.py --model M --classifier C --label L --prompts prompts.txt
-    python examples/controllable_generation.py --tiny                           a BLOOM that speaks of soup and phones, and a classifier of
-                                                                                such sentences, both trained on the spot: about two minutes
+    python examples/controllable_generation.py --tiny               # about two minutes
 
+--tiny trains both on the spot: a BLOOM that speaks of soup and phones, and a classifier of such sentences.
 Ends with the same prompts before and after. Afterwards: OUTDIR/best holds the adapter in PEFT's format.
 """
 
@@ -41,7 +42,10 @@ console = Console()
 
 
 def make_tiny(directory: Path) -> tuple[Path, Path]:
-    """A tiny BLOOM that has read short opinions, and a classifier of them; half a minute to a minute, once per directory."""
+    """A tiny BLOOM that has read short opinions, and a classifier of them.
+
+    Takes half a minute to a minute, once per directory.
+    """
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     console.print("pretraining a tiny BLOOM (up to 90 s the first time) ...")
@@ -54,8 +58,9 @@ def make_tiny(directory: Path) -> tuple[Path, Path]:
         torch.manual_seed(0)
         net = BertForSequenceClassification(
             BertConfig(
-                vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=2,
-                id2label=labels, label2id={name: i for i, name in labels.items()}, pad_token_id=tokenizer.pad_token_id,
+                vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                num_labels=2, id2label=labels, label2id={name: i for i, name in labels.items()},
             )
         )  # fmt: skip
         texts = build_corpus(0)
@@ -139,7 +144,7 @@ def main() -> None:
         )
 
         def listen() -> tuple[tuple[str, ...], list[float]]:
-            """One response to each prompt, always with the same random numbers, and what the classifier says about it."""
+            """One response to each prompt, always from the same random numbers, and its score."""
             texts = policy.generate(
                 [item["input"] for item in prompts], SamplingConfig(max_new_tokens=24, seed=1)
             ).texts
@@ -147,8 +152,8 @@ def main() -> None:
 
         before, scores_before = listen()
         train_agent_with_evaluation(
-            agent, env, steps=arguments.steps, eval_n_steps=None, eval_n_episodes=8, eval_interval=max(1, arguments.steps // 4),
-            outdir=str(arguments.outdir),
+            agent, env, steps=arguments.steps, outdir=str(arguments.outdir),
+            eval_n_steps=None, eval_n_episodes=8, eval_interval=max(1, arguments.steps // 4),
         )  # fmt: skip
         agent.load(str(arguments.outdir / "best"))
         after, scores_after = listen()
@@ -156,15 +161,14 @@ def main() -> None:
     table = Table(title=f"probability of {arguments.label}, the same random numbers", title_justify="left")
     for heading in ("prompt", "before", "", "after", ""):
         table.add_column(heading, overflow="fold")
-    for item, old, a, new, b in list(zip(prompts, before, scores_before, after, scores_after, strict=True))[
-        :10
-    ]:
+    rows = list(zip(prompts, before, scores_before, after, scores_after, strict=True))
+    for item, old, a, new, b in rows[:10]:
         table.add_row(escape(item["input"]), escape(old.strip()), f"{a:.2f}", escape(new.strip()), f"{b:.2f}")
     console.print(table)
     means = [sum(scores) / len(scores) for scores in (scores_before, scores_after)]
     console.print(
-        f"mean score before {means[0]:.2f}, after {means[1]:.2f}; the adapter is in "
-        f"{arguments.outdir / 'best'}",
+        f"mean score before {means[0]:.2f}, after {means[1]:.2f}; "
+        f"the adapter is in {arguments.outdir / 'best'}",
         soft_wrap=True,
     )
 

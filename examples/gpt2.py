@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """TextRL's first example: GPT-2 learns from a reward function, on this machine.
 
-The reward asks for short words. The environment, the actor and the training function are TextRL's; what is trained is a LoRA adapter.
+The reward asks for short words. The environment, the actor and the training function are TextRL's; what is
+trained is a LoRA adapter.
 
-    python examples/gpt2.py                                     gpt2 of the hub; a GPU is used when there is one
-    python examples/gpt2.py --model ./my-gpt2 --steps 4000      any decoder-only model
-    python examples/gpt2.py --tiny                              a GPT-2 of three small blocks, made on the spot: seconds
+    python examples/gpt2.py                                   # gpt2 of the hub, on a GPU if there is one
+    python examples/gpt2.py --model ./my-gpt2 --steps 4000    # any decoder-only model
+    python examples/gpt2.py --tiny                            # three small blocks, made on the spot: seconds
 
 Afterwards: OUTDIR/best holds the adapter in PEFT's format, OUTDIR/scores.txt the evaluations.
 """
@@ -77,8 +78,8 @@ def main() -> None:
     )
     before = actor.predict(PROMPTS[0])[:2]
     train_agent_with_evaluation(
-        agent, env, steps=arguments.steps, eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),
-        outdir=str(arguments.outdir),
+        agent, env, steps=arguments.steps, outdir=str(arguments.outdir),
+        eval_n_steps=None, eval_n_episodes=4, eval_interval=max(1, arguments.steps // 4),
     )  # fmt: skip
     agent.load(str(arguments.outdir / "best"))
     print("before:", before)

@@ -1,18 +1,27 @@
-"""PPO of BLOOM-176B through a swarm: LoRA inside blocks that no machine of yours could hold.
+r"""PPO of BLOOM-176B through a swarm: LoRA inside blocks that no machine of yours could hold.
 
-What it does    without --initial-peers: computes how many servers of which size are needed, which commands start them, and how long an
-                iteration will take. With --initial-peers: trains, through `textrl-swarm train`'s own code; the same command continues.
-What it needs   servers for 70 blocks (the table it prints; 6 GPUs of 24 GB in 4 bits, say) on Linux machines that can reach each other, and
-                for the trainer any machine with about 12 GB of memory; no GPU. The first start of each server downloads its blocks.
+What it does    without --initial-peers: computes how many servers of which size are needed, which commands
+                start them, and how long an iteration will take. With --initial-peers: trains, through
+                `textrl-swarm train`'s own code; the same command continues.
+What it needs   servers for 70 blocks (the table it prints; 6 GPUs of 24 GB in 4 bits, say) on Linux machines
+                that can reach each other, and for the trainer any machine with about 12 GB of memory; no GPU.
+                The first start of each server downloads its blocks.
 
-    python launchers/bloom_petals.py                                               # the plan
-    textrl-swarm serve bigscience/bloom --new-swarm --quant_type nf4 --num_blocks 12 --throughput auto      # first server
-    textrl-swarm serve bigscience/bloom --initial-peers ADDRESS --quant_type nf4 --num_blocks 12 --throughput auto    # the others
-    textrl-swarm status --initial-peers ADDRESS                                    # until every block can be trained
-    python launchers/bloom_petals.py --initial-peers ADDRESS                       # train
-    textrl-swarm export runs/bloom-petals bloom-adapter                            # the adapter, for transformers + peft
+    python launchers/bloom_petals.py                            # the plan
 
-    python launchers/bloom_petals.py --tiny        # all of it in a minute: a toy BLOOM on two servers of this machine, the same lines
+    # The first server; then the others, with the address that the first one prints.
+    textrl-swarm serve bigscience/bloom --new-swarm \
+        --quant_type nf4 --num_blocks 12 --throughput auto
+    textrl-swarm serve bigscience/bloom --initial-peers ADDRESS \
+        --quant_type nf4 --num_blocks 12 --throughput auto
+
+    textrl-swarm status --initial-peers ADDRESS                 # until every block can be trained
+    python launchers/bloom_petals.py --initial-peers ADDRESS    # train
+    textrl-swarm export runs/bloom-petals bloom-adapter         # the adapter, for transformers + peft
+
+All of it in a minute, through the same lines, with a toy BLOOM on two servers of this machine:
+
+    python launchers/bloom_petals.py --tiny
 """
 
 from __future__ import annotations
@@ -25,9 +34,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the trainer waits for the network; toy servers share this machine
+# The trainer waits for the network; toy servers share this machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -55,7 +63,10 @@ LORA_LAYERS = 10
 
 
 def vowels(items: Sequence[dict], texts: Sequence[str]) -> list[float]:
-    """The toy's reward: the share of vowels, which an untrained model of single characters can learn in a few iterations."""
+    """The toy's reward: the share of vowels.
+
+    An untrained model of single characters learns it in a few iterations.
+    """
     return [sum(character in "aeiou" for character in text) / max(1, len(text)) for text in texts]
 
 
@@ -119,18 +130,11 @@ def configuration(args: argparse.Namespace, initial_peers: Sequence[str]) -> dic
     return {
         "model": BLOOM,
         "swarm": {"initial_peers": list(initial_peers)},
-        "lora": {
-            "r": 8,
-            "alpha": 16,
-            "layers": args.lora_layers,
-        },  # fewer blocks: less to send, and the others run once per rollout
+        # With fewer adapted blocks there is less to send, and the others run once per rollout.
+        "lora": {"r": 8, "alpha": 16, "layers": args.lora_layers},
         "sampling": {"max_new_tokens": 48, "num_samples": 4},
-        "ppo": {
-            "lr": 1e-4,
-            "epochs": 2,
-            "minibatch_size": 32,
-            "kl_coef": 0.05,
-        },  # every epoch goes through the network again
+        # Every epoch goes through the network again.
+        "ppo": {"lr": 1e-4, "epochs": 2, "minibatch_size": 32, "kl_coef": 0.05},
         "prompts": args.prompts or DEMO_PROMPTS,
         "reward": args.reward or sentiment,
         "train": {"iterations": args.iterations or (30 if args.tiny else 100), "prompts_per_iteration": 16},
@@ -140,7 +144,7 @@ def configuration(args: argparse.Namespace, initial_peers: Sequence[str]) -> dic
 
 @contextlib.contextmanager
 def toy(args: argparse.Namespace, console: Console) -> Iterator[dict]:
-    """The same configuration for a toy model and a swarm of this machine, which lasts as long as the block."""
+    """The same configuration for a toy model on a swarm of this machine, which lasts as long as the block."""
     model = random_bloom(Path(args.output) / "base_model", layers=4, hidden=32, vocab=64)
     console.print("starting two servers on this machine ...")
     with LocalSwarm(model, num_servers=2) as swarm:
@@ -154,8 +158,9 @@ def toy(args: argparse.Namespace, console: Console) -> Iterator[dict]:
 
 def estimate(servers: int, layers: int | None):
     return estimate_run(
-        BLOOM_176B, LoraSettings(layers=layers), quantization=None, swarm_servers=servers, responses=64, prompt_tokens=PROMPT_TOKENS,
-        response_tokens=48, epochs=2, minibatch_size=32, wire_bytes=2,
+        BLOOM_176B, LoraSettings(layers=layers), quantization=None, swarm_servers=servers,
+        responses=64, prompt_tokens=PROMPT_TOKENS, response_tokens=48,
+        epochs=2, minibatch_size=32, wire_bytes=2,
     )  # fmt: skip
 
 
@@ -183,8 +188,8 @@ def show_plan(args: argparse.Namespace, console: Console) -> None:
     held = fits[24]["nf4"]
     serve = f"textrl-swarm serve {BLOOM} {{}} --quant_type nf4 --num_blocks {held} --throughput auto"
     console.print(
-        "1. first server (24 GB, nf4; for int8 or bf16: --quant_type int8 or none, and --num_blocks of the "
-        "table):"
+        "1. first server (24 GB, nf4; for int8 or bf16: --quant_type int8 or none, "
+        "and --num_blocks of the table):"
     )
     console.print("    " + serve.format("--new-swarm"), soft_wrap=True)
     console.print(
@@ -215,9 +220,8 @@ def show_plan(args: argparse.Namespace, console: Console) -> None:
             )
     console.print(table)
     console.print(
-        "the network's share, both directions at once .. one after the other, round trips of "
-        f"{ROUND_TRIP_S * 1000:.0f} ms; "
-        "the servers' computing comes on top",
+        "the network's share, both directions at once .. one after the other, "
+        f"round trips of {ROUND_TRIP_S * 1000:.0f} ms; the servers' computing comes on top",
         style="dim",
     )
     here = estimate(1, args.lora_layers)

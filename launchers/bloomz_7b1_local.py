@@ -1,16 +1,20 @@
 """PPO of bloomz-7b1 on one GPU: 8-bit weights, LoRA in every block, nothing but this machine.
 
-What it does    asks how much memory there is, takes the best of a list of settings that fits (and says so when that is not bloomz-7b1 in
-                8 bits with minibatches of 16), and trains through `textrl-swarm train`'s own code. The same command continues a run.
-What it needs   a CUDA GPU with 16 GB; with 24 GB the minibatches are larger, with 10 GB the weights are 4-bit. Without a GPU a smaller
-                bloomz is trained on the CPU. bitsandbytes (pip install bitsandbytes). The first start downloads the model (14 GB).
+What it does    asks how much memory there is, takes the best of a list of settings that fits (and says so
+                when that is not bloomz-7b1 in 8 bits with minibatches of 16), and trains through
+                `textrl-swarm train`'s own code. The same command continues a run.
+What it needs   bitsandbytes (pip install bitsandbytes) and a CUDA GPU with 16 GB; with 24 GB the minibatches
+                are larger, with 10 GB the weights are 4-bit. Without a GPU a smaller bloomz is trained on the
+                CPU. The first start downloads the model (14 GB).
 
-    python launchers/bloomz_7b1_local.py                                    # sentiment of short opinions
+    python launchers/bloomz_7b1_local.py                        # sentiment of short opinions
     python launchers/bloomz_7b1_local.py --reward mine.py:score --prompts prompts.txt --output runs/mine
-    python launchers/bloomz_7b1_local.py --dry-run                          # what would be done, and what it needs
-    textrl-swarm export runs/bloomz-7b1 bloomz-adapter                      # the adapter, for transformers + peft
+    python launchers/bloomz_7b1_local.py --dry-run              # what would be done, and what it needs
+    textrl-swarm export runs/bloomz-7b1 bloomz-adapter          # the adapter, for transformers + peft
 
-    python launchers/bloomz_7b1_local.py --tiny       # half a minute: a toy BLOOM in 8 bits on the CPU, the same lines
+Half a minute, through the same lines, with a toy BLOOM in 8 bits on the CPU:
+
+    python launchers/bloomz_7b1_local.py --tiny
 """
 
 from __future__ import annotations
@@ -54,8 +58,9 @@ class Choice:
     @property
     def memory_bytes(self) -> int:
         return estimate_run(
-            self.config, LoraSettings(), quantization=self.quantization, swarm_servers=0, responses=RESPONSES, prompt_tokens=PROMPT_TOKENS,
-            response_tokens=RESPONSE_TOKENS, epochs=4, minibatch_size=self.minibatch_size,
+            self.config, LoraSettings(), quantization=self.quantization, swarm_servers=0,
+            responses=RESPONSES, prompt_tokens=PROMPT_TOKENS, response_tokens=RESPONSE_TOKENS,
+            epochs=4, minibatch_size=self.minibatch_size,
         ).memory_bytes  # fmt: skip
 
     def __str__(self) -> str:
@@ -87,7 +92,10 @@ CHOICES = [
 
 
 def vowels(items: Sequence[dict], texts: Sequence[str]) -> list[float]:
-    """The toy's reward: the share of vowels, which an untrained model of single characters can learn in a few iterations."""
+    """The toy's reward: the share of vowels.
+
+    An untrained model of single characters learns it in a few iterations.
+    """
     return [sum(character in "aeiou" for character in text) / max(1, len(text)) for text in texts]
 
 
@@ -164,7 +172,11 @@ def free_bytes() -> dict[str, int]:
 def choose(
     choices: Sequence[Choice], free: dict[str, int], *, quantizes: bool, fallback: bool = True
 ) -> tuple[Choice, str]:
-    """The first choice that fits, and a sentence about it. Raises ConfigError when none does, or when it would not be the first."""
+    """The first choice that fits, and a sentence about it.
+
+    Raises:
+        ConfigError: none fits, or without `fallback`, the first does not.
+    """
     wanted = choices[0]
 
     def obstacle(choice: Choice) -> str | None:

@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""Take what was trained elsewhere: an adapter in Hugging Face's PEFT format, or one full model, checked by loading it back.
+"""Take what was trained elsewhere: a PEFT adapter or one full model, checked by loading it back.
 
-What it does: finds the adapter in a run's directory, writes it with a model card (base model, LoRA settings, reward, metrics, how to load
-it), loads it in a fresh process with plain transformers + peft, compares logits, and says how far apart they are.
+What it does    finds the adapter in a run's directory, writes it with a model card (base model, LoRA
+                settings, reward, metrics, how to load it), loads it in a fresh process with plain
+                transformers + peft, compares logits, and says how far apart they are.
+What it needs   the base model within reach (a directory, or a hub id). The check, and merging, hold it in
+                memory; for a base model that this machine cannot hold (BLOOM-176B) say --no-verify, and do
+                not merge here.
 
-What it needs: the base model within reach (a directory, or a hub id). The check, and merging, hold it in memory; for a base model that this
-machine cannot hold (BLOOM-176B) say --no-verify, and do not merge here.
-
-    python launchers/export_adapter.py runs/mine my-adapter                         the finished adapter of a run
-    python launchers/export_adapter.py runs/mine my-adapter --checkpoint 40         an earlier one
-    python launchers/export_adapter.py runs/bloom_petals my-adapter --no-verify     of a model that does not fit here
-    python launchers/export_adapter.py runs/mine my-model --merge                   one model of both, for AutoModelForCausalLM
+    python launchers/export_adapter.py runs/mine my-adapter                    # the finished adapter of a run
+    python launchers/export_adapter.py runs/mine my-adapter --checkpoint 40    # an earlier one
+    python launchers/export_adapter.py runs/mine my-adapter --no-verify        # its model does not fit here
     python launchers/export_adapter.py runs/mine my-adapter --push-to-hub me/my-adapter
-    python launchers/export_adapter.py --tiny runs/tiny_export                      all of it, on a model and an adapter made on the spot
+    python launchers/export_adapter.py runs/mine my-model --merge              # one model of both
+    python launchers/export_adapter.py --tiny runs/tiny_export                 # all of it, on a toy model
 
 It is `textrl-swarm export` with --tiny. Afterwards:
 
@@ -46,8 +47,8 @@ def main() -> None:
         return command_line()
     if len(arguments) != 2:
         sys.exit(
-            "--tiny takes one directory to work in: python launchers/export_adapter.py --tiny "
-            "runs/tiny_export"
+            "--tiny takes one directory to work in: "
+            "python launchers/export_adapter.py --tiny runs/tiny_export"
         )
     directory = Path(arguments[1])
     adapter = make_tiny(directory)

@@ -7,8 +7,8 @@ from textrl_swarm.models import tiny
 
 VOCAB, EOS, PAD = 48, 0, 1
 _LLAMA_LIKE = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
-    "max_position_embeddings": 64, "tie_word_embeddings": False,
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
 _OPT = {
     "hidden_size": 32,
@@ -23,10 +23,8 @@ CONFIGS = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
     "llama": ("llama", _LLAMA_LIKE),
     "opt": ("opt", {**_OPT, "word_embed_proj_dim": 32}),
-    "opt_projected": (
-        "opt",
-        {**_OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
-    ),  # as in opt-350m: the head is narrower
+    # As in opt-350m: the head is narrower.
+    "opt_projected": ("opt", {**_OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "gpt_neox": (
         "gpt_neox",
         {
@@ -163,7 +161,10 @@ BLOCKS_NAME = {name: "h" if name in ("gpt2", "bloom") else "layers" for name in 
 
 
 def tiny_model(architecture: str, seed: int = 0, **overrides):
-    """An untrained model of 3 blocks whose every weight matters; peaked logits, so that the most likely token is no tie."""
+    """An untrained model of 3 blocks whose every weight matters.
+
+    Its logits are peaked, so that the most likely token is no tie.
+    """
     model_type, settings = {**CONFIGS, **UNUSUAL}[architecture]
     ids = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
     config = AutoConfig.for_model(model_type, **{**settings, **ids, **overrides})

@@ -1,6 +1,7 @@
-"""Shared by all tests: no network, tiny models, real Petals servers on loopback, and a check that none of them outlives the run.
+"""Shared by all tests: no network, tiny models, real Petals servers on loopback that end with the run.
 
-Servers take seconds to start, so the swarms are started once, when the first test asks for them. A test that kills servers makes its own.
+Servers take seconds to start, so the swarms are started once, when the first test asks for them. A test that
+kills servers makes its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from textrl_swarm.swarm.local import LocalSwarm  # noqa: E402
 def left_over_processes() -> list[str]:
     """What this run started and did not end, zombies included.
 
-    Not counted: multiprocessing's resource tracker and torch's shared-memory managers, which end with, or seconds after, whom they serve.
+    Not counted: multiprocessing's resource tracker and torch's shared-memory managers, which end with the
+    processes that they serve, or seconds later.
     """
     found = []
     for process in psutil.Process().children(recursive=True):
@@ -79,7 +81,7 @@ def tiny_bloom(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def two_servers(tiny_bloom) -> Iterator[LocalSwarm]:
-    """Four blocks in two halves; room for one adapter of rank 1024 per client, and not quite for two in all."""
+    """Four blocks in two halves; room for an adapter of rank 1024 per client, not quite for two in all."""
     options = ("--adapter_bytes", "14000000", "--adapter_bytes_per_client", "10000000")
     with LocalSwarm(tiny_bloom(seed=1), num_servers=2, server_options=options) as swarm:
         yield swarm
@@ -87,7 +89,7 @@ def two_servers(tiny_bloom) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="session")
 def small_server(tiny_bloom, tmp_path_factory) -> Iterator[LocalSwarm]:
-    """Keys without `transformer.`, dropout in the configuration, at most 64 tokens at once and 400 in the caches."""
+    """Keys without `transformer.`, dropout in the configuration, 64 tokens at once and 400 in the caches."""
     directory = tmp_path_factory.mktemp("models") / "with.a dot"
     shutil.copytree(tiny_bloom(seed=2, layers=3, prefix="h"), directory)
     config = json.loads((directory / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The oracle of the swarm tests: plain transformers and PEFT, given nothing but the model and a saved adapter."""
+"""The oracle of the swarm tests: plain transformers and PEFT, given only the model and a saved adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stock Petals client, as somebody else would write it: its answers are compared with plain transformers by test_swarm.py.
+"""A stock Petals client, as somebody else would write it; test_swarm.py compares it with plain transformers.
 
 Also a program: `python stock_client.py MODEL PEER...` prints the answers as one line of JSON.
 """

@@ -143,7 +143,7 @@ def test_saving_over_a_file(tmp_path):
         bloom_policy().save_adapter(tmp_path / "file")
 
 
-# The wrong one. Each case makes a directory; the policy that refuses it is bloom_policy(): r=4, alpha=8, all linears, all blocks.
+# The wrong one. bloom_policy() (r=4, alpha=8, all linears, all blocks) refuses the directory of each case.
 
 
 def without(*files):
@@ -258,7 +258,8 @@ CASES = {
         lambda path: saved(
             path, load_policy(tiny_model("bloom", hidden_size=64), lora=LoraSettings(r=4, alpha=8))
         ),
-        rf"does not fit: {NAME}0\.self_attention\.query_key_value\.lora_A\.weight has shape \(4, 64\), expected \(4, 32\)",
+        rf"does not fit: {NAME}0\.self_attention\.query_key_value\.lora_A\.weight "
+        r"has shape \(4, 64\), expected \(4, 32\)",
     ),
     "deeper model": (
         lambda path: saved(
@@ -268,11 +269,13 @@ CASES = {
     ),
     "other rank": (
         lambda path: saved(path, bloom_policy(r=2)),
-        r"\(2, 32\), expected \(4, 32\)\. It was made for base model None, r=2, targets \[.*\], blocks all; this policy has .* r=4",
+        r"\(2, 32\), expected \(4, 32\)\. It was made for base model None, r=2, targets \[.*\], blocks all; "
+        "this policy has .* r=4",
     ),
     "fewer targets": (
         lambda path: saved(path, bloom_policy(targets="dense")),
-        r"18 tensors are missing.* r=4, targets \['dense'\], blocks all; this policy has .* targets \['dense', 'dense_4h_to_h', ",
+        r"18 tensors are missing.* r=4, targets \['dense'\], blocks all; "
+        r"this policy has .* targets \['dense', 'dense_4h_to_h', ",
     ),
     "fewer blocks": (
         lambda path: saved(path, bloom_policy(layers=1)),
@@ -302,7 +305,8 @@ CASES = {
     **{
         start: (
             with_settings(init_lora_weights=start),
-            rf"has init_lora_weights='{start}', which changed the base weights: convert it .*path_initial_model_for_weight_conversion",
+            rf"has init_lora_weights='{start}', which changed the base weights: "
+            "convert it .*path_initial_model_for_weight_conversion",
         )
         for start in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")
     },
@@ -366,11 +370,13 @@ def test_choose_targets(targets, expected):
     [
         (
             "dense_h_to_4",
-            r"'dense_h_to_4' is no linear layer of this model's blocks; did you mean 'dense_h_to_4h'\? known: dense, ",
+            "'dense_h_to_4' is no linear layer of this model's blocks; "
+            r"did you mean 'dense_h_to_4h'\? known: dense, ",
         ),
         (
             "zzz",
-            r"'zzz' is no linear layer of this model's blocks; known: dense, dense_4h_to_h, dense_h_to_4h, query_key_value",
+            "'zzz' is no linear layer of this model's blocks; "
+            "known: dense, dense_4h_to_h, dense_h_to_4h, query_key_value",
         ),
         ("self_attention", "'self_attention' is no linear layer"),
         ("mlp.dense", "'mlp.dense' is no linear layer"),

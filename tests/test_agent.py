@@ -1,4 +1,4 @@
-"""The agent in loops that others wrote (TextRL's, pfrl's), its episodes, what it saves; and the actor that makes it."""
+"""The agent in others' loops (TextRL's, pfrl's), its episodes, what it saves; and the actor that makes it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def rollout_of(actor: TextRLActor) -> tuple:
     return collected.rollout, collected.rewards
 
 
-# ------------------------------------------------------------------------------------------ episodes
+# --------------------------------------------------------------------------------------------------- episodes
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 4])
@@ -215,7 +215,7 @@ def test_an_episode_that_was_cut_short_did_not_terminate(monkeypatch):
 
 
 def count_sessions(policy: Policy, monkeypatch) -> list[dict]:
-    """Every session of the policy from now on: its rows, the tokens stepped per row, and whether it is over."""
+    """Every session of the policy from now on: its rows, the tokens stepped per row, whether it is over."""
     make, sessions = policy.session, []
 
     @contextmanager
@@ -323,7 +323,7 @@ def test_misuse_is_told():
         actor.agent_ppo(update_interval=0)
 
 
-# ------------------------------------------------------------------------------------------ files and statistics
+# --------------------------------------------------------------------------------------- files and statistics
 
 
 def test_save_and_load_go_on_where_it_was(tmp_path, monkeypatch):
@@ -368,8 +368,8 @@ def test_statistics_have_pfrls_names_first():
     actor = make_actor()
     agent = actor.agent_ppo(update_interval=1, epochs=3)
     assert [name for name, _ in agent.get_statistics()] == [
-        "average_value", "average_entropy", "average_value_loss", "average_policy_loss", "n_updates", "explained_variance",
-        "kl", "clip_fraction", "score",
+        "average_value", "average_entropy", "average_value_loss", "average_policy_loss",
+        "n_updates", "explained_variance", "kl", "clip_fraction", "score",
     ]  # fmt: skip
     before = dict(agent.get_statistics())
     assert before["n_updates"] == 0 and math.isnan(before["score"])
@@ -379,7 +379,7 @@ def test_statistics_have_pfrls_names_first():
     assert all(math.isfinite(value) for value in after.values())
 
 
-# ------------------------------------------------------------------------------------------ pfrl's own loops
+# ------------------------------------------------------------------------------------------- pfrl's own loops
 
 
 def test_pfrls_training_loop_and_evaluator(tmp_path):
@@ -387,8 +387,8 @@ def test_pfrls_training_loop_and_evaluator(tmp_path):
     agent = actor.agent_ppo(update_interval=8, epochs=2, lr=1e-2)
     before = parameters_of(agent.policy)
     pfrl_train_agent_with_evaluation(
-        agent, actor.env, steps=40, eval_n_steps=None, eval_n_episodes=2, eval_interval=10, outdir=str(tmp_path),
-        train_max_episode_len=LENGTH,
+        agent, actor.env, steps=40, outdir=str(tmp_path), train_max_episode_len=LENGTH,
+        eval_n_steps=None, eval_n_episodes=2, eval_interval=10,
     )  # fmt: skip
     assert agent.ppo.num_updates >= 2 and not same(parameters_of(agent.policy), before)
     header, *rows = (tmp_path / "scores.txt").read_text().splitlines()
@@ -401,7 +401,7 @@ def test_pfrls_training_loop_and_evaluator(tmp_path):
     assert math.isfinite(evaluator.evaluate_and_update_max_score(t=0, episodes=0))
 
 
-# ------------------------------------------------------------------------------------------ the actor
+# -------------------------------------------------------------------------------------------------- the actor
 
 
 @pytest.mark.parametrize(
@@ -441,9 +441,8 @@ def test_settings_of_the_update():
         0.1,
         4,
     )
-    assert (
-        actor.agent_ppo(minibatch_size=1).ppo.config.minibatch_size == 3
-    )  # never less than the samples of a prompt
+    # Never less than the samples of a prompt.
+    assert actor.agent_ppo(minibatch_size=1).ppo.config.minibatch_size == 3
     agent = actor.agent_ppo(update_interval=5, minibatch_size=3)
     assert (agent.update_interval, agent.sampling.max_new_tokens) == (5, LENGTH)
 
@@ -562,7 +561,7 @@ def shut_down(manager) -> None:
     manager.dht.join()
 
 
-# ------------------------------------------------------------------------------------------ several environments, cut episodes
+# ------------------------------------------------------------------------- several environments, cut episodes
 
 
 def test_several_environments_at_once(monkeypatch):

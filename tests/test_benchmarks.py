@@ -29,7 +29,8 @@ def task(random_walks):
 EOS, PAD = 21, 22
 
 
-# The graph has 6 -> 1 -> 0, 6 -> 16 -> 10 -> 0, and the way round 10 -> 17 -> 12 -> 7 -> 13 -> 1 with 17 -> 15 -> 12; not 1 -> 10.
+# The graph has 6 -> 1 -> 0, 6 -> 16 -> 10 -> 0, and the way round 10 -> 17 -> 12 -> 7 -> 13 -> 1 with the
+# detour 17 -> 15 -> 12. It has no 1 -> 10.
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -40,10 +41,8 @@ EOS, PAD = 21, 22
         ([10, 17, 12, 7, 13, 1, 0, EOS], 3 / 8),  # seven nodes instead of two
         ([6, 16, 10, 17, 12, 7, 13, 1, 0, EOS], 1 / 7),  # nine
         ([16, 10, 17, 15, 12, 7, 13, 1, 0], 1 / 7),  # nine, where the shortest is 16 -> 10 -> 0
-        (
-            [6, 16, 10, 17, 15, 12, 7, 13, 1, 0],
-            0.0,
-        ),  # ten nodes are the most: the goal is reached, and worth nothing
+        # Ten nodes are the most: the goal is reached, and worth nothing.
+        ([6, 16, 10, 17, 15, 12, 7, 13, 1, 0], 0.0),
         ([10, 17, 12, 7, 13, 1, EOS], 0.0),  # misses the goal
         ([6, 16, 10, 17, 15, 12, 7, 13, 1, 13], 0.0),
         ([10, EOS, 0], 0.0),  # ended before the goal

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: help, errors in one line, `serve`, `demo`; and that importing the package does nothing visible."""
+"""The command line as its users meet it: help, errors in one line, `serve`, `demo`; and a quiet import."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Command:
 
     def __init__(self, *arguments: object):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "textrl_swarm.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-m", "textrl_swarm.cli", *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             cwd=ROOT, env={**os.environ, "COLUMNS": "200"}, preexec_fn=_listen_to_ctrl_c,
         )  # fmt: skip
         self.said = ""
@@ -71,9 +72,8 @@ class Command:
 
 
 def _listen_to_ctrl_c() -> None:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # background jobs of a shell inherit that it is ignored
+    # Background jobs of a shell inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def started(*arguments: object) -> Iterator[Command]:
         command.process.stdout.close()
 
 
-# ------------------------------------------------------------------------------------------ help and errors
+# -------------------------------------------------------------------------------------------- help and errors
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=str)
@@ -191,14 +191,17 @@ def test_addresses_and_options_that_follow():
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ import
+# ----------------------------------------------------------------------------------------------------- import
 
 
 def test_importing_the_package_does_nothing_visible():
     code = """
 import os, sys, threading
 before, opened = dict(os.environ), []
-sys.addaudithook(lambda event, args: opened.append((event, args)) if event.startswith(("socket.", "subprocess.", "urllib.")) else None)
+def hook(event, args):
+    if event.startswith(("socket.", "subprocess.", "urllib.")):
+        opened.append((event, args))
+sys.addaudithook(hook)
 import textrl_swarm
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
 assert not opened, opened
@@ -222,7 +225,7 @@ def test_every_public_name_is_there():
         _ = textrl_swarm.TextRLenv
 
 
-# ------------------------------------------------------------------------------------------ serve
+# ------------------------------------------------------------------------------------------------------ serve
 
 
 @pytest.mark.swarm
@@ -247,9 +250,8 @@ def test_serve_a_client_joins_another_server_joins_and_ctrl_c_ends_all(tiny_bloo
             assert "holds blocks 1..2 of 4" in second.wait_for("Ctrl-C ends the servers")
             second_address = ADDRESS.search(second.said.split("clients join")[1])[0]
             with load_policy(str(model), initial_peers=[second_address]) as policy, torch.no_grad():
-                assert torch.allclose(
-                    policy(tokens).logits, expected, atol=1e-5
-                )  # knows the blocks of the others
+                # Knows the blocks of the others.
+                assert torch.allclose(policy(tokens).logits, expected, atol=1e-5)
             families = [first.ctrl_c(), second.ctrl_c()]
             began = time.monotonic()
             assert (first.finish(), second.finish()) == (0, 0)
@@ -266,11 +268,11 @@ def test_serve_a_client_joins_another_server_joins_and_ctrl_c_ends_all(tiny_bloo
         assert command.said.strip().endswith("all servers have ended")
 
 
-# ------------------------------------------------------------------------------------------ demo
+# ------------------------------------------------------------------------------------------------------- demo
 
 SUMMARY = {
-    "score_before", "score_after", "kl", "seconds", "servers", "base_model", "adapter", "iterations", "tokens_per_second", "bytes_sent",
-    "bytes_received",
+    "score_before", "score_after", "kl", "seconds", "servers", "base_model", "adapter", "iterations",
+    "tokens_per_second", "bytes_sent", "bytes_received",
 }  # fmt: skip
 
 

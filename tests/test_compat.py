@@ -1,4 +1,4 @@
-"""PyPI's petals on today's libraries: it imports, leaves no trace elsewhere, and says what changed when a library did.
+"""PyPI's petals on today's libraries: it imports, leaves no trace elsewhere, names what libraries changed.
 
 Everything here happens in processes of its own: what is tested is the state of an interpreter.
 """
@@ -27,7 +27,7 @@ def python(script: str, *arguments: str) -> str:
 
 
 def test_importing_leaves_no_trace():
-    """Nothing of petals until somebody asks for it; never an environment variable or a handler on the root logger."""
+    """Nothing of petals until somebody asks for it; never an environment variable or a root handler."""
     out = python(
         """
         import logging, os, sys
@@ -36,13 +36,15 @@ def test_importing_leaves_no_trace():
         def changes():
             now = dict(os.environ)
             allowed = {"BITSANDBYTES_NOWELCOME"}  # petals itself sets this one, for good
-            names = {name for name in now.keys() | environment.keys() if now.get(name) != environment.get(name)} - allowed
+            known = now.keys() | environment.keys()
+            names = {name for name in known if now.get(name) != environment.get(name)} - allowed
             return sorted(names), logging.root.handlers == handlers and logging.root.level == level
 
         import textrl_swarm
         assert not {"petals", "hivemind"} & sys.modules.keys(), "loaded before anybody asked"
         assert changes() == ([], True), changes()
-        from petals import AutoDistributedModelForCausalLM, DistributedBloomForCausalLM, DistributedLlamaForCausalLM
+        from petals import AutoDistributedModelForCausalLM
+        from petals import DistributedBloomForCausalLM, DistributedLlamaForCausalLM
         from petals.server.server import Server
         assert changes() == ([], True), changes()
         import hivemind
@@ -84,11 +86,12 @@ def test_the_hook_may_be_installed_twice():
     assert out == "True\n"
 
 
-# What changes in a library -> what the message must say. One process each, forked from one that has loaded the libraries.
+# What changes in a library -> what the message must say. Each runs in a fork of one process that loaded all.
 CHANGES = {
     "petals 2.3": (
         "versions['petals'] = '2.3.0'",
-        r"petals 2\.3\.0 is not the release that the mends were written for; .* pip install 'petals==2\.2\.0\.post1'",
+        r"petals 2\.3\.0 is not the release that the mends were written for; "
+        r".* pip install 'petals==2\.2\.0\.post1'",
     ),
     "hivemind without PeerID": (
         "import hivemind.p2p; del hivemind.p2p.PeerID",
@@ -103,14 +106,16 @@ CHANGES = {
         from transformers.models.bloom.modeling_bloom import BloomBlock
         BloomBlock.forward = lambda self, hidden_states, alibi, attention_mask, use_cache=False: None
         """,
-        r"transformers \S+ BloomBlock\.forward takes no \['layer_past'\] any more; .* pip install 'transformers==",
+        r"transformers \S+ BloomBlock\.forward takes no \['layer_past'\] any more; "
+        ".* pip install 'transformers==",
     ),
     "transformers whose cache is wrong": (
         """
         from transformers.models.bloom.modeling_bloom import BloomBlock
         original = BloomBlock.forward
         def forward(self, hidden_states, alibi, attention_mask, layer_past=None, use_cache=False):
-            return original(self, hidden_states, alibi=alibi, attention_mask=None, layer_past=layer_past, use_cache=use_cache)
+            cache = dict(layer_past=layer_past, use_cache=use_cache)
+            return original(self, hidden_states, alibi=alibi, attention_mask=None, **cache)
         BloomBlock.forward = forward
         """,
         r"transformers \S+ BloomBlock gives another result with its attention cache than without",
@@ -126,7 +131,8 @@ CHANGES = {
     ),
     "transformers without build_alibi_tensor": (
         "import transformers.models.bloom.modeling_bloom as bloom; del bloom.build_alibi_tensor",
-        r"transformers \S+ changed: cannot import name 'build_alibi_tensor' from 'transformers.models.bloom.modeling_bloom'",
+        r"transformers \S+ changed: cannot import name 'build_alibi_tensor' "
+        "from 'transformers.models.bloom.modeling_bloom'",
     ),
     "transformers without _prepare_cache_for_generation": (
         """
@@ -144,7 +150,8 @@ def messages() -> dict[str, str]:
     out = python(
         """
         import importlib.metadata, json, os, sys, textwrap
-        import hivemind, peft, torch, transformers, transformers.models.bloom.modeling_bloom, transformers.generation.utils
+        import hivemind, peft, torch, transformers
+        import transformers.generation.utils, transformers.models.bloom.modeling_bloom
         import textrl_swarm
         from textrl_swarm.errors import IncompatibleLibrary
         from textrl_swarm.swarm import compat

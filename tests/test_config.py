@@ -26,62 +26,111 @@ def finite(cls, name, value):
 R = "LoRA rank r must be a whole number >= 1, got {!r}"
 TARGETS = "LoRA targets must be names of linear layers or None for all of them, got {!r}"
 LAYERS = "LoRA layers must be None (all blocks) or a whole number >= 1 (the last k), got {!r}"
+POSITIVE = ("lr", "clip_range", "max_grad_norm", "adam_eps")
+NOT_NEGATIVE = ("value_coef", "entropy_coef", "kl_coef", "weight_decay")
+FRACTIONS = ("gamma", "gae_lambda")
+POSITIVE_OR_NONE = ("value_clip_range", "adaptive_kl_target", "target_kl")
 REFUSED = [
     *[case(LoraSettings, R.format(value), r=value) for value in (0, -1, 2.0, "8", True, None)],
     *[finite(LoraSettings, "alpha", value) for value in ("16", None, NAN, INF, True)],
     *[case(LoraSettings, f"LoRA alpha must be > 0, got {value!r}", alpha=value) for value in (0, -1.5)],
-    *[case(LoraSettings, TARGETS.format(value), targets=value) for value in ((), [], "", ("dense", ""), [1], 5, b"dense")],
-    *[case(LoraSettings, LAYERS.format(value), layers=value) for value in (0, -2, 1.0, "all", True)],
-    *[whole(SamplingConfig, name, value) for name in ("max_new_tokens", "num_samples") for value in (0, -1, 1.5, "4", True, None)],
-    *[case(SamplingConfig, f"top_k must be a whole number >= 0 (0 = off), got {v!r}", top_k=v) for v in (-1, 2.0, "5", None, True)],
-    *[finite(SamplingConfig, name, v) for name in ("temperature", "top_p", "repetition_penalty") for v in (NAN, INF, None, "1", True)],
     *[
-        case(SamplingConfig, f"temperature must be > 0, got {v!r}; for the most likely token each time use do_sample=False", temperature=v)
-        for v in (0, -0.5)
+        case(LoraSettings, TARGETS.format(value), targets=value)
+        for value in ((), [], "", ("dense", ""), [1], 5, b"dense")
     ],
-    *[case(SamplingConfig, f"top_p must be in (0, 1] (1 = off), got {value!r}", top_p=value) for value in (0, -0.1, 1.01)],
-    *[case(SamplingConfig, f"repetition_penalty must be > 0 (1 = off), got {v!r}", repetition_penalty=v) for v in (0, -1.0)],
-    *[case(SamplingConfig, f"do_sample must be True or False, got {value!r}", do_sample=value) for value in ("false", None, 1)],
-    *[case(SamplingConfig, f"seed must be a whole number or None, got {value!r}", seed=value) for value in (1.0, "0", True)],
+    *[case(LoraSettings, LAYERS.format(value), layers=value) for value in (0, -2, 1.0, "all", True)],
     *[
-        case(SamplingConfig, f"stop_token_ids must be a list of token ids or None, got {value!r}", stop_token_ids=value)
+        whole(SamplingConfig, name, value)
+        for name in ("max_new_tokens", "num_samples")
+        for value in (0, -1, 1.5, "4", True, None)
+    ],
+    *[
+        case(SamplingConfig, f"top_k must be a whole number >= 0 (0 = off), got {v!r}", top_k=v)
+        for v in (-1, 2.0, "5", None, True)
+    ],
+    *[
+        finite(SamplingConfig, name, v)
+        for name in ("temperature", "top_p", "repetition_penalty")
+        for v in (NAN, INF, None, "1", True)
+    ],
+    *[
+        case(
+            SamplingConfig,
+            f"temperature must be > 0, got {value!r}; "
+            "for the most likely token each time use do_sample=False",
+            temperature=value,
+        )
+        for value in (0, -0.5)
+    ],
+    *[
+        case(SamplingConfig, f"top_p must be in (0, 1] (1 = off), got {value!r}", top_p=value)
+        for value in (0, -0.1, 1.01)
+    ],
+    *[
+        case(SamplingConfig, f"repetition_penalty must be > 0 (1 = off), got {v!r}", repetition_penalty=v)
+        for v in (0, -1.0)
+    ],
+    *[
+        case(SamplingConfig, f"do_sample must be True or False, got {value!r}", do_sample=value)
+        for value in ("false", None, 1)
+    ],
+    *[
+        case(SamplingConfig, f"seed must be a whole number or None, got {value!r}", seed=value)
+        for value in (1.0, "0", True)
+    ],
+    *[
+        case(
+            SamplingConfig,
+            f"stop_token_ids must be a list of token ids or None, got {value!r}",
+            stop_token_ids=value,
+        )
         for value in (5, [-1], ["</s>"], "13")
     ],
-    *[whole(PPOConfig, name, value) for name in ("epochs", "minibatch_size", "adaptive_kl_horizon") for value in (0, 1.5, None)],
     *[
-        case(PPOConfig, f"lr_decay_updates must be a whole number >= 1 or None, got {value!r}", lr_decay_updates=value)
+        whole(PPOConfig, name, value)
+        for name in ("epochs", "minibatch_size", "adaptive_kl_horizon")
+        for value in (0, 1.5, None)
+    ],
+    *[
+        case(
+            PPOConfig,
+            f"lr_decay_updates must be a whole number >= 1 or None, got {value!r}",
+            lr_decay_updates=value,
+        )
         for value in (0, 1.5, True)
     ],
     *[
         finite(PPOConfig, name, value)
-        for name in (
-            "lr", "gamma", "gae_lambda", "clip_range", "value_coef", "entropy_coef", "kl_coef", "max_grad_norm", "weight_decay", "adam_eps",
-        )
+        for name in (*POSITIVE, *NOT_NEGATIVE, *FRACTIONS)
         for value in (NAN, INF, None, "1e-4")
     ],
     *[
         case(PPOConfig, f"{name} must be > 0, got {value!r}", **{name: value})
-        for name in ("lr", "clip_range", "max_grad_norm", "adam_eps")
+        for name in POSITIVE
         for value in (0, -1e-4)
     ],
+    *[case(PPOConfig, f"{name} must be >= 0, got -0.1", **{name: -0.1}) for name in NOT_NEGATIVE],
     *[
-        case(PPOConfig, f"{name} must be >= 0, got -0.1", **{name: -0.1})
-        for name in ("value_coef", "entropy_coef", "kl_coef", "weight_decay")
+        case(PPOConfig, f"{name} must be in [0, 1], got {v!r}", **{name: v})
+        for name in FRACTIONS
+        for v in (-0.1, 1.1)
     ],
-    *[case(PPOConfig, f"{name} must be in [0, 1], got {v!r}", **{name: v}) for name in ("gamma", "gae_lambda") for v in (-0.1, 1.1)],
     *[
         case(PPOConfig, f"{name} must be > 0 or None, got {value!r}", **{name: value})
-        for name in ("value_clip_range", "adaptive_kl_target", "target_kl")
+        for name in POSITIVE_OR_NONE
         for value in (0, -1)
     ],
-    *[finite(PPOConfig, name, value) for name in ("value_clip_range", "adaptive_kl_target", "target_kl") for value in (NAN, "x")],
+    *[finite(PPOConfig, name, value) for name in POSITIVE_OR_NONE for value in (NAN, "x")],
     *[
         case(PPOConfig, f"{name} must be True or False, got {value!r}", **{name: value})
         for name in ("bootstrap_truncated", "whiten_advantages", "whiten_rewards")
         for value in ("no", None, 0)
     ],
-    *[case(PPOConfig, f"seed must be a whole number, got {value!r}", seed=value) for value in (None, 0.5, "0")],
-]  # fmt: skip
+    *[
+        case(PPOConfig, f"seed must be a whole number, got {value!r}", seed=value)
+        for value in (None, 0.5, "0")
+    ],
+]
 
 
 @pytest.mark.parametrize(("cls", "settings", "message"), REFUSED)

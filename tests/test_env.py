@@ -1,4 +1,4 @@
-"""The environment: prompts, episodes, where rewards land; and that whole rollouts are rewarded as episodes are."""
+"""The environment: prompts, episodes, where rewards land; whole rollouts are rewarded as episodes are."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make(cls=Quiet, prompts=PROMPTS, **settings) -> TextRLEnv:
     return cls(None, TOKENIZER, prompts, **settings)
 
 
-# ------------------------------------------------------------------------------------------ prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,8 @@ def test_every_prompt_comes_once_before_any_comes_again():
 def test_prompts_are_drawn_uniformly_and_in_another_order_each_round():
     env = make(prompts=[f"text {i}" for i in range(4)])
     first = collections.Counter(env.draw(4)[0].item["input"] for _ in range(2000))
-    assert len(first) == 4 and all(
-        400 < count < 600 for count in first.values()
-    )  # 500 expected, deviation 19
+    # 500 expected, deviation 19.
+    assert len(first) == 4 and all(400 < count < 600 for count in first.values())
 
 
 def test_the_seed_fixes_the_order():
@@ -138,7 +137,7 @@ def test_the_text_for_the_model_can_be_overridden():
     assert make(Wrapped, ["abc"]).reset() == [TOKENIZER("say abc now")["input_ids"]] * 2
 
 
-# ------------------------------------------------------------------------------------------ episodes
+# --------------------------------------------------------------------------------------------------- episodes
 
 
 def test_an_observation_is_the_token_ids_of_each_sample():
@@ -254,7 +253,7 @@ def test_impossible_settings(settings):
         make(**settings)
 
 
-# ------------------------------------------------------------------------------------------ where rewards land
+# ----------------------------------------------------------------------------------------- where rewards land
 
 
 def rollout_of(env: TextRLEnv, items: list[dict], responses: list[list[int]]) -> RolloutBatch:
@@ -328,7 +327,7 @@ def test_a_rollout_asks_what_its_episodes_would_ask():
     assert env.asked == asked
 
 
-# ------------------------------------------------------------------------------------------ a reward that is passed in
+# --------------------------------------------------------------------------------- a reward that is passed in
 
 
 def test_a_step_reward_instead_of_a_subclass(caplog):
@@ -487,7 +486,7 @@ def test_the_order_of_more_prompts_than_there_are_now_passes_over_those_that_are
     assert {prompt.item["input"] for prompt in fewer.draw(20)} == {"a", "b"}
 
 
-# ------------------------------------------------------------------------------------------ what users' environments rely on
+# --------------------------------------------------------------------------- what users' environments rely on
 
 
 class Stateful(TextRLEnv):

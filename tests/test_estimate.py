@@ -1,4 +1,4 @@
-"""Estimates against what they estimate: models, saved tensors, the counters of a real iteration; and against published figures."""
+"""Estimates against models, saved tensors, the counters of a real iteration, and published figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(config, lora=None, **changes):
     return estimate_run(config, lora or LoraSettings(), **{**settings, **changes})
 
 
-# ------------------------------------------------------------------------------------------ parameters
+# ------------------------------------------------------------------------------------------------- parameters
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "lfm2", "llama4_text", "rwkv"])
@@ -66,9 +66,8 @@ def test_the_key_size_is_that_of_a_real_cache(architecture):
 
 
 def test_named_targets_count_alone_and_where_they_are():
-    assert run(tiny_model("lfm2").config, LoraSettings(r=5, targets=("q_proj",))).adapter_bytes == 4 * 5 * (
-        32 + 32
-    )  # one block of three
+    config = tiny_model("lfm2").config  # attention in one block of three, q_proj is 32 -> 32
+    assert run(config, LoraSettings(r=5, targets=("q_proj",))).adapter_bytes == 4 * 5 * (32 + 32)
     config = tiny_model("bloom").config  # query_key_value is 32 -> 96
     assert run(config, LoraSettings(r=5, targets=("query_key_value",))).adapter_bytes == 4 * 3 * 5 * (32 + 96)
 
@@ -79,16 +78,15 @@ def test_the_published_sizes_of_bloom_176b():
     assert sizes.num_blocks * block_bytes(sizes, "bfloat16") + 2 * sizes.outside == pytest.approx(
         352e9, rel=2e-3
     )
-    assert run(BLOOM_176B).adapter_bytes / 2 == pytest.approx(
-        257e6, rel=1e-3
-    )  # fp16; all four linears, r = 8
+    # fp16; all four linears, r = 8.
+    assert run(BLOOM_176B).adapter_bytes / 2 == pytest.approx(257e6, rel=1e-3)
     assert run(BLOOM_176B, LoraSettings(targets=("query_key_value",))).adapter_bytes / 2 == pytest.approx(
         64e6, rel=5e-3
     )
     assert model_sizes(BLOOMZ_7B1).total == 7_069_016_064
 
 
-# ------------------------------------------------------------------------------------------ memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
@@ -105,9 +103,8 @@ def test_weights_are_those_of_the_loaded_model(tiny_bloom, quantization):
             ):
                 stored += tensor.nbytes
     estimate = run(AutoConfig.from_pretrained(directory), quantization=quantization)
-    on_cpus = (
-        0.04 if quantization == "4bit" else 0
-    )  # there bitsandbytes keeps the scales of 4-bit layers in bf16
+    # There bitsandbytes keeps the scales of 4-bit layers in bf16.
+    on_cpus = 0.04 if quantization == "4bit" else 0
     assert estimate.weight_bytes * (1 - on_cpus) <= stored <= estimate.weight_bytes
 
 
@@ -187,7 +184,7 @@ def test_less_is_kept_with_quantised_weights_fewer_adapted_blocks_and_smaller_mi
 def test_bytes_are_those_of_a_real_iteration(
     two_servers, monkeypatch, lora, minibatch_size, micro_batch_tokens
 ):
-    """The second iteration, when the servers already have the adapter of the first, over full-length responses."""
+    """The second iteration: servers already have the first one's adapter. All responses have full length."""
     monkeypatch.setattr("textrl_swarm.runs.estimate.MICRO_BATCH_TOKENS", micro_batch_tokens)
     monkeypatch.setattr("textrl_swarm.swarm.client.chain.MICRO_BATCH_TOKENS", micro_batch_tokens)
     prompts, sampling = (
@@ -228,9 +225,8 @@ def test_activations_per_token_are_the_bounds_worked_out_by_hand():
     activations_back = (
         estimate.received["activations"] + estimate.received["gradients"] - 4 * estimate.adapter_bytes
     )
-    assert activations_back / state == pytest.approx(
-        26 - 15 - 4 / 3, rel=0.01
-    )  # the first hop returns no gradient
+    # The first hop returns no gradient.
+    assert activations_back / state == pytest.approx(26 - 15 - 4 / 3, rel=0.01)
 
 
 def test_adapting_only_the_last_blocks_spares_the_network():
@@ -248,7 +244,7 @@ def test_the_network_takes_at_least_bytes_over_bandwidth_and_round_trips():
     assert slow == pytest.approx((estimate.bytes_sent + estimate.bytes_received) / 1e6 + waiting)
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 def test_an_encoder_decoder_is_refused():

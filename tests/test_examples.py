@@ -24,7 +24,7 @@ def run(script: str, outdir: Path, *arguments: object) -> str:
 
 
 def assert_trained(outdir: Path) -> None:
-    """The best adapter is there, in PEFT's format, and is not the one that training began with (its B is zero)."""
+    """The best adapter is there, in PEFT's format, and is not the one of the beginning, whose B is zero."""
     config = json.loads((outdir / "best" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     tensors = load_file(outdir / "best" / "adapter_model.safetensors")

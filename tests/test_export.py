@@ -1,4 +1,4 @@
-"""Exports load in plain transformers + peft as what was trained, wherever they come from; and what cannot be exported says why."""
+"""Exports load in plain transformers + peft as what was trained; what cannot be exported says why."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def silent() -> Console:
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Architecture -> base model's directory, directory of an adapter on it, the policy's logits; in an empty current directory."""
+    """Architecture -> directories of a base model and an adapter on it, and the policy's logits.
+
+    The current directory is a new one.
+    """
     monkeypatch.chdir(tmp_path)
 
     def make(
@@ -75,8 +78,9 @@ def finished_run(tiny_bloom, tmp_path_factory):
     )
     config = load_config(
         {
-            "model": str(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48)), "prompts": ["the soup"], "reward": "tasks.py:vowels",
-            "output": "runs/a", "sampling": {"max_new_tokens": 4}, "ppo": {"lr": 1e-2}, "lora": {"r": 2, "layers": 1},
+            "model": str(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48)), "output": "runs/a",
+            "prompts": ["the soup"], "reward": "tasks.py:vowels",
+            "sampling": {"max_new_tokens": 4}, "ppo": {"lr": 1e-2}, "lora": {"r": 2, "layers": 1},
             "train": {"iterations": 3, "prompts_per_iteration": 2, "report_to": []},
         }
     )  # fmt: skip
@@ -105,7 +109,7 @@ def main(monkeypatch, entry, *arguments: object) -> int:
     return ended.value.code or 0
 
 
-# ------------------------------------------------------------------------------------------ what is written
+# -------------------------------------------------------------------------------------------- what is written
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "opt", "gpt_neox"])
@@ -137,9 +141,8 @@ def test_a_merged_model_is_the_policy_in_plain_transformers(trained, architectur
     out = export_merged(find_source("trained"), "out", silent(), check=False)
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert torch.allclose(logits_of(merged), expected, atol=1e-4)
-    assert torch.equal(
-        merged.get_input_embeddings().weight, base.get_input_embeddings().weight
-    )  # tied embeddings stay untouched
+    # Tied embeddings stay untouched.
+    assert torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)
     assert (
         AutoTokenizer.from_pretrained(out)("soup")["input_ids"] == character_tokenizer()("soup")["input_ids"]
     )
@@ -179,9 +182,8 @@ def test_the_check_notices_an_export_that_is_not_what_was_trained(trained, monke
 def test_sixteen_bits_are_merged_with_a_word_about_rounding(trained):
     trained("llama", dtype=torch.bfloat16)
     console = silent()
-    out = export_merged(
-        find_source("trained"), "out", console
-    )  # with the check, whose tolerance is that of 16 bits
+    # With the check, whose tolerance is that of 16 bits.
+    out = export_merged(find_source("trained"), "out", console)
     assert "the weights are torch.bfloat16: merging rounds" in console.file.getvalue()
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
@@ -235,7 +237,7 @@ def test_the_fresh_process_finds_what_this_one_finds_and_nothing_of_ours_by_acci
     assert check.answers_of_fresh_process("./to/here", None, []) == ["in lib", str(tmp_path / "relative")]
 
 
-# ------------------------------------------------------------------------------------------ the model card
+# --------------------------------------------------------------------------------------------- the model card
 
 
 def test_the_card_of_a_run(run):
@@ -292,7 +294,7 @@ def test_names_are_no_markup_and_no_template(trained, monkeypatch):
         assert f"`./{base}`" in (written / "README.md").read_text()
 
 
-# ------------------------------------------------------------------------------------------ where adapters are found
+# ----------------------------------------------------------------------------------- where adapters are found
 
 
 def test_of_a_run_the_finished_adapter_or_a_checkpoint(run):
@@ -341,9 +343,8 @@ def test_of_a_run_without_a_whole_summary_the_newest_checkpoint(run, summary):
     assert find_source(run).adapter == run / "checkpoints" / "iteration_000003"
     shutil.rmtree(run / "checkpoints")
     source = find_source(run)
-    assert (
-        source.adapter == run / "adapter" and source.metrics == {}
-    )  # of which iteration it is, nobody knows
+    # Of which iteration it is, nobody knows.
+    assert source.adapter == run / "adapter" and source.metrics == {}
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, caplog):
@@ -471,9 +472,8 @@ def test_an_earlier_export_is_replaced_if_nothing_was_added_to_it(trained, forei
 
 def test_an_export_of_an_export_does_not_replace_what_it_is_made_from(trained):
     trained()
-    export_merged(
-        find_source("trained"), "merged", silent(), check=False
-    )  # has a card of ours, and is a base model now
+    # Has a card of ours, and is a base model now.
+    export_merged(find_source("trained"), "merged", silent(), check=False)
     export_adapter(find_source("trained"), "out", silent(), check=False)
     for source, out in ((find_source("trained", base_model="merged"), "merged"), (find_source("out"), "out")):
         with pytest.raises(ExportError, match=f"{out} holds the .* that is to be exported"):
@@ -512,7 +512,7 @@ def test_the_exported_adapter_names_the_base_model_that_was_given(trained, tmp_p
     assert read_settings(out) == read_settings("trained")
 
 
-# ------------------------------------------------------------------------------------------ broken files, stubborn disks
+# ------------------------------------------------------------------------------- broken files, stubborn disks
 
 
 @pytest.mark.parametrize(
@@ -564,18 +564,22 @@ def test_a_disk_that_does_not_take_it(trained, monkeypatch):
     assert not list(Path("mounted").iterdir()) and not list(Path().glob(".*"))
 
 
-# ------------------------------------------------------------------------------------------ the hub
+# ---------------------------------------------------------------------------------------------------- the hub
 
 
 def test_uploading_calls_the_hub_with_what_was_written(trained, monkeypatch):
     trained()
     calls = []
-    monkeypatch.setattr(
-        writing.HfApi,
-        "create_repo",
-        lambda self, repo_id, **options: calls.append((repo_id, options)) or f"https://hub/{repo_id}",
-    )
-    monkeypatch.setattr(writing.HfApi, "upload_folder", lambda self, *, folder_path, **options: calls.append((sorted(p.name for p in Path(folder_path).iterdir()), options)))  # fmt: skip
+
+    def create_repo(self, repo_id, **options):
+        calls.append((repo_id, options))
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, *, folder_path, **options):
+        calls.append((sorted(path.name for path in Path(folder_path).iterdir()), options))
+
+    monkeypatch.setattr(writing.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(writing.HfApi, "upload_folder", upload_folder)
     code = main(
         monkeypatch,
         cli.main,
@@ -609,7 +613,7 @@ def test_without_a_hub_the_export_stays_and_the_error_says_what_to_do(trained, m
     assert Path("out/adapter_model.safetensors").is_file()
 
 
-# ------------------------------------------------------------------------------------------ the commands
+# ----------------------------------------------------------------------------------------------- the commands
 
 
 @pytest.mark.parametrize("flag", ["--dump", "--dumpdir"])

@@ -1,7 +1,7 @@
-"""The floors of the package: imports go down or stay on their floor, never in a circle; one door per foreign package.
+"""The floors of the package: imports go down or stay on their floor, never in a circle.
 
-A new folder or root file needs a line in FLOORS: where it stands is a decision, not an accident. Imports inside
-functions and under TYPE_CHECKING count.
+Each foreign package has one door. A new folder or root file needs a line in FLOORS: where it stands is a
+decision, not an accident. Imports inside functions and under TYPE_CHECKING count.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 PACKAGE = "textrl_swarm"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
-# Floor: (what stands on it, the floors right below it). A trailing dot stands for a whole folder; the longest match
-# counts. The two sides of the swarm do not see each other: they share the floor below.
+# Floor: (what stands on it, the floors right below it). A trailing dot stands for a whole folder; the longest
+# match counts. The two sides of the swarm do not see each other: they share the floor below.
 FLOORS: dict[str, tuple[str, list[str]]] = {
     "words": ("errors types config files display", []),
     "maths": ("maths.", ["words"]),
@@ -93,7 +93,7 @@ def imported_names(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
 
 
 def own_module(name: str, known: Iterable[str]) -> str:
-    """The module that a dotted name leads to: textrl_swarm.errors.ConfigError -> errors, textrl_swarm.x -> __init__."""
+    """Where a name leads: textrl_swarm.errors.ConfigError -> errors, textrl_swarm.x -> __init__."""
     parts = name.split(".")[1:]
     for length in range(len(parts), 0, -1):
         for candidate in (".".join(parts[:length]), ".".join([*parts[:length], "__init__"])):

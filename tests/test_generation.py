@@ -1,4 +1,4 @@
-"""Rollouts: the tokens are those of transformers' `generate`, the scores those of a plain forward, whatever shares the session."""
+"""Rollouts: transformers' `generate` gives the same tokens, a plain forward the same scores."""
 
 import math
 from contextlib import contextmanager
@@ -56,9 +56,8 @@ def test_greedy_is_transformers_generate(architecture):
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new
         )
         assert responses(rollout)[row] == expected[0, len(prompt) :].tolist()
-    assert (
-        len({token for response in responses(rollout) for token in response}) > 8
-    )  # not one token over and over
+    # Not one token over and over.
+    assert len({token for response in responses(rollout) for token in response}) > 8
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -145,7 +144,10 @@ def test_greedy_logprobs_are_of_the_stated_temperature():
 
 
 def test_filters_off_leave_the_distribution_as_it_is():
-    """Chi-squared of the first token's frequencies against the softmax of a plain forward; and of the second's, given the first."""
+    """Chi-squared test of the first token's frequencies against the softmax of a plain forward.
+
+    The second token is tested in the same way, given the first.
+    """
     policy, rows = policy_of(tokenizer=False), 20_000
     rollout = policy.generate(
         [[5, 9]],
@@ -183,9 +185,8 @@ def test_nothing_after_the_end_token(sampled):
     rollout = ending_with(policy, end).generate(PROMPTS, settings)
     ended = 0
     for row, (response, uncut) in enumerate(zip(responses(rollout), free, strict=True)):
-        expected = (
-            uncut[: uncut.index(end) + 1] if end in uncut else uncut
-        )  # the end token included, and the same tokens up to it
+        # The end token included, and the same tokens up to it.
+        expected = uncut[: uncut.index(end) + 1] if end in uncut else uncut
         if uncut[-1] != EOS:
             assert response == expected
         assert response.count(end) == int(rollout.terminated[row])
@@ -245,9 +246,8 @@ def test_shapes_are_trimmed_to_what_was_used():
     assert rollout.tokens.shape == (2, max(7 + lengths[0], 1 + lengths[1]))
     assert rollout.response_mask.shape == rollout.old_logprobs.shape == rollout.values.shape == (2, width)
     assert rollout.prompt_lengths.tolist() == [7, 1] and len(rollout) == len(rollout.texts) == 2
-    assert [t.dtype for t in (rollout.tokens, rollout.prompt_lengths, rollout.response_mask, rollout.terminated)] == [
-        torch.int64, torch.int64, torch.bool, torch.bool,
-    ]  # fmt: skip
+    assert rollout.tokens.dtype == rollout.prompt_lengths.dtype == torch.int64
+    assert rollout.response_mask.dtype == rollout.terminated.dtype == torch.bool
     assert rollout.old_logprobs.dtype == rollout.values.dtype == torch.float32
     assert not rollout.old_logprobs.requires_grad and not rollout.values.requires_grad
 
@@ -462,7 +462,8 @@ def test_a_padding_token_without_an_embedding_is_not_used():
         ([[-1]], r"prompt 0 has token id -1, outside the model's 0\.\.47"),
         (
             [[5], [3] * 60],
-            r"prompt 1 has 60 tokens; with max_new_tokens=10 that makes 70, but the model allows 64: shorten the prompt",
+            "prompt 1 has 60 tokens; with max_new_tokens=10 that makes 70, "
+            "but the model allows 64: shorten the prompt",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The launchers as their users start them: toys through the same lines, the plan for BLOOM-176B, and what too small a machine is told."""
+"""The launchers as users start them: toys through the same lines, the plan for BLOOM-176B, small machines."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ GB = 10**9
 
 def launch(name: str, *arguments: object, directory: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, LAUNCHERS / name, *map(str, arguments)], cwd=directory, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(LAUNCHERS.parent)},
+        [sys.executable, LAUNCHERS / name, *map(str, arguments)],
+        cwd=directory, env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(LAUNCHERS.parent)},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -89,7 +90,10 @@ def test_bloomz_runs_the_same_lines_in_8_bits_on_the_cpu(tmp_path):
 
 
 def test_the_plan_says_how_many_servers_and_what_to_type(monkeypatch, capsys):
-    """By hand, nf4 on 24 GB less 1 for CUDA: 12 blocks are 12 * (1.388 + 0.235) + 2 * 2.147 = 23.8 of 24.7 e9 bytes; 13 are 25.4."""
+    """By hand, for nf4 on 24 GB, of which CUDA takes 1, in 1e9 bytes.
+
+    12 blocks are 12 * (1.388 + 0.235) + 2 * 2.147 = 23.8 of 24.7; 13 would be 25.4.
+    """
     assert launch_here(monkeypatch, "bloom_petals.py") == 0
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if "24 GB" in line)
@@ -98,13 +102,12 @@ def test_the_plan_says_how_many_servers_and_what_to_type(monkeypatch, capsys):
     assert "2. 5 more" in shown
     assert "176,247,271,424 parameters in 70 blocks" in shown
     assert "1 Gbit/s" in shown
-    prose = [
-        line for line in shown.splitlines() if not line.startswith("    ")
-    ]  # commands are to be copied whole
+    # Commands are to be copied whole.
+    prose = [line for line in shown.splitlines() if not line.startswith("    ")]
     assert max(map(len, prose)) <= 80
 
 
-# ------------------------------------------------------------------------------------------ choosing what fits
+# ----------------------------------------------------------------------------------------- choosing what fits
 
 
 @pytest.fixture(scope="module")

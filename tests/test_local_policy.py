@@ -1,4 +1,4 @@
-"""Policies on this machine against plain transformers and peft: logits, gradients, and what is left of the model afterwards."""
+"""Policies on this machine against plain transformers and peft: logits, gradients, the model afterwards."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ def tensors_of(policy):
 
 
 def as_peft(model, policy, **settings):
-    """The same adapter on another copy of the base model, by plain peft; `settings` are spelled out by each test."""
+    """The same adapter on another copy of the base model, by plain peft; each test spells out `settings`."""
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings)).eval()
     result = set_peft_model_state_dict(
         peft_model, {name: p.detach().clone() for name, p in policy.adapter_parameters().items()}
@@ -253,9 +253,8 @@ def test_adapter_is_back_after_an_exception():
     with pytest.raises(PromptError), policy.adapter_disabled(), policy.adapter_disabled():
         policy(torch.full((1, 2), VOCAB))
     with pytest.raises(IndexError), policy.adapter_disabled():
-        policy.hidden_states(
-            torch.full((1, 2), VOCAB)
-        )  # fails inside the model, while peft has the adapter off
+        # Fails inside the model, while peft has the adapter off.
+        policy.hidden_states(torch.full((1, 2), VOCAB))
     assert torch.equal(policy(tokens).logits, adapted)
     optimizer_steps(policy, 1)
     assert not torch.equal(policy(tokens).logits, adapted)
@@ -293,14 +292,12 @@ def test_generation_inside_adapter_disabled_is_the_base_models():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_targets_are_all_linear_layers_of_every_block(architecture):
     names = load_policy(tiny_model(architecture)).adapter_parameters()
-    adapted = {
-        (name.split(".")[-6], name.split(".")[-3]) for name in names
-    }  # ("0", "c_attn"): block, layer; attention and mlp between
+    # ("0", "c_attn"): block, layer; attention and mlp stand between.
+    adapted = {(name.split(".")[-6], name.split(".")[-3]) for name in names}
     assert {layer for _, layer in adapted} == LINEARS[architecture]
     assert {part for name in names for part in name.split(".") if part.isdigit()} == {"0", "1", "2"}
-    layers_per_block = len(LINEARS[architecture]) + (
-        architecture == "gpt2"
-    )  # GPT-2 has two layers called c_proj
+    # GPT-2 has two layers called c_proj.
+    layers_per_block = len(LINEARS[architecture]) + (architecture == "gpt2")
     assert len(names) == 3 * 2 * layers_per_block
 
 
@@ -358,41 +355,30 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
-        (
-            "lfm2",
-            {"q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"},
-        ),  # attention in the second block only
-        (
-            "deepseek_v3",
-            {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
-        ),  # PEFT takes the others for experts
-        (
-            "jamba",
-            ATTENTION | EVERY | {"in_proj", "out_proj", "x_proj"},
-        ),  # without dt_proj, which its code reads as a matrix
+        # Attention in the second block only.
+        ("lfm2", {"q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"}),
+        # PEFT takes the others for experts.
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+        # Without dt_proj, which its code reads as a matrix.
+        ("jamba", ATTENTION | EVERY | {"in_proj", "out_proj", "x_proj"}),
         ("phimoe", ATTENTION),  # its router is a linear layer that returns a pair
         ("llama4_text", ATTENTION | EVERY),
-        (
-            "ctrl",
-            {"Wq", "Wk", "Wv", "dense", "0", "2"},
-        ),  # a feed-forward layer called 2, beside a block called 2
+        # A feed-forward layer called 2, beside a block called 2.
+        ("ctrl", {"Wq", "Wk", "Wv", "dense", "0", "2"}),
         ("bert", {"query", "key", "value", "dense"}),  # its head has a "dense" too
     ],
 )
 def test_blocks_that_differ_or_share_names_with_other_layers(architecture, expected, layers, tmp_path):
-    model, tokens = (
-        tiny_model(architecture).requires_grad_(False),
-        random_tokens(2, 9),
-    )  # torch multiplies frozen matrices in other ways
+    # Frozen as the policy's, because torch multiplies frozen matrices in other ways.
+    model = tiny_model(architecture).requires_grad_(False)
+    tokens = random_tokens(2, 9)
     policy = load_policy(copy.deepcopy(model), lora=LoraSettings(layers=layers))
     perturb(policy)
     names = policy.adapter_parameters()
     found = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
-    absent = (
-        {"lfm2": {"q_proj", "k_proj", "v_proj"}, "jamba": ATTENTION}.get(architecture, set())
-        if layers == 1
-        else set()
-    )  # last block
+    absent: set[str] = set()  # of the last block
+    if layers == 1:
+        absent = {"lfm2": {"q_proj", "k_proj", "v_proj"}, "jamba": ATTENTION}.get(architecture, set())
     assert found == expected - absent
     blocks = {next(part for part in name.split(".") if part.isdigit()) for name in names}
     assert blocks == ({"2"} if layers else {"0", "1", "2"}) and not any(
@@ -449,7 +435,8 @@ def test_what_peft_cannot_adapt_leaves_the_model_as_it_was(architecture, lora, m
 def test_a_model_that_sees_images_too_is_trained_on_text():
     text = {**CONFIGS["llama"][1], "vocab_size": VOCAB, "head_dim": 8, "max_position_embeddings": 64}
     vision = {  # as many blocks as the language model has
-        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14,
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16,
+        "image_size": 28, "patch_size": 14,
     }  # fmt: skip
     config = AutoConfig.for_model(
         "gemma3", text_config=text, vision_config=vision, image_token_index=47, mm_tokens_per_image=4
@@ -588,9 +575,8 @@ def test_a_failed_start_leaves_the_model_as_it_was(monkeypatch):
     modules = [type(module) for module in model.modules()]
     with pytest.raises(ConfigError, match=r"LoRA layers=4, but the model has 3 blocks; use 1 to 3"):
         load_policy(model, lora=LoraSettings(layers=4))
-    monkeypatch.setattr(
-        LocalPolicy, "project", lambda self, hidden: 2 * self._head(hidden)
-    )  # as if the model scaled its logits
+    # As if the model scaled its logits.
+    monkeypatch.setattr(LocalPolicy, "project", lambda self, hidden: 2 * self._head(hidden))
     with pytest.raises(ModelError, match="such models are not supported"):
         load_policy(model)
     assert [type(module) for module in model.modules()] == modules
@@ -704,6 +690,14 @@ T5 = {
     "vocab_size": VOCAB,
     "decoder_start_token_id": 1,
 }
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.5,
+}
 
 
 def t5_directory(tmp_path):
@@ -776,18 +770,24 @@ def test_models_that_cannot_be_loaded(make, message, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: get_peft_model(tiny_model("gpt2"), LoraConfig(task_type="CAUSAL_LM")), "already has a PEFT adapter: pass the base model"),
-        (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)), r"encoder-decoder model \(t5\)"),
+        (
+            lambda: get_peft_model(tiny_model("gpt2"), LoraConfig(task_type="CAUSAL_LM")),
+            "already has a PEFT adapter: pass the base model",
+        ),
+        (
+            lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)),
+            r"encoder-decoder model \(t5\)",
+        ),
         (lambda: AutoModel.from_config(tiny_model("gpt2").config), "GPT2Model has no output embeddings"),
-        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(
-            "bert", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=VOCAB,
-            initializer_range=0.5,
-        )), r"BertLMHeadModel \(model type bert\) sees later tokens"),
+        (
+            lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **BERT)),
+            r"BertLMHeadModel \(model type bert\) sees later tokens",
+        ),
         (lambda: tiny_model("gpt2").to("meta"), "GPT2LMHeadModel has weights that are not in memory"),
         (lambda: tiny_model("roformer"), r"RoFormerForCausalLM \(model type roformer\) sees later tokens"),
         (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
     ],
-)  # fmt: skip
+)
 def test_model_objects_that_cannot_be_used(make, message):
     model = make()
     with pytest.raises(ModelError, match=message):
@@ -806,7 +806,8 @@ def test_an_adapter_beside_the_models_weights(tmp_path):
     policy = load_policy(tmp_path)
     with pytest.raises(
         AdapterError,
-        match="holds a model, which transformers would load with the adapter in it: give the adapter a directory of its own",
+        match="holds a model, which transformers would load with the adapter in it: "
+        "give the adapter a directory of its own",
     ):
         policy.save_adapter(tmp_path)
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path)
@@ -821,7 +822,8 @@ def test_an_adapter_beside_the_models_weights(tmp_path):
     [
         (
             {"dtype": torch.bfloat16},
-            r"dtype=torch.bfloat16, but the model is loaded in torch.float32: convert it with model.to\(dtype\)",
+            "dtype=torch.bfloat16, but the model is loaded in torch.float32: "
+            r"convert it with model.to\(dtype\)",
         ),
         ({"dtype": "float16"}, "dtype='float16', but the model is loaded in torch.float32"),
         ({"device": "meta"}, r"device='meta', but the model is on cpu: move it with model.to\(device\)"),
@@ -995,9 +997,8 @@ def test_quantised_training_on_the_cpu(architecture, quantization, tmp_path, cap
     plain = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=quantised, device_map={"": "cpu"}
     )
-    keep_differentiable(
-        plain
-    )  # else bitsandbytes itself fails on these narrow layers, on processors with AVX512-BF16
+    # Else bitsandbytes itself fails on these narrow layers, on processors with AVX512-BF16.
+    keep_differentiable(plain)
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(input_ids=tokens).logits
         torch.testing.assert_close(policy(tokens).logits, expected, rtol=1e-4, atol=1e-4)
@@ -1036,9 +1037,8 @@ def test_a_4bit_head(tmp_path):
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_quantization_that_reaches_no_layer_or_few_is_told(quantization, tmp_path, caplog):
-    tiny_model("falcon").save_pretrained(
-        tmp_path / "falcon"
-    )  # its linear layers are of a class that transformers does not quantise
+    # Its linear layers are of a class that transformers does not quantise.
+    tiny_model("falcon").save_pretrained(tmp_path / "falcon")
     with pytest.raises(
         ModelError,
         match=rf"quantization='{quantization}' reaches no weight in the blocks of FalconForCausalLM .*leave",

@@ -49,9 +49,8 @@ def test_policy_loss_of_one_token_by_hand(ratio, advantage, expected_loss, expec
     )
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
     loss.backward()
-    assert logprobs.grad.item() == pytest.approx(
-        expected_slope * ratio, rel=1e-6
-    )  # d ratio / d logprob = ratio
+    # d ratio / d logprob = ratio
+    assert logprobs.grad.item() == pytest.approx(expected_slope * ratio, rel=1e-6)
 
 
 def test_first_pass_is_policy_gradient_with_ratio_one():
@@ -126,9 +125,8 @@ def test_ratio_of_two_bf16_logprobs_is_not_rounded_to_bf16():
         torch.tensor([[-20.125]], dtype=torch.bfloat16),
     )
     _, stats = policy_loss(logprobs, old, torch.ones(1, 1), torch.tensor([[True]]), clip_range=0.2)
-    assert stats.ratio_mean.item() == pytest.approx(
-        math.exp(19.6171875), rel=1e-5
-    )  # as bf16 the difference would be 19.625
+    # As bf16 the difference would be 19.625.
+    assert stats.ratio_mean.item() == pytest.approx(math.exp(19.6171875), rel=1e-5)
 
 
 # --- value loss
@@ -189,9 +187,8 @@ def test_loss_gradients_agree_with_finite_differences(which):
     leaf = new.clone().requires_grad_()
     losses_of(leaf, old, target, mask)[which].backward()
     expected = finite_difference(lambda x: losses_of(x, old, target, mask)[which], new)
-    torch.testing.assert_close(
-        leaf.grad, expected, rtol=2e-3, atol=2e-4
-    )  # fp32 differences of losses near 1: 1e-7 / 1e-3
+    # fp32 differences of losses near 1: 1e-7 / 1e-3.
+    torch.testing.assert_close(leaf.grad, expected, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -291,9 +288,8 @@ def test_entropy_gradient_agrees_with_finite_differences():
     logits = randn(6)
     leaf = logits.clone().requires_grad_()
     entropy(leaf).backward()
-    torch.testing.assert_close(
-        leaf.grad, finite_difference(entropy, logits), rtol=2e-3, atol=5e-4
-    )  # fp32 differences
+    # fp32 differences.
+    torch.testing.assert_close(leaf.grad, finite_difference(entropy, logits), rtol=2e-3, atol=5e-4)
 
 
 # --- chunked logprobs

@@ -1,4 +1,4 @@
-"""One update against a slow one by hand; what must not change anything; that it learns; and the same through a swarm."""
+"""One update against a slow one by hand; what must not change anything; learning, also through a swarm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ SMALL = {"seed": 5, "layers": 2, "hidden": 32, "vocab": 48}
 
 @pytest.fixture
 def make_policy(tiny_bloom) -> Callable[..., Policy]:
-    """LoRA settings -> a policy on a small model; `filled` = seed of numbers in its parameters, as if it had been trained."""
+    """LoRA settings -> a policy on a small model.
+
+    `filled` = seed of numbers in its parameters, as if it had been trained.
+    """
 
     def make(filled: int | None = None, **lora) -> Policy:
         policy = load_policy(tiny_bloom(**SMALL), lora=LoraSettings(**{"r": 4, **lora}))
@@ -51,13 +54,14 @@ def make_rollout(
     mask = torch.arange(int(lengths.max()) + extra) < lengths[:, None]
     return RolloutBatch(
         tokens=tokens, prompt_lengths=torch.tensor([len(p) for p, _ in rows]), response_mask=mask,
-        terminated=torch.tensor([r[-1] == EOS for _, r in rows]), old_logprobs=torch.zeros(mask.shape), values=torch.zeros(mask.shape),
+        terminated=torch.tensor([r[-1] == EOS for _, r in rows]),
+        old_logprobs=torch.zeros(mask.shape), values=torch.zeros(mask.shape),
         texts=("",) * len(rows), temperature=temperature,
     )  # fmt: skip
 
 
 def some_rows() -> list[tuple[list[int], list[int]]]:
-    """Prompts and responses of unequal lengths; some end with the end token, some were cut, one is a single token."""
+    """Prompts and responses of unequal lengths; some have the end token, some were cut, one is one token."""
     sizes = [(3, 5, True), (1, 6, False), (4, 2, True), (2, 1, True), (5, 6, False), (3, 4, False)]
     ids = (random_tokens(1, p + n, seed=i)[0] % 40 + 3 for i, (p, n, _) in enumerate(sizes))
     return [
@@ -85,11 +89,14 @@ def comparable(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.endswith("per_second")}
 
 
-# ------------------------------------------------------------------------------------------ by hand
+# ---------------------------------------------------------------------------------------------------- by hand
 
 
 class ByHand:
-    """One row at a time without padding, one token at a time, on plain transformers and peft; its own GAE, losses and AdamW."""
+    """One row and one token at a time, without padding, on plain transformers and peft.
+
+    GAE, losses and AdamW are its own.
+    """
 
     def __init__(self, plain: PlainPeft, config: PPOConfig):
         self.plain, self.config = plain, config
@@ -103,7 +110,7 @@ class ByHand:
     def score(
         self, prompt: list[int], response: list[int], temperature: float
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per response token its logprob, the entropy there and the value before it; then the value of the last state."""
+        """Per response token its logprob, entropy and the value before it; then the last state's value."""
         out = self.plain.model(torch.tensor([prompt + response]), output_hidden_states=True)
         logprobs, entropies, values = [], [], []
         for t, token in enumerate(response):
@@ -235,7 +242,7 @@ def test_two_updates_by_hand(make_policy, tmp_path, config, temperature):
     assert largest_difference(found, expected) < 1e-5  # sums of some hundred fp32 products in another order
 
 
-# ------------------------------------------------------------------------------------------ the first pass
+# --------------------------------------------------------------------------------------------- the first pass
 
 
 FILTERED = SamplingConfig(
@@ -304,7 +311,7 @@ def test_metrics_of_an_update(make_policy):
     assert all(type(value) is float for value in metrics.values())
 
 
-# ------------------------------------------------------------------------------------------ what changes and what must not
+# ----------------------------------------------------------------------------- what changes and what must not
 
 
 def test_base_weights_are_untouched_and_every_trainable_one_moves(make_policy):
@@ -388,9 +395,8 @@ def test_the_order_of_rows_changes_nothing(make_policy):
     )
     assert largest_difference(found, expected) < 1e-5
     assert found_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
-    swapped, _ = updated(
-        make_policy(filled=1), make_rollout([rows[i] for i in order]), rewards
-    )  # the wrong rows' rewards
+    # The wrong rows' rewards.
+    swapped, _ = updated(make_policy(filled=1), make_rollout([rows[i] for i in order]), rewards)
     assert largest_difference(swapped, expected) > 1e-3
 
 
@@ -431,9 +437,8 @@ def test_what_is_trained_on_is_each_row_of_the_rollout_once(make_policy, monkeyp
 
     monkeypatch.setattr(policy, "hidden_states", hidden_states)
     PPO(policy, PPOConfig(epochs=2, minibatch_size=4)).update(rollout, some_rewards(rollout))
-    texts = [
-        "".join(map(chr, row)).rstrip(chr(1)) for row in trained
-    ]  # minibatches are cut to their longest row
+    # Minibatches are cut to their longest row.
+    texts = ["".join(map(chr, row)).rstrip(chr(1)) for row in trained]
     expected = sorted("".join(map(chr, prompt + response)) for prompt, response in some_rows())
     assert sorted(texts[:6]) == sorted(texts[6:]) == expected
 
@@ -471,7 +476,7 @@ def test_gradients_are_scaled_down_to_the_norm(make_policy):
     assert moved(norm * 1.01) == (pytest.approx(norm), pytest.approx(norm, rel=1e-4))
 
 
-# ------------------------------------------------------------------------------------------ faults
+# ----------------------------------------------------------------------------------------------------- faults
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_leaves_everything_as_it_was(make_policy, caplog):
@@ -548,7 +553,7 @@ def test_wrong_rewards_change_nothing(make_policy, rewards, told):
     assert (ppo.num_updates, ppo.num_steps) == (0, 0)
 
 
-# ------------------------------------------------------------------------------------------ the KL coefficient, and going on
+# --------------------------------------------------------------------------- the KL coefficient, and going on
 
 
 def test_an_adaptive_coefficient_rises_above_the_target_and_falls_below_it(make_policy):
@@ -618,7 +623,7 @@ def test_a_learning_rate_that_someone_sets_stays(make_policy):
     assert resumed.update(rollout, some_rewards(rollout))["lr"] == 0.004
 
 
-# ------------------------------------------------------------------------------------------ it learns
+# -------------------------------------------------------------------------------------------------- it learns
 
 
 class Letters(TextRLEnv):
@@ -665,9 +670,8 @@ def test_it_does_not_learn_from_the_rewards_of_other_rows(make_policy, monkeypat
         float(i.collected.scores.mean())
         for i in train(agent, env, iterations=ITERATIONS, prompts_per_iteration=3)
     ]
-    assert (
-        max(scores) < 0.5 and sum(scores[-5:]) / 5 < 0.3
-    )  # a policy rewarded at random drifts, but not there
+    # A policy rewarded at random drifts, but not there.
+    assert max(scores) < 0.5 and sum(scores[-5:]) / 5 < 0.3
 
 
 def test_the_penalty_holds_the_policy_near_its_base(make_policy):
@@ -679,7 +683,7 @@ def test_the_penalty_holds_the_policy_near_its_base(make_policy):
     assert distances[1] < 0.2 * distances[0]
 
 
-# ------------------------------------------------------------------------------------------ through a swarm
+# -------------------------------------------------------------------------------------------- through a swarm
 
 
 LORAS = [LoraSettings(r=4), LoraSettings(r=4, layers=2)]

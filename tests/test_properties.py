@@ -1,4 +1,4 @@
-"""Properties that hold for any input: round trips of headers, layouts and configurations; sampling; padding; row order."""
+"""Properties of any input: round trips of headers, layouts and configurations; sampling; padding; order."""
 
 from __future__ import annotations
 

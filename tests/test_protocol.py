@@ -47,7 +47,7 @@ def snapshot(seed: int = 0, blocks=(0, 1), r: int = R, alpha: float = 4.0) -> Ad
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- the header
+# ------------------------------------------------------------------------------------------------- the header
 
 
 def test_layout_by_hand():
@@ -146,7 +146,7 @@ def test_headers_of_strangers(data, text):
         AdapterHeader.decode(data)
 
 
-# ----------------------------------------------------------------------------------------------------------------- the store
+# -------------------------------------------------------------------------------------------------- the store
 
 
 def put(store: AdapterStore, adapter: AdapterSnapshot, owner: str = "me", blocks=None) -> None:
@@ -159,7 +159,7 @@ ONE = 4 * NUMEL * 2  # bytes of a snapshot's two blocks
 
 @pytest.mark.parametrize("error", [adapter_missing("lora-0", 3), adapter_rejected("too large")])
 def test_errors_survive_the_way_from_process_to_process(error):
-    """One that cannot be unpickled ends the thread that receives answers, and every request of that handler hangs."""
+    """One that cannot be unpickled ends the thread that receives answers: all requests of a handler hang."""
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert str(again) == str(error)
@@ -240,7 +240,8 @@ def test_an_adapter_beyond_the_limit_is_refused_and_nothing_is_lost():
     put(store, adapters[0])
     with pytest.raises(
         AdapterRejected,
-        match=rf"ADAPTER_REJECTED: {ONE * 3 // 2} bytes of adapter, this server keeps at most {ONE} per client",
+        match=f"ADAPTER_REJECTED: {ONE * 3 // 2} bytes of adapter, "
+        f"this server keeps at most {ONE} per client",
     ):
         put(store, adapters[1])
     assert held(store, adapters) == [0]
@@ -256,7 +257,7 @@ def test_the_limit_holds_for_an_adapter_that_comes_in_pieces():
     assert store.size_bytes <= ONE
 
 
-# ---------------------------------------------------------------------------------------------------------- client-side parts
+# ------------------------------------------------------------------------------------------ client-side parts
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_attempts_end_when_the_adapter_is_lost_again_and_again():
             tries.lost_adapter()
 
 
-# ---------------------------------------------------------------------------------------------------------------- the router
+# ------------------------------------------------------------------------------------------------- the router
 
 
 class FakeDHT:
@@ -448,7 +449,10 @@ def test_a_client_that_knows_nobody_greets_the_initial_peers_again(router):
 
 
 def test_every_message_of_a_request_names_the_adapter(monkeypatch):
-    """petals unpacks the messages of a request in threads, side by side: a message without metadata could make it forget the adapter."""
+    """petals unpacks a request's messages in threads, side by side.
+
+    A message without metadata could make it forget the adapter.
+    """
     received = []
 
     class Stub:

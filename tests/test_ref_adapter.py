@@ -1,4 +1,7 @@
-"""A reference other than the bare base model: start from an adapter and stay close to it (trl issue 495: the ref was the base, KL > 0)."""
+"""A reference other than the bare base model: start from an adapter and stay close to it.
+
+In trl issue 495 the reference was the base model, so that the KL was above 0 from the start.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ PROMPTS = [[9, 8, 7], [30, 31]]
 
 @pytest.fixture(scope="module")
 def sft_adapter(tiny_bloom, tmp_path_factory):
-    """An adapter as somebody else's PEFT would save it: rank 3, two of the four linear layers, the last two blocks."""
+    """An adapter as somebody else's PEFT saves it: rank 3, two of four linear layers, the last two blocks."""
     base = AutoModelForCausalLM.from_pretrained(tiny_bloom(seed=1), dtype=torch.float32)
     config = LoraConfig(
         r=3,

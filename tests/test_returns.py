@@ -26,7 +26,7 @@ def prefix_mask(lengths, width):
 
 
 def random_batch(width=7):
-    """rewards, values, bootstrap_values, mask of four responses; one token, truncated, full width, terminated."""
+    """rewards, values, bootstrap_values, mask of responses: one token, truncated, full width, terminated."""
     return (
         randn(4, width, seed=1),
         randn(4, width, seed=2),
@@ -93,7 +93,10 @@ def test_advantages_by_hand():
 
 
 def weighted_n_step_advantage(rewards, values, bootstrap, t, gamma, gae_lambda):
-    """The definition behind the recursion: (1 - lambda) sum of lambda^(n-1) times the n-step advantage, the rest on the longest."""
+    """The definition behind the recursion: (1 - lambda) sum of lambda^(n-1) times the n-step advantage.
+
+    The longest takes the rest of the weight.
+    """
     steps = len(rewards) - t
     total = 0.0
     for n in range(1, steps + 1):
@@ -215,9 +218,8 @@ def test_masked_mean_by_hand():
 
 
 def test_masked_mean_of_bf16_is_taken_in_fp32():
-    mean = masked_mean(
-        torch.tensor([255.0, 256.0, 258.0]).bfloat16(), torch.ones(3, dtype=torch.bool)
-    )  # a bf16 sum would be 768
+    # A bf16 sum would be 768.
+    mean = masked_mean(torch.tensor([255.0, 256.0, 258.0]).bfloat16(), torch.ones(3, dtype=torch.bool))
     assert mean.dtype == torch.float32
     assert mean.item() == pytest.approx(769 / 3)
 
@@ -229,9 +231,8 @@ def test_whitened_entries_have_mean_zero_and_variance_one(scale, offset):
     x = torch.where(mask, randn(4, 7) * scale + offset, 1e8)  # the padding would spoil both
     real = whiten(x, mask)[mask].double()
     assert real.mean().item() == pytest.approx(0.0, abs=1e-6)
-    assert real.var(correction=0).item() == pytest.approx(
-        1.0, rel=2e-4
-    )  # the 1e-8 under the root is 1e-4 of the smallest variance
+    # The 1e-8 under the root is 1e-4 of the smallest variance.
+    assert real.var(correction=0).item() == pytest.approx(1.0, rel=2e-4)
 
 
 def test_whiten_keeps_the_mean_when_asked():
@@ -305,7 +306,7 @@ def test_explained_variance_of_a_single_token_is_zero():
     [(6.0, 1.0), (6.6, 1.001), (5.4, 0.999), (60.0, 1.002), (0.0, 0.998), (-3.0, 0.998)],
 )
 def test_kl_coefficient_by_hand(kl, factor):
-    """100 responses of a horizon of 10,000: the error counts for a hundredth, and is cut at 0.2 either way."""
+    """100 responses of a horizon of 10,000: the error, cut at 0.2 either way, counts for a hundredth."""
     assert next_kl_coef(0.15, kl, target=6.0, horizon=10_000, num_responses=100) == pytest.approx(
         0.15 * factor
     )
@@ -314,9 +315,8 @@ def test_kl_coefficient_by_hand(kl, factor):
 def test_kl_coefficient_settles_where_the_kl_meets_its_target():
     coef = 0.01
     for _ in range(3000):
-        coef = next_kl_coef(
-            coef, 1.0 / coef, target=5.0, horizon=1000, num_responses=64
-        )  # a policy whose kl falls as the penalty grows
+        # A policy whose kl falls as the penalty grows.
+        coef = next_kl_coef(coef, 1.0 / coef, target=5.0, horizon=1000, num_responses=64)
     assert coef == pytest.approx(0.2, rel=1e-3)
 
 

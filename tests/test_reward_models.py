@@ -1,4 +1,4 @@
-"""Classifiers as rewards: the named label's probability, whatever shares the batch; compared with plain transformers, text by text."""
+"""Classifiers as rewards: the label's probability as by plain transformers, whatever shares the batch."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def classifier(directory, model_type: str = "bert", labels: dict[int, str] | Non
     """An untrained classifier with weights large enough for clear opinions, saved with its tokenizer."""
     labels = labels or {0: "LABEL_0"}
     config = AutoConfig.for_model(
-        model_type, vocab_size=VOCAB, id2label=labels, label2id={n: i for i, n in labels.items()}, num_labels=len(labels), pad_token_id=1,
-        bos_token_id=None, eos_token_id=0, **{**SIZES, **OTHERS}[model_type], **settings,
+        model_type, vocab_size=VOCAB, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+        id2label=labels, label2id={n: i for i, n in labels.items()}, num_labels=len(labels),
+        **{**SIZES, **OTHERS}[model_type], **settings,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -83,9 +84,8 @@ def test_the_probability_of_the_named_label(tmp_path, model_type, batch_size):
 
 
 def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(tmp_path):
-    directory = classifier(
-        tmp_path, problem_type="multi_label_classification"
-    )  # as most toxicity classifiers
+    # As most toxicity classifiers.
+    directory = classifier(tmp_path, problem_type="multi_label_classification")
     pipeline = TextClassificationPipeline(
         model=AutoModelForSequenceClassification.from_pretrained(directory),
         tokenizer=character_tokenizer(),
@@ -188,8 +188,8 @@ def test_one_text_is_no_list_of_texts(tmp_path):
     [
         (
             None,
-            "this model has 3 labels: choose the one whose probability is the reward with label=; known: negative, "
-            "neutral, positive",
+            "this model has 3 labels: choose the one whose probability is the reward with label=; "
+            "known: negative, neutral, positive",
         ),
         ("positiv", "this model has no label 'positiv'; did you mean 'positive'?"),
         (3, "label 3 is not one of 0..2"),
@@ -249,7 +249,7 @@ def test_models_that_are_refused(tmp_path, tiny_bloom):
 
 
 def test_decoders_whose_configuration_pads_otherwise_than_the_tokenizer(tmp_path):
-    """They look for the configuration's padding to find a text's last token; what else is in the batch must not matter."""
+    """They find a text's last token by the configuration's padding; the rest of the batch must not matter."""
     directory = classifier(tmp_path, "gpt2")
     model = AutoModelForSequenceClassification.from_pretrained(directory)
     model.config.pad_token_id = 7

@@ -270,7 +270,7 @@ def test_rewards_add_up_as_in_the_loops_of_textrl_and_pfrl():
     assert sum(rewards) == 4.0 and len(rewards) == 2 and rewards[1] == 3.0
 
 
-# ------------------------------------------------------------------------------------------ the two forms
+# ---------------------------------------------------------------------------------------------- the two forms
 
 
 def lengths(items, texts):
@@ -342,10 +342,8 @@ def test_a_sentence_reward_gets_everything_at_once_and_gives_floats():
     assert found == [1.0, 2.0, 3.0, 0.0] and all(type(value) is float for value in found)
     assert seen == [(ITEMS, ["a", "bb", "ccc", ""])]
     RewardFunction(reward, 2).of_sentences(tuple(ITEMS[:1]), ("a",))
-    assert seen[-1] == (
-        ITEMS[:1],
-        ["a"],
-    )  # lists: pipelines of transformers take nothing else for several texts
+    # Lists: pipelines of transformers take nothing else for several texts.
+    assert seen[-1] == (ITEMS[:1], ["a"])
 
 
 @pytest.mark.parametrize("guilty", [[0], [1], [2], [3], [1, 3], [0, 1, 2, 3]])
@@ -458,15 +456,14 @@ def test_within_the_time_nothing_changes():
         RewardFunction(raising, 2, timeout_s=30)(ITEM, PREDICTED, True)
 
 
-# ------------------------------------------------------------------------------------------ by name
+# ---------------------------------------------------------------------------------------------------- by name
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "path", [entry for entry in sys.path if entry]
-    )  # as under `textrl-swarm`: no current directory
+    # As under `textrl-swarm`: no current directory.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     source = "def score(items, texts):\n    return [7.0] * len(texts)\n\ndef one(x):\n    pass\n\nPI = 3\n"
     (tmp_path / "tasks_of_this_test.py").write_text(source)
     (tmp_path / "broken_of_this_test.py").write_text("import nothing_like_this\n")
@@ -519,7 +516,7 @@ def test_names_that_lead_to_no_reward(here, spec, told):
     assert told in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------ several at once, and relative ones
+# ------------------------------------------------------------------------- several at once, and relative ones
 
 
 def test_a_weighted_sum_that_remembers_its_parts():

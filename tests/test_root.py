@@ -1,4 +1,4 @@
-"""The package root: names for users, errors in one tree, and documented settings; importing it has no effects."""
+"""The package root: names for users, errors in one tree, documented settings; importing has no effects."""
 
 from __future__ import annotations
 
@@ -55,19 +55,10 @@ def test_every_error_is_exported_documented_and_in_the_tree():
 
 def test_every_error_raised_on_purpose_is_in_the_tree():
     """`raise X(...)` of a builtin class is a defect; asserts and re-raised errors are not looked at."""
-    allowed = {
-        "AttributeError",
-        "KeyError",
-        "KeyboardInterrupt",
-        "NotImplementedError",
-    }  # Python's own protocols
-    allowed |= {
-        "TookTooLong",
-        "EOFError",
-        "P2PHandlerError",
-        "SystemExit",
-        "UnicodeDecodeError",
-    }  # caught by the caller in the same floor
+    # Python's own protocols.
+    allowed = {"AttributeError", "KeyError", "KeyboardInterrupt", "NotImplementedError"}
+    # Caught by the caller on the same floor.
+    allowed |= {"TookTooLong", "EOFError", "P2PHandlerError", "SystemExit", "UnicodeDecodeError"}
     allowed |= {"ConstructorError", "BadParameter", "Exit"}  # of PyYAML and typer, whose callers expect them
     found = []
     for path in ROOT.rglob("*.py"):

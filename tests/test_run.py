@@ -1,4 +1,4 @@
-"""Runs in a directory: what they write, that a killed one ends with the same adapter, and what they refuse to continue."""
+"""Runs in a directory: what they write and refuse to continue; a killed one ends with the same adapter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ import random
 import numpy, torch
 
 def vowels(items, texts):
-    noise = random.random() + numpy.random.rand() + float(torch.rand(()))  # of the global generators, which a resumed run continues
+    # Of the global generators, which a resumed run continues.
+    noise = random.random() + numpy.random.rand() + float(torch.rand(()))
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) + 1e-3 * noise for text in texts]
 
 def per_token(input_item, predicted_list, finish):
@@ -60,9 +61,10 @@ def configure(tiny_bloom):
 
     def get(output: str = "runs/a", *overrides: str, **changes) -> RunConfig:
         values = {
-            "model": str(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48)), "prompts": ["the soup", "my phone", "a"],
-            "reward": "tasks.py:vowels", "output": output, "sampling": {"max_new_tokens": 5, "num_samples": 2},
-            "ppo": {"lr": 1e-2, "epochs": 2, "minibatch_size": 3, "adaptive_kl_target": 1.0}, "lora": {"r": 2},
+            "model": str(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48)), "output": output,
+            "prompts": ["the soup", "my phone", "a"], "reward": "tasks.py:vowels",
+            "sampling": {"max_new_tokens": 5, "num_samples": 2}, "lora": {"r": 2},
+            "ppo": {"lr": 1e-2, "epochs": 2, "minibatch_size": 3, "adaptive_kl_target": 1.0},
             "train": {"iterations": 5, "prompts_per_iteration": 2, "samples_every": 2, "report_to": []},
         }  # fmt: skip
         return load_config({**values, **changes}, overrides)
@@ -165,7 +167,7 @@ def test_a_second_time_there_is_nothing_left_to_do(configure):
     assert len(lines("runs/a/metrics.jsonl")) == 5
 
 
-# ------------------------------------------------------------------------------------------ continuing
+# ------------------------------------------------------------------------------------------------- continuing
 
 
 def test_a_run_that_is_continued_ends_as_one_that_was_not_interrupted(configure):
@@ -198,8 +200,12 @@ def deadly(function):
             os.kill(os.getpid(), 9)
         return function(*args, **kwargs)
     return call
-module, name = {"update": (ppo.PPO, "_optimizer_step"), "saving": (checkpoint, "sha256"), "pending": (run, "save_pending"),
-                "renaming": (os, "replace")}[where]
+module, name = {
+    "update": (ppo.PPO, "_optimizer_step"),
+    "saving": (checkpoint, "sha256"),
+    "pending": (run, "save_pending"),
+    "renaming": (os, "replace"),
+}[where]
 setattr(module, name, deadly(getattr(module, name)))
 train_command.train_command(load_config(sys.argv[1]), Console())
 """
@@ -364,9 +370,8 @@ def test_workers_of_a_killed_trainer_do_not_keep_its_directory(configure):
 def test_what_a_killed_process_left_half_written_is_cleared_away(configure):
     train(configure("runs/a", "train.iterations=1"))
     shutil.copytree("runs/a/adapter", "runs/a/.adapter.0a1b2c3d.part")
-    shutil.copytree(
-        "runs/a/adapter", "runs/a/.other.0a1b2c3d.old"
-    )  # about to be replaced, and the new one never came
+    # About to be replaced, and the new one never came.
+    shutil.copytree("runs/a/adapter", "runs/a/.other.0a1b2c3d.old")
     Path("runs/a/checkpoints/.iteration_000002.0a1b2c3d.part").mkdir()
     theirs = {".bashrc.old", ".video.part"}  # a run's directory may be anybody's
     for name in theirs:
@@ -408,7 +413,7 @@ def test_a_full_disk_is_told_and_loses_nothing(configure, monkeypatch):
     assert "after iteration 1" in train(configure("runs/a", "train.iterations=2"))
 
 
-# ------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 
 def test_blocks_that_changed_in_place_are_noticed(configure, tiny_bloom, tmp_path):
@@ -482,9 +487,8 @@ def test_a_checkpoint_of_another_base_model_is_refused(configure, tiny_bloom, tm
     shutil.copytree(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48), model)
     train(configure("runs/a", "train.iterations=1", f"model={model}"))
     shutil.rmtree(model)
-    shutil.copytree(
-        tiny_bloom(seed=6, layers=2, hidden=32, vocab=48), model
-    )  # the same shapes, other weights
+    # The same shapes, other weights.
+    shutil.copytree(tiny_bloom(seed=6, layers=2, hidden=32, vocab=48), model)
     with pytest.raises(CheckpointError, match="was trained on another base model"):
         train(configure("runs/a", f"model={model}"))
 
@@ -573,7 +577,7 @@ def test_a_directory_with_another_config_yaml(configure):
         train(configure())
 
 
-# ------------------------------------------------------------------------------------------ the rest of a configuration
+# -------------------------------------------------------------------------------- the rest of a configuration
 
 
 def test_a_ref_adapter_makes_the_kl_begin_at_zero(configure):
@@ -629,7 +633,10 @@ def test_other_reporters_get_every_number(configure, monkeypatch, name):
 
 
 def test_real_reporters_continue_the_same_run(configure, tmp_path):
-    """Both as they are, in a process of their own, without an account: W&B keeps files to be uploaded later, trackio a database."""
+    """Both as they are, in a process of their own, without an account.
+
+    W&B keeps files to be uploaded later, trackio a database.
+    """
     environment = {
         **os.environ,
         "WANDB_MODE": "offline",

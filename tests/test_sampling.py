@@ -79,7 +79,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
 
 def test_top_p_sees_the_temperature_and_what_top_k_left():
     probs = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
-    # squared probabilities (temperature 1/2): 0.0225, 0.25, 0.0025, 0.09 of 0.365; the first is 0.68 of all, but 0.735 of the top two
+    # Squared probabilities (temperature 1/2): 0.0225, 0.25, 0.0025, 0.09; their sum is 0.365. The largest is
+    # 0.68 of all, but 0.735 of the top two.
     by_k = filter_logits(probs.log(), **OFF | {"temperature": 0.5, "top_p": 0.7, "top_k": 2})
     assert by_k.isfinite().tolist() == [[False, True, False, False]]
     alone = filter_logits(probs.log(), **OFF | {"temperature": 0.5, "top_p": 0.7})
@@ -88,10 +89,8 @@ def test_top_p_sees_the_temperature_and_what_top_k_left():
 
 def test_repetition_penalty_touches_each_rows_own_tokens_once():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0], [2.0, -2.0, 2.0, -2.0]])
-    seen = [
-        ids(0, 1, 1, 1, 0),
-        ids(3),
-    ]  # unequal lengths; token 0 must not be penalised in row 1 as if it were padding
+    # Unequal lengths; token 0 must not be penalised in row 1 as if it were padding.
+    seen = [ids(0, 1, 1, 1, 0), ids(3)]
     scores = filter_logits(logits, **OFF | {"repetition_penalty": 2.0}, seen_tokens=seen)
     assert scores.tolist() == [[1.0, -4.0, 2.0, -2.0], [2.0, -2.0, 2.0, -4.0]]
 
@@ -128,9 +127,8 @@ def test_the_input_is_left_alone():
     [(0.0, 1), (0.2499, 1), (0.2501, 3), (0.7499, 3), (0.7501, 4), (1 - 2**-53, 4)],
 )
 def test_inverse_cdf_by_hand(uniform, token):
-    scores = (
-        torch.tensor([[NEG, 0.25, NEG, 0.5, 0.25, NEG]]).log().nan_to_num(nan=NEG)
-    )  # impossible tokens at both ends and between
+    # Impossible tokens at both ends and between.
+    scores = torch.tensor([[NEG, 0.25, NEG, 0.5, 0.25, NEG]]).log().nan_to_num(nan=NEG)
     assert choose_tokens(scores, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
 
 
@@ -175,9 +173,8 @@ def test_filtered_frequencies_follow_the_renormalised_softmax():
     )
     expected = torch.tensor([0.4, 0.3, 0.2]) / 0.9 * 20_000
     assert counts[0] == 0
-    assert (
-        (counts[1:] - expected).square() / expected
-    ).sum() < 9.21  # 99 % quantile for 2 degrees of freedom
+    # 99 % quantile for 2 degrees of freedom.
+    assert ((counts[1:] - expected).square() / expected).sum() < 9.21
 
 
 def test_a_draw_depends_on_its_own_row_only():
@@ -202,9 +199,8 @@ def test_without_uniforms_the_most_likely_token_is_taken():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_large_vocabulary_is_reached_to_its_end(dtype):
-    scores = torch.zeros(
-        2, 250_880, dtype=dtype
-    )  # a bf16 or fp32 cumulative sum would stall long before the end
+    # A bf16 or fp32 cumulative sum would stall long before the end.
+    scores = torch.zeros(2, 250_880, dtype=dtype)
     assert choose_tokens(scores, torch.tensor([0.0, 1 - 2**-24])).tolist() == [0, 250_879]
     assert choose_tokens(
         scores, (torch.tensor([100_000.5, 250_000.5], dtype=torch.float64) / 250_880)
@@ -277,7 +273,7 @@ def test_logprob_gradient_is_one_hot_minus_softmax_over_temperature():
 
 
 def test_filters_do_not_enter_the_score():
-    """What a filtered policy draws is scored like any token: the score takes no filter, so old and new follow one rule."""
+    """What a filtered policy draws is scored like any token, so old and new scores follow one rule."""
     logits = randn(4, 30)
     scores = filter_logits(logits, **OFF | {"top_k": 2})
     tokens = choose_tokens(scores, torch.full((4,), 0.3))

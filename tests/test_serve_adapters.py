@@ -1,4 +1,4 @@
-"""Adapters that servers load at start: stock petals clients ask for them by name and get what plain transformers + peft give."""
+"""Adapters that servers load at start: stock petals clients get what plain transformers + peft give."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS = torch.tensor([[9, 8, 7, 30, 31], [50, 51, 52, 53, 54]])
 
 @pytest.fixture(scope="module")
 def plain(tiny_bloom, tmp_path_factory):
-    """Directory names -> the adapter there, on plain transformers + peft: one in all blocks, one in the last two."""
+    """Directory name -> the adapter there, on plain transformers + peft: in all blocks or the last two."""
     directory, made = tmp_path_factory.mktemp("adapters"), {}
     for name, lora in (
         ("kind", LoraSettings(r=4)),

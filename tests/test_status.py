@@ -1,4 +1,7 @@
-"""`status` on a swarm of one bare DHT node, to which anything can be announced, on real servers, and its screen on made-up reports."""
+"""`status` on one bare DHT node, to which anything can be announced, and on real servers.
+
+Its screen is tested on made-up reports.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,10 @@ NOBODY = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 def server(start: int, stop: int, **changes) -> ServerReport:
     facts = {
-        "peer_id": NOBODY, "name": None, "state": "online", "can_train": True, "dtype": "bfloat16", "quantization": "int8",
-        "answer_ms": 12.3, "token_ms": 456.7, "cache_tokens_left": 4096, "throughput": 1.0, "forward_rps": None, "inference_rps": None,
-        "network_rps": None, "version": "2.2.0.post1", "adapters": (),
+        "peer_id": NOBODY, "name": None, "state": "online", "can_train": True,
+        "dtype": "bfloat16", "quantization": "int8", "version": "2.2.0.post1", "adapters": (),
+        "answer_ms": 12.3, "token_ms": 456.7, "cache_tokens_left": 4096,
+        "throughput": 1.0, "forward_rps": None, "inference_rps": None, "network_rps": None,
     }  # fmt: skip
     return ServerReport(start=start, stop=stop, **{**facts, **changes})
 
@@ -51,7 +55,7 @@ def screen(report: ModelReport, encoding: str = "utf-8") -> str:
     return out.buffer.getvalue().decode(encoding)
 
 
-# ------------------------------------------------------------------------------------------ what follows from reports
+# ---------------------------------------------------------------------------------- what follows from reports
 
 
 def test_only_servers_that_answer_hold_blocks_and_only_some_can_train():
@@ -74,7 +78,7 @@ def test_gaps_are_half_open_ranges():
     assert model(6, server(0, 6)).missing == ()
 
 
-# ------------------------------------------------------------------------------------------ the screen
+# ------------------------------------------------------------------------------------------------- the screen
 
 
 @pytest.mark.parametrize("num_blocks", [1, 4, 70, 71, 1000])
@@ -180,11 +184,11 @@ def test_json_has_every_field():
     assert (read["can_train"], read["can_generate"], read["num_blocks"]) == (False, False, 2)
 
 
-# ------------------------------------------------------------------------------------------ a bare DHT node
+# -------------------------------------------------------------------------------------------- a bare DHT node
 
 
 class TransformerConnectionHandler(ServicerBase):
-    """Answers rpc_info as a stock petals server does, and nothing else; the class's name is the RPC's on the wire."""
+    """Answers only rpc_info, as a stock petals server does; the class's name is the RPC's on the wire."""
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps({"version": "2.2.0"}))
@@ -305,13 +309,13 @@ def test_malformed_addresses(peers, told):
         survey(peers)
 
 
-# ------------------------------------------------------------------------------------------ real servers
+# ----------------------------------------------------------------------------------------------- real servers
 
 
 def textrl_swarm(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "textrl_swarm.cli", *map(str, arguments)], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "COLUMNS": "80"},
+        [sys.executable, "-m", "textrl_swarm.cli", *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""The swarm gives what plain transformers and PEFT give, to many clients at once, in large requests, and from int8 and nf4 servers."""
+"""The swarm gives what plain transformers and PEFT give.
+
+Also to many clients at once, in large requests, and from int8 and nf4 servers.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.swarm
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5)]
 MIB = 1 << 20
 
-# ------------------------------------------------------------------------------------------ against plain transformers + peft
+# -------------------------------------------------------------------------- against plain transformers + peft
 
 
 @pytest.mark.parametrize(
@@ -159,12 +162,11 @@ def test_blocks_below_the_adapted_ones_run_once(two_servers):
         whole = policy(tokens).logits
         before = policy.traffic.total_sent
         assert torch.equal(policy.project(policy.hidden_states(features)), whole)
-        assert (
-            policy.traffic.total_sent - before == features.numel() * 4
-        )  # once, to the server of blocks 2..3
+        # Once, to the server of blocks 2..3.
+        assert policy.traffic.total_sent - before == features.numel() * 4
 
 
-# -------------------------------------------------------------------------------------------------------------- two clients
+# ------------------------------------------------------------------------------------------------ two clients
 
 
 def test_two_clients_do_not_see_each_other(two_servers, tmp_path):
@@ -176,10 +178,8 @@ def test_two_clients_do_not_see_each_other(two_servers, tmp_path):
         plain_a, plain_b = PlainPeft(a, tmp_path / "a"), PlainPeft(b, tmp_path / "b")
         expected_a, expected_b = plain_a.run(tokens), plain_b.run(tokens)
 
-        out_a, out_b = (
-            a(tokens),
-            b(tokens),
-        )  # forward, forward, backward, backward: the servers must not keep "the" adapter
+        # Forward, forward, backward, backward: the servers must not keep "the" adapter.
+        out_a, out_b = a(tokens), b(tokens)
         assert difference(out_a.logits, expected_a.logits) < 1e-5
         assert difference(out_b.logits, expected_b.logits) < 1e-5
 
@@ -256,7 +256,7 @@ def test_an_evicted_adapter_is_pushed_again_unnoticed(two_servers, crowd_out, ca
     assert not [record for record in caplog.records if record.name.startswith("textrl_swarm")]
 
 
-# ----------------------------------------------------------------------------------------------------------- large requests
+# --------------------------------------------------------------------------------------------- large requests
 
 
 def test_answers_above_4_mib(two_servers, tmp_path):
@@ -298,7 +298,7 @@ def test_more_rows_than_the_caches_hold_take_turns(small_server, tmp_path):
 
 
 def _recorded(monkeypatch, owner, name: str, argument: int) -> list:
-    """Arguments of every call from now on; `argument` counts from the first after the owner, 1 for a class's self."""
+    """One argument of every call from now on; `argument` counts from 0, a class's self included."""
     calls, original = [], getattr(owner, name)
 
     def record(*args, **kwargs):
@@ -309,7 +309,7 @@ def _recorded(monkeypatch, owner, name: str, argument: int) -> list:
     return calls
 
 
-# ------------------------------------------------------------------------------------------------------ stock petals clients
+# --------------------------------------------------------------------------------------- stock petals clients
 
 
 @pytest.mark.parametrize("where", ["here", "in a process of its own"])
@@ -370,12 +370,15 @@ def _end(model) -> None:
     end(model)
 
 
-# ---------------------------------------------------------------------------------------------------------- int8 and nf4
+# ----------------------------------------------------------------------------------------------- int8 and nf4
 
 
 @pytest.mark.parametrize(("quantization", "nearness"), [("8bit", 0.06), ("4bit", 0.45)])
 def test_quantised_servers_train(tiny_bloom, tmp_path, quantization, nearness):
-    """Measured against fp32: 0.03 and 0.30 (L2, relative), as for the same model quantised locally; random weights are a hard case."""
+    """Measured against fp32: 0.03 and 0.30 (L2, relative), as for the same model quantised locally.
+
+    Random weights are a hard case.
+    """
     tokens = random_tokens(4, 12)
     model = tiny_bloom(seed=1)
     with (

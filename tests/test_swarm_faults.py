@@ -49,7 +49,7 @@ PROMPTS = [row.tolist() for row in (TOKENS[0, :2], TOKENS[1, :7], TOKENS[2, :5])
 SAMPLING = SamplingConfig(max_new_tokens=8, num_samples=2, seed=9)
 SHORT = Timeouts(connect_s=5, request_s=10, discovery_s=3, recovery_s=4)
 
-# ------------------------------------------------------------------------------------------------------------- lost servers
+# ----------------------------------------------------------------------------------------------- lost servers
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,10 @@ def test_missing_blocks_are_named_when_a_policy_is_made(replicas):
 
 @pytest.mark.slow  # another start of servers; the default run shall stay under ten minutes
 def test_the_only_server_comes_back(tiny_bloom):
-    """Nobody is left to ask where the blocks are; the server must be found under its old address. In the end no process is left."""
+    """Nobody is left to ask where the blocks are; the server must be found under its old address.
+
+    In the end no process is left.
+    """
     with nothing_left() as started, LocalSwarm(tiny_bloom(seed=4), num_servers=1) as swarm:
         assert {"p2pd", "torch_shm_manager"} <= {process.name() for process in started()}
         with connect(swarm, filled=72) as policy:
@@ -221,7 +224,7 @@ def test_the_only_server_comes_back(tiny_bloom):
 
 @contextlib.contextmanager
 def nothing_left():
-    """Inside: a function that gives the processes started since. Afterwards there must be none of them, zombies included."""
+    """Yields a function that gives the processes started since; at the end not even a zombie may be left."""
     ours = torch.zeros(1).share_memory_()  # torch starts a manager process for it, which ends with us
     before = set(psutil.Process().children(recursive=True))
 
@@ -233,7 +236,7 @@ def nothing_left():
     assert ours.is_shared()
 
 
-# -------------------------------------------------------------------------------------------------- servers that answer badly
+# ---------------------------------------------------------------------------------- servers that answer badly
 
 
 def misbehave(monkeypatch, times: int, error: Exception) -> list[str]:
@@ -267,7 +270,8 @@ def test_an_error_that_the_server_reports_again_and_again_is_believed(two_server
         )
         with pytest.raises(
             RemoteFailure,
-            match=r"forward through blocks 0\.\.3 failed 3 times, last: .* out of memory; look at that server's log",
+            match=r"forward through blocks 0\.\.3 failed 3 times, last: .* out of memory; "
+            "look at that server's log",
         ):
             policy(TOKENS)
         assert len(calls) == 3
@@ -307,7 +311,7 @@ def test_answers_that_are_not_finite_are_not_used(two_servers, monkeypatch):
         assert "returned NaN or infinite numbers" in str(failure.value)
 
 
-# ------------------------------------------------------------------------------------------------------------ no process left
+# -------------------------------------------------------------------------------------------- no process left
 
 
 PARENT = """
@@ -373,7 +377,7 @@ def test_damaged_weights_end_the_server(tiny_bloom, tmp_path):
     assert time.monotonic() - started < 50
 
 
-# ------------------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 PEER = "/p2p/12D3KooWEjGpdZERBm1ua8EKtKtU1UQzHqe7vY22kCjuXqdUBbCr"
 

@@ -1,9 +1,10 @@
-"""What the README of TextRL 0.2.15 tells its users to type runs to the end, with `textrl_swarm` in the place of `textrl`.
+"""What TextRL 0.2.15's README tells users to type runs to the end on `textrl_swarm` instead of `textrl`.
 
-The statements below are that README's, argument for argument (https://github.com/voidful/TextRL/tree/0.2.15); only the first word of the
-import differs. They are executed as text. On 0.2.15 itself none of the examples ends (textrl issues 9, 12, 21, 25, 27). Around them stands
-what a test machine lacks: the three hub ids are tiny models in the hub's local cache, `.cuda()` leaves a model where it is, and petals'
-default peers are servers of this machine.
+The statements below are that README's, argument for argument (https://github.com/voidful/TextRL/tree/0.2.15);
+only the first word of the import differs. They are executed as text. On 0.2.15 itself none of the examples
+ends (textrl issues 9, 12, 21, 25, 27). Around them stands what a test machine lacks: the three hub ids are
+tiny models in the hub's local cache, `.cuda()` leaves a model where it is, and petals' default peers are
+servers of this machine.
 """
 
 from __future__ import annotations
@@ -175,9 +176,8 @@ def hub(tmp_path_factory):
     tiny_model("gpt2", n_positions=256).save_pretrained(source / "gpt2")
     character_tokenizer().save_pretrained(source / "gpt2")
     random_bloom(source / "bloomz", seed=8, layers=2, hidden=32, vocab=64)
-    AutoModelForCausalLM.from_pretrained(source / "bloomz", dtype=torch.float16).save_pretrained(
-        source / "bloomz"
-    )  # as on the hub
+    in_fp16 = AutoModelForCausalLM.from_pretrained(source / "bloomz", dtype=torch.float16)
+    in_fp16.save_pretrained(source / "bloomz")  # fp16 as on the hub
     random_bloom(source / "bloom", seed=9, layers=2, hidden=32, vocab=64)
     for repository, directory in (
         ("gpt2", "gpt2"),
@@ -256,9 +256,8 @@ def test_example_3(world, hub, capsys, monkeypatch):
         from petals import DistributedBloomForCausalLM as Model
 
         from_pretrained = functools.partial(Model.from_pretrained, initial_peers=swarm.initial_peers)
-        monkeypatch.setattr(
-            Model, "from_pretrained", from_pretrained
-        )  # without initial_peers petals would ask the public swarm
+        # Without initial_peers petals would ask the public swarm.
+        monkeypatch.setattr(Model, "from_pretrained", from_pretrained)
         type_in(world, PETALS, REWARD, TRAIN)
         assert_trained(world, capsys.readouterr().out, 100)
         assert len(world["env"]._prompt_ids) > 20

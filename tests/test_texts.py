@@ -1,4 +1,4 @@
-"""What tokenizers do at the edges of a text, and what ends a response. Tokenizers of four kinds, made on the spot."""
+"""What tokenizers of four kinds, made on the spot, do at the edges of a text; and what ends a response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from textrl_swarm.models.texts import decode_response, encode_prompt, stop_ids
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """As SentencePiece's: a word's first piece carries the space before it, and the first space of a text is dropped when it is decoded."""
+    """As SentencePiece's: a word's first piece carries the space before it; decoding drops the first."""
     tokenizer = Tokenizer(
         models.WordLevel(
             {"</s>": 0, "<unk>": 1, **{f"▁{c}": i for i, c in enumerate("abc", 2)}, "d": 5}, "<unk>"

@@ -27,7 +27,8 @@ LENGTH = 5
 PROMPTS = [{"input": "the soup"}, {"input": "a"}, {"input": "my coffee was"}]
 PFRL_COLUMNS = [
     "steps", "episodes", "elapsed", "mean", "median", "stdev", "max", "min",
-    "average_value", "average_entropy", "average_value_loss", "average_policy_loss", "n_updates", "explained_variance",
+    "average_value", "average_entropy", "average_value_loss", "average_policy_loss",
+    "n_updates", "explained_variance",
 ]  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def adapter(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
 
-# ------------------------------------------------------------------------------------------ pfrl's files
+# ----------------------------------------------------------------------------------------------- pfrl's files
 
 
 @pytest.mark.parametrize("name", ["run", "bloom—test", "a b/c"], ids=["plain", "em dash", "nested"])
@@ -130,17 +131,18 @@ def test_best_is_the_agent_of_the_best_evaluation(tmp_path, monkeypatch):
 
 
 def scores_of(mean: float) -> dict[str, float]:
-    return {"episodes": 1, "mean": mean, "median": mean, "stdev": 0.0, "max": mean, "min": mean, "length_mean": 1, "length_median": 1,
-            "length_stdev": 0, "length_max": 1, "length_min": 1}  # fmt: skip
+    return {
+        "episodes": 1, "mean": mean, "median": mean, "stdev": 0.0, "max": mean, "min": mean,
+        "length_mean": 1, "length_median": 1, "length_stdev": 0, "length_max": 1, "length_min": 1,
+    }  # fmt: skip
 
 
 def test_best_exists_even_when_no_evaluation_was_due(tmp_path):
     """README's second recipe: evaluation every 10000 steps of 1000."""
     agent, env = make_agent()
     _, history = run(agent, env, tmp_path, eval_interval=10_000)
-    assert (
-        history == table(tmp_path)[1] == []
-    )  # nor is one held: it may be the longest part, 1500 episodes in the README
+    # Nor is one held: it may be the longest part, 1500 episodes in the README.
+    assert history == table(tmp_path)[1] == []
     (finish,) = tmp_path.glob("*_finish")
     best, last = adapter(tmp_path / "best"), adapter(finish)
     assert all(torch.equal(best[name], last[name]) for name in last)
@@ -189,7 +191,7 @@ def test_tensorboard(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-# ------------------------------------------------------------------------------------------ steps, hooks, lengths
+# -------------------------------------------------------------------------------------- steps, hooks, lengths
 
 
 def test_a_hook_is_called_once_per_env_step(tmp_path):
@@ -278,7 +280,7 @@ def test_what_is_logged(tmp_path, caplog):
     assert any(m.startswith("statistics:[('average_value',") for m in messages)
 
 
-# ------------------------------------------------------------------------------------------ the plain loop
+# --------------------------------------------------------------------------------------------- the plain loop
 
 
 def test_train_yields_after_each_iteration_and_can_be_left():
@@ -333,9 +335,8 @@ def test_an_update_has_update_interval_env_steps_however_short_the_responses(tmp
     monkeypatch.setattr(agent, "learn", counted)
     run(agent, env, tmp_path, steps=3 * interval, eval_interval=10_000)
     assert all(interval <= steps for steps, _ in sizes)
-    assert (
-        sum(steps for steps, _ in sizes) < 3 * interval + len(sizes) * 4 * 30
-    )  # no update collects much more than it needs
+    # No update collects much more than it needs.
+    assert sum(steps for steps, _ in sizes) < 3 * interval + len(sizes) * 4 * 30
 
 
 def test_the_parts_of_a_rollout_have_random_numbers_of_their_own():

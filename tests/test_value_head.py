@@ -32,7 +32,7 @@ def test_any_shape_and_float_type_gives_fp32(shape, dtype):
 
 
 def test_first_values_are_small_even_for_wide_models():
-    """Hidden states of unit variance: the sum of H terms with weights 1 / (H + 1) has a deviation of about 1 / sqrt(H)."""
+    """For unit variance, the sum of H terms with weights 1 / (H + 1) has a deviation of about 1 / sqrt(H)."""
     values = ValueHead(4096)(randn(1000, 4096, seed=1))
     assert 0 < values.std().item() < 2 / 4096**0.5
 

@@ -1,6 +1,4 @@
-"""Comparing what was written with what was trained: plain transformers + peft in a fresh process against a
-policy.
-"""
+"""Compares an export, in plain transformers + peft and a fresh process, with the policy that was trained."""
 
 from __future__ import annotations
 
@@ -32,9 +30,8 @@ _HALF_TOLERANCE = 0.05  # for models in 16 bits
 _PROBE_ROWS = 4
 _PROBE_TOKENS = 8
 
-Answer = dict[
-    str, Any
-]  # of the fresh process: {"logits": after a row's last token, "tokens": greedy continuation}
+# What the fresh process gives per row: {"logits": after its last token, "tokens": greedy continuation}.
+Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,8 @@ def verify(source: Source, base: BaseModel, model: str | Path, adapter: Path | N
         ExportError: the export does not load, or a logit differs by more than rounding.
         AdapterError: the adapter does not fit the base model.
     """
-    with trained_policy(
-        source, base
-    ) as policy:  # first: its errors are plainer when the adapter does not fit
+    # Before the fresh process, whose errors are less plain when the adapter does not fit.
+    with trained_policy(source, base) as policy:
         generator = torch.Generator().manual_seed(0)
         shape = (_PROBE_ROWS, _PROBE_TOKENS)
         probes = torch.randint(0, policy.vocab_size, shape, generator=generator).tolist()
@@ -88,9 +84,9 @@ def verify(source: Source, base: BaseModel, model: str | Path, adapter: Path | N
     allowed = (_HALF_TOLERANCE if is_half else _TOLERANCE) * max(1.0, agreement.largest_logit)
     if agreement.largest_difference > allowed:
         raise ExportError(
-            "what was written is not what was trained: a logit differs by "
-            f"{agreement.largest_difference:.3g} "
-            f"(at most {allowed:.3g} is rounding). Is {source.base_model} the model it was trained on?"
+            "what was written is not what was trained: "
+            f"a logit differs by {agreement.largest_difference:.3g} (at most {allowed:.3g} is rounding). "
+            f"Is {source.base_model} the model it was trained on?"
         )
     return Verified(agreement, probes, answers)
 
@@ -127,12 +123,10 @@ def answers_of_fresh_process(
         path = Path(directory) / "request.json"
         script = Path(directory) / "plain_check.py"
         path.write_text(json.dumps(request), encoding="utf-8")
-        # A copy: a script's directory comes first in its sys.path, and ours has names that others may have
-        # too.
+        # A copy: a script's directory comes first in its sys.path, and ours has names that others may use.
         shutil.copyfile(plain_check.__file__, script)
-        searched = os.pathsep.join(
-            map(os.path.abspath, sys.path)
-        )  # packages may come from wherever this process looks
+        # The fresh process finds packages wherever this one looks for them.
+        searched = os.pathsep.join(map(os.path.abspath, sys.path))
         answer = subprocess.run(
             [sys.executable, script, str(path)],
             capture_output=True,

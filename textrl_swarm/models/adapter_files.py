@@ -219,14 +219,8 @@ def _read_config(path: Path) -> LoraConfig:
         raise AdapterError(f"{path} holds no adapter: there is no {ADAPTER_CONFIG}")
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # LoftQ's needs SciPy
+    # ImportError: LoftQ's configuration needs SciPy.
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path / ADAPTER_CONFIG} cannot be read: {error!r}") from error
     if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", "nameless")

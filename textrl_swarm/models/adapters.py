@@ -184,9 +184,8 @@ def model_lora_config(
             f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to"
         )
     config = lora_config(settings, targets, len(blocks), _leaf(blocks_path), base_model)
-    config.fan_in_fan_out = any(
-        _is_conv1d(model.get_submodule(path)) for path in wanted
-    )  # else PEFT warns and sets it
+    # Else PEFT warns and sets it.
+    config.fan_in_fan_out = any(_is_conv1d(model.get_submodule(path)) for path in wanted)
     if _matched(config, model) != wanted:  # something outside the blocks has one of these names
         config.target_modules = set(targets)
         config.layers_to_transform = list(range(first, len(blocks)))
@@ -307,10 +306,8 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
     `remove_adapter`.
     """
     try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            without_peft_notices(),
-        ):  # PEFT's first values are replaced by ours
+        # PEFT's first values are replaced by ours: the random numbers that it draws must not count.
+        with torch.random.fork_rng(devices=[]), without_peft_notices():
             return get_peft_model(model, config)
     except Exception as error:  # PEFT checks names, types of layers and types of models, in many places
         raise ModelError(

@@ -71,9 +71,8 @@ def _require_model_directory(path: Path) -> None:
         raise ModelError(
             f"{path} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}"
         )
-    if (
-        path / "adapter_config.json"
-    ).is_file():  # transformers would load that adapter into the model, or fail on it
+    # transformers would load that adapter into the model, or fail on it.
+    if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"{path} holds a model and, beside its weights, an adapter: move adapter_config.json and "
             "adapter_model.safetensors to a directory of their own (and give that as ref_adapter to start "

@@ -57,6 +57,5 @@ def decode_response(
     whole = tokenizer.decode([*prompt, *response], skip_special_tokens=True)
     if whole.startswith(before):
         return whole[len(before) :]
-    return tokenizer.decode(
-        list(response), skip_special_tokens=True
-    )  # the first token changed how the prompt's last one is read
+    # The first token changed how the prompt's last one is read.
+    return tokenizer.decode(list(response), skip_special_tokens=True)

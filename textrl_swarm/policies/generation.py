@@ -267,9 +267,8 @@ def _groups(decoder: Decoder, prompt_lengths: Sequence[int], max_new_tokens: int
     if most is None:
         return [list(range(len(prompt_lengths)))]
     groups: list[list[int]] = []
-    for row in sorted(
-        range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]
-    ):  # ascending: the last is longest
+    # Ascending, so that the row in hand is the longest of its group.
+    for row in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
         fits = bool(groups) and (len(groups[-1]) + 1) * (prompt_lengths[row] + max_new_tokens) <= most
         if fits:
             groups[-1].append(row)

@@ -106,12 +106,8 @@ def _load(
 def _usable_device(device: torch.device | str | int) -> torch.device:
     try:
         return torch.empty(0, device=device).device
-    except (
-        AssertionError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # Assertion: torch without CUDA
+    # AssertionError: torch was built without CUDA.
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} cannot be used on this machine: {error}") from error
 
 

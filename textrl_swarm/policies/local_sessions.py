@@ -82,9 +82,7 @@ def choose_session(
                 session = CachedSession(forward, passes_positions)
                 session.step(tokens[:, :-1])
                 last = session.step(tokens[:, -1:])
-            except (
-                Exception
-            ) as error:  # whatever a model raises at a cache or positions that it does not expect
+            except Exception as error:  # models raise anything at a cache or positions they do not expect
                 reason = repr(error)
                 continue
             if is_close(last, hidden[:, -1:], tolerance):

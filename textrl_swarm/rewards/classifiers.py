@@ -169,9 +169,8 @@ class RewardModel:
         """
         if isinstance(texts, str):
             raise ConfigError(f"score takes a list of texts, got one text: {texts[:40]!r}; wrap it in [ ]")
-        order = sorted(
-            range(len(texts)), key=lambda i: len(texts[i])
-        )  # similar lengths together: little padding
+        # Similar lengths together need little padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = [0.0] * len(texts)
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]

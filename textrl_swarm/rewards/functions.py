@@ -159,9 +159,8 @@ class RewardFunction:
         places = [self._place(i, item, text, count) for i, (item, text) in enumerate(pairs)]
         together = f"for {count} responses"
         try:
-            value = _plain(
-                self._within_time(together, list(items), list(texts))
-            )  # copies, which it may empty
+            # Copies, because the function may empty its lists.
+            value = _plain(self._within_time(together, list(items), list(texts)))
         except TextRLSwarmError:  # too slow, or a sum whose part has already reported where it failed
             raise
         except _REWARD_ERRORS as error:
@@ -221,9 +220,8 @@ class RewardFunction:
     def _number(self, reward: Any, where: str) -> float:
         if hasattr(reward, "tolist"):  # of numpy or torch
             reward = reward.tolist()
-        while (
-            isinstance(reward, list) and len(reward) == 1
-        ):  # a reward model's logits: one number in brackets
+        # A reward model's logits: one number in brackets.
+        while isinstance(reward, list) and len(reward) == 1:
             reward = reward[0]
         if not is_number(reward):
             raise self._error(f"returned {_short(repr(reward))} ({type(reward).__name__})", where)

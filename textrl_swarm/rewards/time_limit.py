@@ -64,9 +64,8 @@ def _in_a_thread(timeout_s: float, function: Callable[..., Any], *arguments: Any
         except BaseException as error:
             outcome.append((False, error))
 
-    thread = threading.Thread(
-        target=ask, daemon=True, name="time limit"
-    )  # daemon: may hang at the program's end
+    # A daemon, because it may still hang when the program ends.
+    thread = threading.Thread(target=ask, daemon=True, name="time limit")
     thread.start()
     thread.join(timeout_s)
     if not outcome:

@@ -292,9 +292,8 @@ def mend_server_modules() -> None:
     from_hub = _need("petals", from_pretrained, "_load_state_dict_from_repo_file")
 
     def load_file(model_name: str, filename: str, *, block_prefix: str | None = None, **kwargs):
-        if os.path.isdir(
-            model_name
-        ):  # petals takes a damaged file for a broken download and tries again for ever
+        # petals takes a damaged file for a broken download and tries again for ever.
+        if os.path.isdir(model_name):
             path = os.path.join(model_name, filename)
             try:
                 return from_pretrained._load_state_dict_from_local_file(path, block_prefix=block_prefix)

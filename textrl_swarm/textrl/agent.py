@@ -154,9 +154,8 @@ class PPOAgent(BatchAgent):
     def _act(self, obs: Observed, env: int) -> np.ndarray:
         key = (self.training, env)
         episode = self._acting.get(key)
-        if episode is None or not episode.continues(
-            obs
-        ):  # the last one may have been left without reset=True
+        # The last episode may have been left without reset=True.
+        if episode is None or not episode.continues(obs):
             if episode is not None:
                 episode.close()
             max_new_tokens = getattr(obs, "max_new_tokens", self.sampling.max_new_tokens)

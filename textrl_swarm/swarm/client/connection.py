@@ -140,9 +140,8 @@ class SwarmClient:
         self._calls = ServerCalls(p2p, timeouts, self.traffic)
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
         self.chain = BlockChain(self.router, self._calls)
-        self.linears: dict[
-            str, LayerSizes
-        ] = {}  # path of a layer -> (in_features, out_features), as servers have it
+        # Path of a layer -> (in_features, out_features), as servers have it.
+        self.linears: dict[str, LayerSizes] = {}
         route = self.router.route(0, fingerprint.num_blocks, timeout_s=timeouts.discovery_s)
         try:
             self.spans: list[Span] = run_in_background(route)

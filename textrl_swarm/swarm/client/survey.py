@@ -212,9 +212,8 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
     answer_ms = token_ms = cache_tokens_left = None
     if info.state == ServerState.ONLINE:
         try:
-            about = await calls.info(
-                span.peer_id, uids[span.start]
-            )  # the first request also opens the connection
+            # The first request also opens the connection, so it is not timed.
+            about = await calls.info(span.peer_id, uids[span.start])
             answer_ms = await _milliseconds(calls.info(span.peer_id, uids[span.start]))
         except ServerFailed:
             state = "silent"

@@ -100,9 +100,8 @@ class LoraServer(Server):
     def __init__(self, *, initial_peers: Sequence[str], adapters: Sequence[str] = (), **kwargs: Any):
         LoraServer.adapter_sources = tuple(adapters)
         if initial_peers != PUBLIC_INITIAL_PEERS:
-            kwargs.setdefault(
-                "reachable_via_relay", False
-            )  # spares petals' reachability check, a second p2p daemon
+            # Spares petals' reachability check, a second p2p daemon.
+            kwargs.setdefault("reachable_via_relay", False)
         super().__init__(initial_peers=initial_peers, **kwargs)
         config = self.block_config
         if getattr(config, "pretraining_tp", 1) > 1 and getattr(config, "slow_but_exact", False):
@@ -146,12 +145,10 @@ def main() -> None:
     """Runs a server until it is interrupted."""
     options = _take_own_options(sys.argv[1:])
     use_hivemind_log_handler("in_root_logger")
-    warnings.filterwarnings(
-        "ignore", message=".*copying from a non-meta parameter"
-    )  # petals loads blocks twice
-    logging.getLogger("transformers").setLevel(
-        logging.ERROR
-    )  # it wants a layer_idx, which a lone block does not need
+    # petals loads blocks twice.
+    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+    # transformers asks for a layer_idx, which a lone block does not need.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if PEERS_FROM_PARENT in options:
         tell_parent("imported")
