@@ -40,6 +40,7 @@ def server(start: int, stop: int, **changes) -> ServerReport:
         "dtype": "bfloat16", "quantization": "int8", "version": "2.2.0.post1", "adapters": (),
         "answer_ms": 12.3, "token_ms": 456.7, "cache_tokens_left": 4096,
         "throughput": 1.0, "forward_rps": None, "inference_rps": None, "network_rps": None,
+        "weights": {},
     }  # fmt: skip
     return ServerReport(start=start, stop=stop, **{**facts, **changes})
 
@@ -137,6 +138,16 @@ def test_a_plain_terminal_gets_plain_characters():
         (model(4, server(0, 4)), "A client can train and generate now; no copy to spare of blocks 0..3.", []),
         (model(4, server(0, 4), server(0, 4)), "every block has a copy to spare.", []),
         (model(4, server(0, 3), server(2, 4)), "no copy to spare of blocks 0..1, 3.", []),
+        (
+            model(3, server(0, 3, weights={0: "a", 1: "b", 2: "c"}), server(1, 3, weights={1: "b", 2: "d"})),
+            "Two models share this name: servers differ in the weights of block 2;",
+            [],
+        ),
+        (
+            model(2, server(0, 1), server(1, 2, quantization=None)),
+            "The servers do not compute alike (bf16; int8, bf16): results depend on which",
+            [],
+        ),
         (
             model(4, server(0, 2), server(2, 4, can_train=False)),
             "only servers that run stock petals hold blocks 2..3.",

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from textrl_swarm.display import spinner
-from textrl_swarm.errors import AdapterError, ConfigError, LaunchError
+from textrl_swarm.errors import AdapterError, ConfigError, LaunchError, ServerMismatch
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.blocks import BlockSpan, blocks_text, split_evenly
@@ -45,6 +45,7 @@ def serve_command(
     Raises:
         ModelError, ConfigError, AddressError, AdapterError, PetalsMissing: before anything starts.
         LaunchError: a server did not start, or ended by itself.
+        ServerMismatch: the swarm serves another model under this name.
     """
     base = resolve(model)
     require_servable(base)
@@ -66,6 +67,8 @@ def serve_command(
         try:
             with spinner(console, f"starting {num_servers} server(s) of {model}"):
                 group.__enter__()
+                if initial_peers:
+                    _require_same_weights(group, initial_peers)
             _introduce(group, model, num_blocks, console)
             for name in adapters:
                 console.print(f"adapter for petals clients: active_adapter={name!r}", soft_wrap=True)
@@ -153,6 +156,22 @@ def _introduce(group: ServerGroup, model: str, num_blocks: int, console: Console
     )
     console.print(f"more servers:\n    textrl-swarm serve {model} --initial-peers {address}", soft_wrap=True)
     console.print("Ctrl-C ends the servers")
+
+
+def _require_same_weights(group: ServerGroup, initial_peers: Sequence[str]) -> None:
+    from textrl_swarm.swarm.client.survey import survey
+
+    name = group.servers[0].dht_prefix
+    (report,) = survey(initial_peers, name)
+    ours = {address.rsplit("/", 1)[1] for server in group.servers for address in server.addresses}
+    blocks = {block for start, stop in report.conflicting for block in range(start, stop)}
+    for server in report.servers:
+        differing = sorted(blocks.intersection(server.weights))
+        if differing and server.peer_id not in ours:
+            raise ServerMismatch(
+                f"this swarm serves another model as {name!r}: server ...{server.peer_id[-6:]} has other "
+                f"weights in {blocks_text(differing)}; choose another name for yours: --dht_prefix NAME"
+            )
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def status_command(
     as_json: bool = False,
     timeout_s: float = 60.0,
 ) -> bool:
-    """Looks and prints; returns whether all blocks of all models shown can be trained.
+    """Looks and prints; returns whether all blocks of all models shown can be trained, without conflicts.
 
     Raises:
         PetalsMissing, AddressError, BlocksUnavailable, ConfigError, SwarmError: see `swarm.survey.survey`.
@@ -51,7 +51,7 @@ def status_command(
     else:
         for model in models:
             show_model(model, initial_peers[0], console)
-    return all(not model.untrainable for model in models)
+    return not any(model.untrainable or model.conflicting for model in models)
 
 
 def to_json(models: Sequence[ModelReport]) -> str:
@@ -66,6 +66,7 @@ def _plain(model: ModelReport) -> dict[str, Any]:
         "trainable_copies": model.copies(training=True),
         "missing": model.missing,
         "untrainable": model.untrainable,
+        "conflicting": model.conflicting,
         "can_train": not model.untrainable,
         "can_generate": not model.missing,
     }
@@ -181,6 +182,18 @@ def _verdict(model: ModelReport, address: str) -> list[str]:
         )
         if stock:
             lines.append(f"Only servers that run stock petals, and cannot train, hold {stock}.")
+    if model.conflicting:
+        lines.append(
+            f"[red]Two models share this name[/]: servers differ in the weights of "
+            f"{_listed(model.conflicting)}; a client refuses those that differ from its own. End the wrong "
+            "servers, or give them another --dht_prefix."
+        )
+    forms = sorted({_weights(server) for server in model.servers if server.state == "online"})
+    if len(forms) > 1:
+        lines.append(
+            f"[yellow]The servers do not compute alike[/] ({'; '.join(forms)}): results depend on which of "
+            "them answer."
+        )
     loading = [(server.start, server.stop) for server in model.servers if server.state == "joining"]
     if loading:
         lines.append(f"Being loaded: {_listed(loading)}.")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from textrl_swarm.models.adapters import (
     remove_adapter,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
+from textrl_swarm.models.pretrained import load_tokenizer, load_weights, usable_device
 from textrl_swarm.models.quantization import check_quantized, keep_differentiable, quantization_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
@@ -69,13 +69,13 @@ def load_local_policy(
             earlier.close()
         plain = _require_plain_decoder(model)
         _require_same_options(plain, quantization, dtype, device)
-        return LocalPolicy(plain, lora, seed, tokenizer or _tokenizer(plain.name_or_path))
+        return LocalPolicy(plain, lora, seed, tokenizer or load_tokenizer(plain.name_or_path))
     base = resolve(model)
     _require_decoder(base.config, base.name)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = _usable_device(default_device if device is None else device)
+    place = usable_device(default_device if device is None else device)
     loaded = _load(base, quantization, dtype, place)
-    return LocalPolicy(loaded, lora, seed, tokenizer or _tokenizer(base.name))
+    return LocalPolicy(loaded, lora, seed, tokenizer or load_tokenizer(base.name))
 
 
 def _load(
@@ -83,32 +83,16 @@ def _load(
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, device)
         options["device_map"] = {"": device}
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(base.name, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the weights of {base.name!r} cannot be loaded: {error}") from error
-    if found["missing_keys"]:  # transformers would go on with random numbers
-        missing = sorted(found["missing_keys"])
-        raise ModelError(
-            f"{len(missing)} weights are missing in the checkpoint of {base.name!r}, e.g. {missing[0]}"
-        )
+    model = load_weights(AutoModelForCausalLM, base, **options)
     if quantization is None:
         model.to(device)
     else:
         check_quantized(model, quantization)
     return model
-
-
-def _usable_device(device: torch.device | str | int) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    # AssertionError: torch was built without CUDA.
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"device={device!r} cannot be used on this machine: {error}") from error
 
 
 def _require_same_options(
@@ -129,27 +113,11 @@ def _require_same_options(
             f"dtype={dtype!r}, but the model is loaded in {model.dtype}: convert it with model.to(dtype), "
             "or leave dtype out"
         )
-    if device is not None and _usable_device(device) != model.device:
+    if device is not None and usable_device(device) != model.device:
         raise ConfigError(
             f"device={device!r}, but the model is on {model.device}: move it with model.to(device), "
             "or leave device out"
         )
-
-
-def _tokenizer(model: str) -> PreTrainedTokenizerBase | None:
-    """None when there is none, or none that works; prompts must then be token ids."""
-    from transformers import AutoTokenizer
-
-    if not model:  # an object that was not loaded: "" would mean the current directory
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # what tokenizers raises for a damaged file is a plain Exception
-        if any(Path(model).glob("tokenizer*")):
-            logger.warning(
-                "the tokenizer in %s cannot be loaded, so prompts must be token ids: %r", model, error
-            )
-        return None
 
 
 def _require_decoder(config: Any, name: str) -> None:

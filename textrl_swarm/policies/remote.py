@@ -7,6 +7,7 @@ the client's parameters, like any others.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,15 @@ from textrl_swarm.models.adapters import (
     weight_name,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
+from textrl_swarm.models.digests import checkpoint_digests
+from textrl_swarm.models.pretrained import load_tokenizer, load_weights, require_finite, usable_device
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.protocol import AdapterLayout, AdapterSnapshot, require_servable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from textrl_swarm.swarm.client.connection import SwarmClient
     from textrl_swarm.swarm.client.session import GenerationSession
@@ -68,43 +71,62 @@ def load_remote_policy(
             "instead"
         )
     compat.require_petals()
-    from transformers import AutoTokenizer
-
-    from textrl_swarm.swarm.client.connection import ModelFingerprint, SwarmClient, load_client_model
+    from textrl_swarm.swarm.client.connection import ModelFingerprint, SwarmClient, check_addresses, join
 
     if base is not None:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(base.name)
-        prefix = dht_prefix or base.dht_prefix
-        peers = [] if initial_peers is None else initial_peers
-        parts: Any = load_client_model(base.name, peers, prefix, dtype, timeouts).to(device or "cpu")
+        addresses = check_addresses(initial_peers or [])
+        parts: Any = _load_client_parts(base, dtype, device)
+        config, prefix = base.config, dht_prefix or base.dht_prefix
     else:
         parts = model
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(parts.name_or_path)
-    config = parts.config
-    manager = parts.transformer.h.sequence_manager
+        config, prefix = parts.config, parts.config.dht_prefix
+    name = str(parts.name_or_path)
+    require_finite(parts, name)
+    tokenizer = tokenizer or load_tokenizer(name)
+    checkpoint = checkpoint_digests(name, _BLOCKS_PATH)
+    if base is not None:
+        dht, p2p = join(addresses, timeouts.connect_s)
+    else:
+        manager = parts.transformer.h.sequence_manager
+        dht, p2p = manager.dht, manager.state.p2p
     fingerprint = ModelFingerprint(
         config.model_type, config.hidden_size, config.vocab_size, config.num_hidden_layers
     )
     client = SwarmClient(
-        manager.dht,
-        manager.state.p2p,
-        config.dht_prefix,
-        fingerprint,
-        timeouts,
-        owns_dht=base is not None,
+        dht, p2p, prefix, fingerprint, timeouts, checkpoint=checkpoint, owns_dht=base is not None
     )
     try:
-        return RemotePolicy(parts, client, lora, seed, tokenizer)
+        return RemotePolicy(parts, config, client, lora, seed, tokenizer)
     except BaseException:
         client.close()
         raise
+
+
+def _load_client_parts(
+    base: BaseModel, dtype: torch.dtype | str | None, device: torch.device | str | None
+) -> PreTrainedModel:
+    """The model without its blocks; weight files that hold nothing but blocks are not downloaded."""
+    from petals.client.from_pretrained import ignore_keys
+    from transformers import BloomForCausalLM
+
+    class WithoutBlocks(BloomForCausalLM):
+        _keys_to_ignore_on_load_unexpected = (r"^(transformer\.)?h\.",)
+
+    place = usable_device("cpu" if device is None else device)
+    config = copy.deepcopy(base.config)
+    config.num_hidden_layers = 0
+    with ignore_keys(WithoutBlocks._keys_to_ignore_on_load_unexpected):
+        parts = load_weights(WithoutBlocks, base, config=config, dtype=dtype or "auto")
+    return parts.to(place)
 
 
 class RemotePolicy(Policy):
     """BLOOM with its blocks in a swarm.
 
     Args:
-        model: a petals DistributedBloomForCausalLM: the client's own parts.
+        model: the client's own parts: a BLOOM model whose blocks are not used, or a petals
+            DistributedBloomForCausalLM.
+        config: of the whole model.
         client: the chain of remote blocks.
     """
 
@@ -113,12 +135,12 @@ class RemotePolicy(Policy):
     def __init__(
         self,
         model: Any,
+        config: PretrainedConfig,
         client: SwarmClient,
         lora: LoraSettings,
         seed: int,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        config = model.config
         self.base_model = str(model.name_or_path)
         self.tokenizer = tokenizer
         self.lora = lora

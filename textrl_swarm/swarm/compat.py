@@ -304,12 +304,24 @@ def mend_server_modules() -> None:
     from_pretrained._load_state_dict_from_repo_file = load_file
 
 
-def use_server_classes(*, server: type, backend: type, handler: type, convert_block, container: type) -> None:
+def use_server_classes(
+    *, server: type, backend: type, handler: type, convert_block, container: type, on_block_read
+) -> None:
     """Petals' command line and Server build their parts from module globals; ours are subclasses of the stock
-    ones.
+    ones. `on_block_read` is called with a block's prefix and its weights as they are in the checkpoint.
     """
     import petals.cli.run_server as run_server
+    import petals.server.from_pretrained as from_pretrained
     import petals.server.server as server_module
+
+    read_block = _need("petals", from_pretrained, "_load_state_dict_from_repo")
+
+    def read_and_tell(model_name: str, block_prefix: str, **kwargs):
+        weights = read_block(model_name, block_prefix, **kwargs)
+        on_block_read(block_prefix, weights)
+        return weights
+
+    from_pretrained._load_state_dict_from_repo = read_and_tell
 
     replacements = {
         server_module: {

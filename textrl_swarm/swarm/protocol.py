@@ -14,7 +14,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients 
 # Metadata key of a request: tell how the answer ended. Of an answer's last message: "" = complete, else the
 # error.
 ENDING = "textrl_swarm_ending"
+
+# Metadata key of a request: `weights_key` of the blocks that the client expects to find under the uids.
+WEIGHTS = "textrl_swarm_weights"
 
 MICRO_BATCH_TOKENS = 1024  # rows x tokens of one request for forward or backward, at most
 MAX_MICRO_BATCHES_IN_FLIGHT = 4  # requests of one forward or backward that travel at the same time
@@ -74,6 +78,41 @@ def error_from_wire(text: str, server: str) -> AdapterMissing | AdapterRejected 
         reason = text.partition(_REJECTED)[2].removeprefix(": ")
         return AdapterRejected(f"server {server} refused the adapter: {reason}")
     return None
+
+
+# ------------------------------------------------------------------------------------ the base model
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """What a server computes a block with, as it announces it."""
+
+    digest: str
+    """Of the checkpoint's numbers; see models/digests.py."""
+
+    dtype: str
+    """In which the server computes, e.g. "bfloat16"."""
+
+    quantization: str | None
+    """"int8", "nf4" or None."""
+
+    @property
+    def form(self) -> str:
+        """Everything but the numbers, for messages: "bfloat16", "float16 (nf4)"."""
+        return self.dtype if self.quantization is None else f"{self.dtype} ({self.quantization})"
+
+
+def read_weights(info: Mapping[str, Any], blocks: Iterable[int]) -> dict[int, ServedWeights] | None:
+    """Block -> its weights as a server's rpc_info tells them; None when they are not told for all of them."""
+    try:
+        return {block: ServedWeights(**info["weights"][str(block)]) for block in blocks}
+    except (KeyError, TypeError):
+        return None
+
+
+def weights_key(blocks: Iterable[ServedWeights]) -> str:
+    """The name by which a request refers to the weights of its blocks, in order."""
+    return hashlib.sha256(json.dumps([astuple(block) for block in blocks]).encode()).hexdigest()[:40]
 
 
 # ------------------------------------------------------------------------------------------ adapters

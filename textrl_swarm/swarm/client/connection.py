@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from hivemind.dht import DHT
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
-from torch import Tensor, nn
+from torch import Tensor
 
 from textrl_swarm.config import Timeouts
 from textrl_swarm.errors import AddressError
 from textrl_swarm.models.adapters import LayerSizes
+from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.chain import BlockChain, ChainLimits, run_in_background
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
 from textrl_swarm.swarm.client.session import GenerationSession
-from textrl_swarm.swarm.protocol import AdapterSnapshot
+from textrl_swarm.swarm.protocol import AdapterSnapshot, ServedWeights, read_weights
 from textrl_swarm.swarm.traffic import Traffic
+
+logger = logging.getLogger(__name__)
 
 _ADDRESS = re.compile(r"(/[a-z0-9]+/[^/\s]+)+/p2p/[1-9A-HJ-NP-Za-km-z]{30,}")
 
@@ -41,6 +44,14 @@ class ModelFingerprint:
     hidden_size: int
     vocab_size: int
     num_blocks: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The weights that a block must have, and whose they are."""
+
+    digest: str
+    owner: str
 
 
 def check_addresses(initial_peers: Sequence[str]) -> list[str]:
@@ -65,31 +76,20 @@ def check_addresses(initial_peers: Sequence[str]) -> list[str]:
     return addresses
 
 
-def load_client_model(
-    name: str,
-    initial_peers: Sequence[str],
-    dht_prefix: str,
-    dtype: torch.dtype | str | None,
-    timeouts: Timeouts,
-) -> nn.Module:
-    """The client's own parts of a model (embeddings, final norm, output embeddings), joined to the swarm's
-    DHT.
+def join(initial_peers: Sequence[str], timeout_s: float) -> tuple[DHT, P2P]:
+    """A client node of a swarm and its libp2p daemon; `shut_down` ends both.
 
     Raises:
         AddressError: an address is malformed, or none of the peers answers.
     """
-    from petals import DistributedBloomForCausalLM
-
     addresses = check_addresses(initial_peers)
     with joining(addresses):
-        return DistributedBloomForCausalLM.from_pretrained(
-            name,
-            initial_peers=addresses,
-            dht_prefix=dht_prefix,
-            daemon_startup_timeout=timeouts.connect_s,
-            show_route=False,
-            dtype=dtype or "auto",
-        )
+        dht = DHT(addresses, client_mode=True, num_workers=32, startup_timeout=timeout_s, start=True)
+    try:
+        return dht, run_in_background(dht.replicate_p2p())
+    except BaseException:
+        shut_down(dht, None)
+        raise
 
 
 @contextlib.contextmanager
@@ -115,8 +115,9 @@ class SwarmClient:
 
     Args:
         dht, p2p: a running client node and its libp2p daemon.
-        owns_dht: end both on close; False when a petals model of the user's owns them.
         fingerprint: of the client's model; servers of another model are refused.
+        checkpoint: block index -> digest of its weights, as far as the client has them (models/digests.py).
+        owns_dht: end both on close; False when a petals model of the user's owns them.
 
     Raises:
         BlocksUnavailable, ServerMismatch: some block has no usable server within `timeouts.discovery_s`.
@@ -130,10 +131,15 @@ class SwarmClient:
         fingerprint: ModelFingerprint,
         timeouts: Timeouts,
         *,
+        checkpoint: Mapping[int, str],
         owns_dht: bool = True,
     ):
         self.traffic = Traffic()
         self.fingerprint = fingerprint
+        self._known: dict[int, _Known] = {
+            block: _Known(digest, "this machine's checkpoint") for block, digest in checkpoint.items()
+        }
+        self._forms: dict[str, str] = {}  # form of the weights -> the first server that computes with it
         self._close: Callable[[], object] = (
             weakref.finalize(self, shut_down, dht, p2p) if owns_dht else _nothing
         )
@@ -150,8 +156,8 @@ class SwarmClient:
             raise
 
     async def _inspect(self, span: Span, uid: str) -> str | None:
-        """Why a server cannot serve this client, or None; called once per server. Keeps the smallest limits
-        seen.
+        """Why a server cannot serve this client, or None; called before a server is used, and again after it
+        failed. Keeps the smallest limits seen.
         """
         info = await self._calls.info(span.peer, uid)
         differing = []
@@ -163,10 +169,53 @@ class SwarmClient:
                 f"server {short_id(span.peer)} announces {self.router.dht_prefix!r} but holds another model: "
                 f"{', '.join(differing)}"
             )
+        weights = read_weights(info, range(span.start, span.stop))
+        if weights is None:
+            return (
+                f"server {short_id(span.peer)} does not say which weights it holds; start it anew, with the "
+                "textrl-swarm of this client"
+            )
+        misfit = self._other_weights(span, weights)
+        if misfit is not None:
+            return misfit
+        self._calls.expect(span.peer, {self.router.uids[block]: held for block, held in weights.items()})
+        self._tell_mixture(span, weights)
         limits = {name: min(value, info[name]) for name, value in vars(self.chain.limits).items()}
         self.chain.limits = ChainLimits(**limits)
         self.linears = {path: (sizes[0], sizes[1]) for path, sizes in info["linears"].items()}
         return None
+
+    def _other_weights(self, span: Span, weights: Mapping[int, ServedWeights]) -> str | None:
+        """Why these are not the weights that the client expects; else None, and new ones are expected from
+        now on.
+        """
+        server = f"server {short_id(span.peer)}"
+        differing = [
+            block for block, held in weights.items() if self._known.get(block, held).digest != held.digest
+        ]
+        if differing:
+            known = self._known[differing[0]]
+            return (
+                f"{server} announces {self.router.dht_prefix!r} but holds another model: the weights of "
+                f"{blocks_text(differing)} ({weights[differing[0]].digest[:12]}...) are not those of "
+                f"{known.owner} ({known.digest[:12]}...)"
+            )
+        for block, held in weights.items():
+            self._known.setdefault(block, _Known(held.digest, server))
+        return None
+
+    def _tell_mixture(self, span: Span, weights: Mapping[int, ServedWeights]) -> None:
+        form = weights[span.start].form
+        if form in self._forms:
+            return
+        self._forms[form] = str(span)
+        if len(self._forms) > 1:
+            mixture = "; ".join(f"{owner}: {form}" for form, owner in self._forms.items())
+            logger.warning(
+                "the servers of %r do not compute alike, so results depend on which of them answers (%s)",
+                self.router.dht_prefix,
+                mixture,
+            )
 
     def blocks(
         self,
@@ -192,10 +241,11 @@ def _nothing() -> None:
     """Closes nothing: the user's petals model owns the connection."""
 
 
-def shut_down(dht: DHT, p2p: P2P) -> None:
+def shut_down(dht: DHT, p2p: P2P | None) -> None:
     """Ends a client node's process and daemon; never raises."""
     with contextlib.suppress(Exception):  # whatever state the daemons are in, they must end
-        RemoteExpertWorker.run_coroutine(p2p.shutdown(), return_future=True).result(timeout=5)
+        if p2p is not None:
+            RemoteExpertWorker.run_coroutine(p2p.shutdown(), return_future=True).result(timeout=5)
     with contextlib.suppress(Exception):
         dht.shutdown()
         dht.join(5)

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ class Router:
     Args:
         dht: a running client node.
         inspect: coroutine (span, uid of its first block) -> reason why this server cannot be used, or None;
-            called once per server.
+            called again when a server failed or holds other blocks than before.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Router:
         self.num_blocks = num_blocks
         self.uids = [f"{dht_prefix}.{block}" for block in range(num_blocks)]
         self._inspect = inspect
-        self._accepted: set[PeerID] = set()
+        self._accepted: dict[PeerID, tuple[int, int]] = {}  # the blocks start..stop that were inspected
         self._refused: dict[PeerID, str] = {}  # servers of another model, for good
         self._failures: dict[PeerID, _Failures] = {}
         self._spans: list[Span] = []
@@ -107,6 +107,7 @@ class Router:
         """
         deadline = time.monotonic() + timeout_s
         warned = False
+        refused = len(self._refused)
         while True:
             chain = await self._plan(start, stop)
             if chain is not None:
@@ -116,9 +117,11 @@ class Router:
             if chain is not None:
                 return chain
             missing = self._missing(start, stop)
-            if missing and self._refused and not warned:
-                raise ServerMismatch(next(iter(self._refused.values())))
-            if time.monotonic() >= deadline:
+            is_over = time.monotonic() >= deadline
+            is_hopeless = len(self._refused) > refused and not self._may_come_back(missing)
+            if missing and self._refused and (is_over or is_hopeless):
+                raise ServerMismatch(list(self._refused.values())[-1])
+            if is_over:
                 raise self._unavailable(missing or tuple(range(start, stop)), timeout_s)
             if not warned:
                 warned = True
@@ -128,7 +131,10 @@ class Router:
             await asyncio.sleep(_POLL_S)
 
     def report_failure(self, peer: PeerID) -> None:
-        """Routes around this server for a while. Requests that fail together count once."""
+        """Routes around this server for a while, and inspects it again before it is used. Requests that fail
+        together count once.
+        """
+        self._accepted.pop(peer, None)
         earlier = self._failures.get(peer, _NO_FAILURES)
         if earlier.is_banned:
             return
@@ -146,7 +152,7 @@ class Router:
             span = self._best(block)
             if span is None:
                 return None
-            if span.peer not in self._accepted:
+            if self._accepted.get(span.peer) != (span.start, span.stop):
                 try:
                     reason = await self._inspect(span, self.uids[span.start])
                 except ServerFailed as error:
@@ -154,9 +160,10 @@ class Router:
                     self.report_failure(span.peer)
                     continue
                 if reason is not None:
+                    logger.warning("%s; it is not used", reason)
                     self._refused[span.peer] = reason
                     continue
-                self._accepted.add(span.peer)
+                self._accepted[span.peer] = (span.start, span.stop)
             end = min(span.stop, stop)
             chain.append(Span(span.peer, block, end, span.dtype, span.throughput))
             block = end
@@ -181,6 +188,11 @@ class Router:
 
     def _missing(self, start: int, stop: int) -> tuple[int, ...]:
         return tuple(block for block in range(start, stop) if self._best(block) is None)
+
+    def _may_come_back(self, blocks: Iterable[int]) -> bool:
+        """Whether each of these blocks is announced by a server that was not refused, though it failed."""
+        usable = [span for span in self._spans if span.peer not in self._refused]
+        return all(any(span.start <= block < span.stop for span in usable) for block in blocks)
 
     async def _refresh(self) -> None:
         loop = asyncio.get_running_loop()

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from textrl_swarm.config import Timeouts
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed
-from textrl_swarm.swarm.protocol import ENDING, INFO_KEY, AdapterSnapshot, error_from_wire
+from textrl_swarm.swarm.protocol import (
+    ENDING,
+    INFO_KEY,
+    WEIGHTS,
+    AdapterSnapshot,
+    ServedWeights,
+    error_from_wire,
+    weights_key,
+)
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
@@ -70,6 +78,17 @@ class ServerCalls:
         self.p2p = p2p
         self.timeouts = timeouts
         self.traffic = traffic
+        self._weights: dict[PeerID, Mapping[str, ServedWeights]] = {}
+
+    def expect(self, peer: PeerID, weights: Mapping[str, ServedWeights]) -> None:
+        """From now on requests to this server name these weights (uid of a block -> weights), and a server
+        that holds others refuses them.
+        """
+        self._weights[peer] = dict(weights)
+
+    def _naming_weights(self, peer: PeerID, uids: Sequence[str]) -> dict[str, str]:
+        known = self._weights.get(peer)
+        return {} if known is None else {WEIGHTS: weights_key(known[uid] for uid in uids)}
 
     def _stub(self, peer: PeerID) -> Any:
         return ServerStub.get_stub(self.p2p, peer)
@@ -128,7 +147,7 @@ class ServerCalls:
         answer.
         """
         uid = " ".join(uids)
-        packed = MSGPackSerializer.dumps({**metadata, ENDING: True})
+        packed = MSGPackSerializer.dumps({**metadata, **self._naming_weights(peer, uids), ENDING: True})
         loop = asyncio.get_running_loop()
 
         def make_parts() -> list[runtime_pb2.ExpertRequest]:
@@ -176,6 +195,7 @@ class ServerCalls:
             "active_adapter": key,
             "points": 0,
             "alloc_timeout": self.timeouts.request_s / 2,
+            **self._naming_weights(peer, uids),
             ENDING: True,
         }
         return GenerationStream(self, peer, " ".join(uids), requests, _until_ending(answers), opening)

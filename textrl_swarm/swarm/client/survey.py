@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Awaitable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,10 @@ from textrl_swarm.config import Timeouts
 from textrl_swarm.errors import BlocksUnavailable, ConfigError, ServerFailed, SwarmError, closest
 from textrl_swarm.models.blocks import BlockSpan, spans_of
 from textrl_swarm.swarm.client.chain import run_in_background
-from textrl_swarm.swarm.client.connection import check_addresses, joining, shut_down
+from textrl_swarm.swarm.client.connection import join, shut_down
 from textrl_swarm.swarm.client.routing import announced_models
 from textrl_swarm.swarm.client.rpc import ServerCalls
-from textrl_swarm.swarm.protocol import CAPABILITY
+from textrl_swarm.swarm.protocol import CAPABILITY, read_weights
 from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_BLOCKS = 1000  # of one model; an announcement of more is malformed
@@ -92,6 +93,9 @@ class ServerReport:
     adapters: tuple[str, ...]
     """Adapters that the server loaded at its start."""
 
+    weights: Mapping[int, str]
+    """Block -> digest of its weights (models/digests.py); empty when the server did not tell."""
+
 
 @dataclass(frozen=True)
 class ModelReport:
@@ -127,6 +131,15 @@ class ModelReport:
         """Spans of blocks that nobody can train, the missing ones among them."""
         return self._lacking(self.copies(training=True))
 
+    @property
+    def conflicting(self) -> tuple[BlockSpan, ...]:
+        """Spans of blocks of which servers hold different weights: two models share the name."""
+        digests: dict[int, set[str]] = defaultdict(set)
+        for server in self.servers:
+            for block, digest in server.weights.items():
+                digests[block].add(digest)
+        return tuple(spans_of(block for block, found in digests.items() if len(found) > 1))
+
     @staticmethod
     def _lacking(copies: Sequence[int]) -> tuple[BlockSpan, ...]:
         return tuple(spans_of(block for block, count in enumerate(copies) if count == 0))
@@ -148,16 +161,11 @@ def survey(
         ConfigError: the swarm does not announce `dht_prefix`.
         SwarmError: no answer in time.
     """
-    addresses = check_addresses(initial_peers)
     deadline = time.monotonic() + timeout_s
-    with joining(addresses):
-        startup_s = min(timeout_s, _TIMEOUTS.connect_s)
-        dht = DHT(addresses, client_mode=True, num_workers=32, startup_timeout=startup_s, start=True)
-    p2p = None
+    dht, p2p = join(initial_peers, min(timeout_s, _TIMEOUTS.connect_s))
     try:
-        p2p = run_in_background(dht.replicate_p2p())
         announced = announced_models(dht, _left_s(deadline))
-        models = _chosen(announced, dht_prefix, addresses[0])
+        models = _chosen(announced, dht_prefix, str(dht.initial_peers[0]))
         return tuple(_report(dht, p2p, name, info, deadline) for name, info in sorted(models.items()))
     except (concurrent.futures.TimeoutError, TimeoutError) as error:  # two classes before Python 3.11
         raise SwarmError(
@@ -210,6 +218,7 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
     state = info.state.name.lower()
     can_train = CAPABILITY in info.adapters
     answer_ms = token_ms = cache_tokens_left = None
+    weights: dict[int, str] = {}
     if info.state == ServerState.ONLINE:
         try:
             # The first request also opens the connection, so it is not timed.
@@ -218,6 +227,8 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
         except ServerFailed:
             state = "silent"
         else:
+            held = read_weights(about, range(span.start, span.end)) or {}
+            weights = {block: _printable(str(one.digest)) for block, one in held.items()}
             token_ms = await _token_ms(calls, span, uids, about) if can_train else None
     if info.cache_tokens_left is not None:  # petals counts numbers of one block's keys or values
         cache_tokens_left = info.cache_tokens_left // (2 * span.length)
@@ -238,6 +249,7 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
         inference_rps=info.inference_rps,
         network_rps=info.network_rps,
         version=_printable_or_none(info.version),
+        weights=weights,
         adapters=tuple(_printable(name) for name in info.adapters if name != CAPABILITY),
     )
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.models.adapters import LayerSizes
+from textrl_swarm.models.digests import digest_weights
 from textrl_swarm.models.quantization import keep_differentiable
-from textrl_swarm.swarm.protocol import AdapterHeader, is_adapter_key
+from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
 
 # What the hooks add at this moment: target path -> (A, B, alpha / r). Petals' Runtime is one thread, one
@@ -34,6 +35,14 @@ from textrl_swarm.swarm.server.adapter_store import AdapterStore
 _ACTIVE: dict[str, tuple[Tensor, Tensor, float]] = {}
 
 HOOKED = "textrl_swarm_linears"  # attribute of a block: path of a layer -> (in_features, out_features)
+
+
+_LOADED: dict[int, str] = {}  # block index -> digest of what was read from the checkpoint
+
+
+def note_loaded(block_prefix: str, weights: Mapping[str, Tensor]) -> None:
+    """Keeps the digest of a block's weights as petals read them from the checkpoint ("transformer.h.3.")."""
+    _LOADED[int(block_prefix.rstrip(".").rsplit(".", 1)[1])] = digest_weights(weights)
 
 
 def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -83,6 +92,8 @@ class LoraBackend(TransformerBackend):
 
     store_pool: ClassVar[PrioritizedTaskPool]
 
+    quantization: ClassVar[str | None] = None
+
     preloaded: ClassVar[Mapping[str, tuple[AdapterHeader, Mapping[int, Tensor]]]] = {}
     """Adapters of --adapters by the name that requests give: header, block index -> flat tensor."""
 
@@ -90,6 +101,8 @@ class LoraBackend(TransformerBackend):
         super().__init__(*args, **kwargs)
         self.block_index = int(self.name.rsplit(".", 1)[1])
         self.linears: dict[str, LayerSizes] = getattr(self.module, HOOKED)
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.weights = ServedWeights(_LOADED[self.block_index], dtype, self.quantization)
         self.lora_backward_pool = PrioritizedTaskPool(
             self.lora_backward,
             max_batch_size=self.forward_pool.max_batch_size,

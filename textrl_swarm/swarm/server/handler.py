@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,14 +24,16 @@ from hivemind.utils.streaming import split_for_streaming
 from petals.server.handler import TransformerConnectionHandler
 from torch import Tensor
 
-from textrl_swarm.errors import ShapeError
+from textrl_swarm.errors import ServerMismatch, ShapeError
 from textrl_swarm.swarm.protocol import (
     ENDING,
     INFO_KEY,
+    WEIGHTS,
     AdapterHeader,
     adapter_rejected,
     digest,
     is_adapter_key,
+    weights_key,
 )
 from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
@@ -65,12 +68,12 @@ class LoraHandler(TransformerConnectionHandler):
 
     async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
         """Petals' own."""
-        async for response in _with_ending(super().rpc_forward_stream, requests, context):
+        async for response in self._answer(super().rpc_forward_stream, requests, context):
             yield response
 
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
         """Petals' own."""
-        async for response in _with_ending(super().rpc_inference, requests, context):
+        async for response in self._answer(super().rpc_inference, requests, context):
             yield response
 
     async def rpc_lora_push(self, requests: Requests, context: P2PContext) -> Responses:
@@ -79,7 +82,7 @@ class LoraHandler(TransformerConnectionHandler):
         Metadata of the first message: `header`, an encoded AdapterHeader. Answers once the adapter can be
         used.
         """
-        async for response in _with_ending(self._store, requests, context):
+        async for response in self._answer(self._store, requests, context):
             yield response
 
     async def rpc_lora_backward(self, requests: Requests, context: P2PContext) -> Responses:
@@ -89,8 +92,49 @@ class LoraHandler(TransformerConnectionHandler):
         Answers with the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block,
         always as a stream: hivemind's unary answers cannot carry more than 4 MiB.
         """
-        async for response in _with_ending(self._backward, requests, context):
+        async for response in self._answer(self._backward, requests, context):
             yield response
+
+    async def _answer(
+        self,
+        serve: Callable[[Requests, P2PContext], Responses],
+        requests: Requests,
+        context: P2PContext,
+    ) -> Responses:
+        """Refuses requests that expect other weights, tells clients that ask for it how the answer ended, and
+        leaves the stream open until they have closed it.
+
+        hivemind's daemon resets a stream that the server closes: about one answer (or error) in three hundred
+        does not arrive whole, and on the client's side a stream cut short looks like a complete one. Stock
+        clients do not ask, and get what stock servers give.
+        """
+        first_metadata: dict[str, Any] = {}
+
+        async def watched() -> Requests:
+            async for request in requests:
+                if request.metadata and not first_metadata:
+                    first_metadata.update(MSGPackSerializer.loads(request.metadata))
+                    self._check_weights(request.uid, first_metadata)
+                yield request
+
+        ending = ""
+        try:
+            async for response in serve(watched(), context):
+                yield response
+        except Exception as error:
+            if ENDING not in first_metadata:
+                raise
+            ending = str(error) or type(error).__name__
+            logger.info("answered %s with: %s", serve.__name__, ending)
+        if ENDING in first_metadata:
+            yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ending}))
+            await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
+
+    def _check_weights(self, uids: str, metadata: dict[str, Any]) -> None:
+        """A client may have met another server under this address before; see `SwarmClient`."""
+        expected = metadata.get(WEIGHTS)
+        if expected is not None and expected != weights_key(b.weights for b in self._backends(uids)):
+            raise ServerMismatch(f"blocks {uids} have other weights or another dtype here than when asked")
 
     async def _store(self, requests: Requests, context: P2PContext) -> Responses:
         async with timeout(self.request_timeout):
@@ -138,44 +182,13 @@ class LoraHandler(TransformerConnectionHandler):
             "vocab_size": config.vocab_size,
             "num_blocks": config.num_hidden_layers,
             "linears": {path: list(sizes) for path, sizes in backend.linears.items()},
+            "weights": {str(other.block_index): asdict(other.weights) for other in backends.values()},
             "max_batch_tokens": backend.forward_pool.max_batch_size,
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // cache_bytes_per_token,
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
         }
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
-
-
-async def _with_ending(
-    serve: Callable[[Requests, P2PContext], Responses], requests: Requests, context: P2PContext
-) -> Responses:
-    """Tells clients that ask for it how the answer ended, and leaves the stream open until they have closed
-    it.
-
-    hivemind's daemon resets a stream that the server closes: about one answer (or error) in three hundred
-    does not arrive whole, and on the client's side a stream cut short looks like a complete one. Stock
-    clients do not ask, and get what stock servers give.
-    """
-    first_metadata: dict[str, Any] = {}
-
-    async def watched() -> Requests:
-        async for request in requests:
-            if request.metadata and not first_metadata:
-                first_metadata.update(MSGPackSerializer.loads(request.metadata))
-            yield request
-
-    ending = ""
-    try:
-        async for response in serve(watched(), context):
-            yield response
-    except Exception as error:
-        if ENDING not in first_metadata:
-            raise
-        ending = str(error) or type(error).__name__
-        logger.info("answered %s with: %s", serve.__name__, ending)
-    if ENDING in first_metadata:
-        yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ending}))
-        await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
 
 
 async def _bounded(requests: Requests, max_bytes: int) -> Requests:

@@ -42,7 +42,7 @@ from textrl_swarm.swarm.protocol import (  # noqa: E402
     AdapterHeader,
 )
 from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
-from textrl_swarm.swarm.server.backend import LoraBackend, convert_and_hook_block  # noqa: E402
+from textrl_swarm.swarm.server.backend import LoraBackend, convert_and_hook_block, note_loaded  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
 
 
@@ -80,6 +80,8 @@ class LoraContainer(ModuleContainer):
             return (torch.tensor([store.size_bytes]),)
 
         LoraBackend.store = store
+        quant_type = kwargs["quant_type"].name.lower()
+        LoraBackend.quantization = None if quant_type == "none" else quant_type
         LoraBackend.preloaded = _preload(LoraServer.adapter_sources, device)
         LoraBackend.store_pool = PrioritizedTaskPool(
             put, max_batch_size=1 << 62, name="lora_store", device=torch.device("cpu")
@@ -161,6 +163,7 @@ def main() -> None:
         handler=LoraHandler,
         convert_block=convert_and_hook_block,
         container=LoraContainer,
+        on_block_read=note_loaded,
     )
     sys.argv[1:] = options
     run_server.main()
