@@ -7,7 +7,6 @@ the client's parameters, like any others.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +26,14 @@ from textrl_swarm.models.adapters import (
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.digests import checkpoint_digests
-from textrl_swarm.models.pretrained import load_tokenizer, load_weights, require_finite, usable_device
+from textrl_swarm.models.pretrained import load_tokenizer, require_finite
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.protocol import AdapterLayout, AdapterSnapshot, require_servable
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from textrl_swarm.swarm.client.connection import SwarmClient
     from textrl_swarm.swarm.client.session import GenerationSession
@@ -72,10 +71,11 @@ def load_remote_policy(
         )
     compat.require_petals()
     from textrl_swarm.swarm.client.connection import ModelFingerprint, SwarmClient, check_addresses, join
+    from textrl_swarm.swarm.client.parts import load_parts
 
     if base is not None:
         addresses = check_addresses(initial_peers or [])
-        parts: Any = _load_client_parts(base, dtype, device)
+        parts: Any = load_parts(base, dtype, device)
         config, prefix = base.config, dht_prefix or base.dht_prefix
     else:
         parts = model
@@ -100,24 +100,6 @@ def load_remote_policy(
     except BaseException:
         client.close()
         raise
-
-
-def _load_client_parts(
-    base: BaseModel, dtype: torch.dtype | str | None, device: torch.device | str | None
-) -> PreTrainedModel:
-    """The model without its blocks; weight files that hold nothing but blocks are not downloaded."""
-    from petals.client.from_pretrained import ignore_keys
-    from transformers import BloomForCausalLM
-
-    class WithoutBlocks(BloomForCausalLM):
-        _keys_to_ignore_on_load_unexpected = (r"^(transformer\.)?h\.",)
-
-    place = usable_device("cpu" if device is None else device)
-    config = copy.deepcopy(base.config)
-    config.num_hidden_layers = 0
-    with ignore_keys(WithoutBlocks._keys_to_ignore_on_load_unexpected):
-        parts = load_weights(WithoutBlocks, base, config=config, dtype=dtype or "auto")
-    return parts.to(place)
 
 
 class RemotePolicy(Policy):
