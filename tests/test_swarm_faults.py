@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -327,8 +328,15 @@ def test_servers_end_with_their_parent(tiny_bloom):
     """Whatever ends the program that owns the swarm."""
     command = [sys.executable, "-c", PARENT, str(tiny_bloom(seed=4))]
     signals = [signal.SIGKILL, signal.SIGINT]
+    temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # a short path, as sockets need
     parents = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )
         for _ in signals
     ]
     servers = {int(pid) for parent in parents for pid in parent.stdout.readline().split()}
@@ -345,6 +353,36 @@ def test_servers_end_with_their_parent(tiny_bloom):
     while (alive := [process for process in started if _alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive
+    assert _ours(temporary) == []
+    shutil.rmtree(temporary)
+
+
+def _ours(temporary: Path) -> list[str]:
+    """What the project and hivemind left in a temporary directory."""
+    return [path.name for path in temporary.iterdir() if re.match("textrl-swarm|hivemind", path.name)]
+
+
+CLIENT = """
+import os, signal, sys
+from textrl_swarm import load_policy
+policy = load_policy(sys.argv[1], initial_peers=[sys.argv[2]])
+if sys.argv[3] == "killed":
+    os.killpg(0, signal.SIGKILL)
+"""
+
+
+def test_a_client_leaves_no_socket_behind(two_servers):
+    """What a killed client leaves goes when the next one starts."""
+    temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    command = [sys.executable, "-c", CLIENT, two_servers.model, two_servers.initial_peers[0]]
+    left = []
+    for how in ("killed", "ends"):
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        subprocess.run([*command, how], env=environment, start_new_session=True, timeout=120)
+        left.append(_ours(temporary))
+    assert len(left[0]) == 1
+    assert left[1] == []
+    shutil.rmtree(temporary)
 
 
 def _alive(process: psutil.Process) -> bool:

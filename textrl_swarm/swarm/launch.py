@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # As --initial_peers: this process writes the addresses to the server's standard input.
 PEERS_FROM_PARENT = "-"
+GROUP_DIRECTORY = "textrl-swarm-"  # what the name of a group's temporary directory begins with
 
 _SERVER_MODULE = "textrl_swarm.swarm.server.process"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -232,7 +233,7 @@ class ServerGroup:
         return [address for server in self.servers if server.running for address in server.addresses]
 
     def __enter__(self) -> Self:
-        self._logs = tempfile.TemporaryDirectory(prefix="textrl-swarm-", ignore_cleanup_errors=True)
+        self._logs = tempfile.TemporaryDirectory(prefix=GROUP_DIRECTORY, ignore_cleanup_errors=True)
         deadline = time.monotonic() + self._start_timeout_s
         later = self._joined or [PEERS_FROM_PARENT]
         self.servers = []

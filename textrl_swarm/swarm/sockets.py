@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 _PREFIX = "textrl-swarm-p2p-"
 _LOCK = ".lock"
+_SHORT_PARENT = "/tmp"  # instead of a temporary directory with a longer path
 _LONGEST = 66  # characters: a socket's whole path may have 103, and hivemind's file names have up to 36
 
 
@@ -25,7 +27,7 @@ def socket_directory() -> Path:
     remove_stale()
     parent = tempfile.gettempdir()
     if len(parent) + len(_PREFIX) + 10 > _LONGEST:
-        parent = "/tmp"
+        parent = _SHORT_PARENT
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     lock = os.open(directory / _LOCK, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_SH)  # until this process and all its forks have ended, however they end
@@ -35,7 +37,8 @@ def socket_directory() -> Path:
 
 def remove_stale() -> None:
     """Removes the directories of processes that ended without removing theirs."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    parents = {Path(tempfile.gettempdir()), Path(_SHORT_PARENT)}
+    for directory in itertools.chain.from_iterable(parent.glob(f"{_PREFIX}*") for parent in parents):
         with contextlib.suppress(OSError):  # somebody else's, in use, or removed by another process just now
             lock = os.open(directory / _LOCK, os.O_RDWR)
             try:

@@ -13,8 +13,10 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,7 +36,7 @@ from petals.server.task_pool import PrioritizedTaskPool  # noqa: E402
 
 from textrl_swarm.errors import ConfigError, ModelError  # noqa: E402
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks  # noqa: E402
-from textrl_swarm.swarm.launch import PEERS_FROM_PARENT  # noqa: E402
+from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
     ADAPTER_STORE_BYTES,
     ADAPTER_STORE_BYTES_PER_CLIENT,
@@ -138,6 +140,9 @@ def _end_with_parent() -> None:
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: forked handlers would inherit its lock
             pass
+        directory = tempfile.gettempdir()  # the group's: whoever was to remove it is gone
+        if os.path.basename(directory).startswith(GROUP_DIRECTORY):
+            shutil.rmtree(directory, ignore_errors=True)
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="end with parent").start()
