@@ -34,6 +34,7 @@ from transformers import (
 from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.errors import AdapterError, ConfigError, ModelError, PromptError
 from textrl_swarm.models import tiny
+from textrl_swarm.models.pretrained import load_tokenizer
 from textrl_swarm.models.quantization import keep_differentiable
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.policies.local import LocalPolicy
@@ -661,13 +662,31 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path, caplog):
     (directory / "tokenizer.json").write_text("{cut")
     assert load_policy(directory).tokenizer is None
     assert re.search(
-        "the tokenizer in .*model cannot be loaded, so prompts must be token ids: JSONDecodeError",
+        "the tokenizer of .*model' cannot be loaded: Expecting property name .*; prompts must be token ids",
         caplog.text,
     )
     caplog.clear()
     for path in directory.glob("*token*"):
         path.unlink()
     assert load_policy(directory).tokenizer is None and not caplog.text  # there is none
+
+
+def tokenizer_with_its_own_code(directory):
+    path = directory / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "tokenizer_class": "Own"}
+    path.write_text(json.dumps({**settings, "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    return directory
+
+
+def test_a_tokenizers_own_code_is_not_run_and_nothing_is_asked(tmp_path, caplog, monkeypatch):
+    """Without trust_remote_code=False, transformers asks on the terminal and waits."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+    directory = tokenizer_with_its_own_code(tiny.random_bloom(tmp_path / "model", layers=1, hidden=32))
+    told = "cannot be loaded: it comes with code of its own, which is not run here"
+    assert load_policy(directory).tokenizer is None
+    assert told in caplog.text
+    with pytest.raises(ModelError, match=told):
+        load_tokenizer(str(directory))
 
 
 def test_a_model_without_a_name_has_not_the_tokenizer_of_the_current_directory(tmp_path, monkeypatch, caplog):

@@ -207,6 +207,11 @@ def test_a_label_for_a_model_with_one_output_is_refused(tmp_path):
         reward_model(classifier(tmp_path, labels=None), "positive")
 
 
+OWN_CODE = (
+    b'"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M"}'
+)
+
+
 def damaged(tmp_path, name: str, damage):
     directory = classifier(tmp_path / f"damaged {len(list(tmp_path.iterdir()))}")
     path = directory / name
@@ -228,6 +233,10 @@ def test_models_that_are_refused(tmp_path, tiny_bloom):
         ),
         (BertForSequenceClassification(BertConfig(**TINY)), "BertForSequenceClassification is neither"),
         ("", "there is no directory ''"),
+        (
+            damaged(tmp_path, "config.json", lambda data: data.replace(b'"model_type": "bert"', OWN_CODE)),
+            "cannot be loaded as a sequence-classification model: it comes with code of its own, which is",
+        ),
         (
             damaged(tmp_path, "model.safetensors", lambda data: data[:1000]),
             "cannot be loaded as a sequence-classification model",

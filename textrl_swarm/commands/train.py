@@ -15,9 +15,10 @@ from rich.table import Table
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.display import spinner
-from textrl_swarm.errors import ModelError, RewardError
+from textrl_swarm.errors import RewardError
 from textrl_swarm.learning.loop import Iteration
 from textrl_swarm.models.adapter_files import read_settings
+from textrl_swarm.models.pretrained import load_tokenizer
 from textrl_swarm.runs.config import RunConfig
 from textrl_swarm.runs.estimate import RunEstimate, estimate_run
 from textrl_swarm.runs.run import (
@@ -211,12 +212,7 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
 
 def _mean_tokens(ingredients: Ingredients) -> int:
     """Over the first prompts, which are enough for an estimate."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(ingredients.model.name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{ingredients.model} has no tokenizer: {error}") from error
+    tokenizer = load_tokenizer(ingredients.model.name)
     texts = [item["input"] for item in ingredients.prompts[:_SAMPLED_PROMPTS]]
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     return round(sum(lengths) / len(lengths))

@@ -20,7 +20,7 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(request["model"])
+    model = AutoModelForCausalLM.from_pretrained(request["model"], trust_remote_code=False)
     if request["adapter"] is not None:
         from peft import PeftModel
 

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
 
-from textrl_swarm.errors import ExportError
+from textrl_swarm.errors import ExportError, ModelError
 from textrl_swarm.export.card import CARD_FILE, TAG, model_card
 from textrl_swarm.export.source import Source, adapter_config
 from textrl_swarm.files import published
@@ -29,6 +29,7 @@ from textrl_swarm.models.adapter_files import (
     merged_model,
 )
 from textrl_swarm.models.base_model import BaseModel, hub_name
+from textrl_swarm.models.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,11 +132,9 @@ def write_merged(source: Source, base: BaseModel, out: Path) -> Merged:
 
 
 def _tokenizer(base: BaseModel) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(base.name), None
-    except (OSError, ValueError) as error:
+        return load_tokenizer(base.name), None
+    except ModelError as error:
         return None, str(error)
 
 

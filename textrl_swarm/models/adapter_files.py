@@ -281,7 +281,7 @@ def merged_model(base_model: str, adapter: str | Path) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=False)
     try:
         with without_peft_notices():
             return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

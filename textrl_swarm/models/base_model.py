@@ -24,6 +24,9 @@ WEIGHT_FILES = (
 )
 
 
+_OWN_CODE = "code of its own, which is not run here"
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A model that `resolve` found: its name and its config.json, read once."""
@@ -86,12 +89,21 @@ def _read_config(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
     except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
+        if _wants_to_run_code(error):
             raise ModelError(
-                f"{name!r} comes with code of its own, which is not run here: if you trust it, load it with "
+                f"{name!r} comes with {_OWN_CODE}: if you trust it, load it with "
                 "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) and pass the model"
             ) from error
         raise ModelError(f"{name!r} is neither a model directory nor a model on the hub: {error}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why transformers could not load something from a model's files."""
+    return f"it comes with {_OWN_CODE}" if _wants_to_run_code(error) else str(error)
+
+
+def _wants_to_run_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
 
 
 def looks_like_path(name: str | Path) -> bool:

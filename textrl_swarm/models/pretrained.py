@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from textrl_swarm.errors import ConfigError, ModelError
-from textrl_swarm.models.base_model import BaseModel
+from textrl_swarm.models.base_model import BaseModel, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ def load_weights(model_class: Any, base: BaseModel, **options: Any) -> PreTraine
             base.name, output_loading_info=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the weights of {base.name!r} cannot be loaded: {error}") from error
+        raise ModelError(f"the weights of {base.name!r} cannot be loaded: {reason_of(error)}") from error
     if found["missing_keys"]:  # transformers would go on with random numbers
         missing = sorted(found["missing_keys"])
         raise ModelError(
@@ -54,19 +54,25 @@ def require_finite(model: torch.nn.Module, name: str) -> None:
             )
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model; None when there is none that works: prompts must then be token ids."""
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises ModelError when there is none, or none that works."""
     from transformers import AutoTokenizer
 
-    if not model:  # an object that was not loaded: "" would mean the current directory
-        return None
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # what tokenizers raises for a damaged file is a plain Exception
+        raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def find_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model; None when there is none that works: prompts must then be token ids."""
+    if not model:  # an object that was not loaded: "" would mean the current directory
+        return None
+    try:
+        return load_tokenizer(model)
+    except ModelError as error:
         if any(Path(model).glob("tokenizer*")):
-            logger.warning(
-                "the tokenizer in %s cannot be loaded, so prompts must be token ids: %r", model, error
-            )
+            logger.warning("%s; prompts must be token ids", error)
         return None
 
 

@@ -26,7 +26,7 @@ from textrl_swarm.models.adapters import (
     remove_adapter,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
-from textrl_swarm.models.pretrained import load_tokenizer, load_weights, usable_device
+from textrl_swarm.models.pretrained import find_tokenizer, load_weights, usable_device
 from textrl_swarm.models.quantization import check_quantized, keep_differentiable, quantization_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
@@ -69,13 +69,13 @@ def load_local_policy(
             earlier.close()
         plain = _require_plain_decoder(model)
         _require_same_options(plain, quantization, dtype, device)
-        return LocalPolicy(plain, lora, seed, tokenizer or load_tokenizer(plain.name_or_path))
+        return LocalPolicy(plain, lora, seed, tokenizer or find_tokenizer(plain.name_or_path))
     base = resolve(model)
     _require_decoder(base.config, base.name)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     place = usable_device(default_device if device is None else device)
     loaded = _load(base, quantization, dtype, place)
-    return LocalPolicy(loaded, lora, seed, tokenizer or load_tokenizer(base.name))
+    return LocalPolicy(loaded, lora, seed, tokenizer or find_tokenizer(base.name))
 
 
 def _load(

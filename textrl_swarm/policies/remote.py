@@ -26,7 +26,7 @@ from textrl_swarm.models.adapters import (
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.digests import checkpoint_digests
-from textrl_swarm.models.pretrained import load_tokenizer, require_finite
+from textrl_swarm.models.pretrained import find_tokenizer, require_finite
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.swarm import compat
@@ -82,7 +82,7 @@ def load_remote_policy(
         config, prefix = parts.config, parts.config.dht_prefix
     name = str(parts.name_or_path)
     require_finite(parts, name)
-    tokenizer = tokenizer or load_tokenizer(name)
+    tokenizer = tokenizer or find_tokenizer(name)
     checkpoint = checkpoint_digests(name, _BLOCKS_PATH)
     if base is not None:
         dht, p2p = join(addresses, timeouts.connect_s)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from textrl_swarm.errors import ConfigError, ModelError, closest
-from textrl_swarm.models.base_model import looks_like_path
+from textrl_swarm.models.base_model import looks_like_path, reason_of
 from textrl_swarm.types import Item
 
 if TYPE_CHECKING:
@@ -80,14 +80,14 @@ def _load(
     if not str(model) or (looks_like_path(model) and not Path(model).is_dir()):
         raise ModelError(f"there is no directory {str(model)!r}")
     try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         classifier, found = AutoModelForSequenceClassification.from_pretrained(
-            model, output_loading_info=True
+            model, output_loading_info=True, trust_remote_code=False
         )
         classifier.to(device)
     except Exception as error:  # four libraries raise many kinds
         raise ModelError(
-            f"{str(model)!r} cannot be loaded as a sequence-classification model: {error}"
+            f"{str(model)!r} cannot be loaded as a sequence-classification model: {reason_of(error)}"
         ) from error
     if found["missing_keys"]:  # transformers would go on with a random classifier
         lacking = ", ".join(sorted(found["missing_keys"])[:3])
