@@ -19,7 +19,8 @@ What it needs   servers for 70 blocks (the table it prints; 6 GPUs of 24 GB in 4
     python launchers/bloom_petals.py --initial-peers ADDRESS    # train
     textrl-swarm export runs/bloom-petals bloom-adapter         # the adapter, for transformers + peft
 
-All of it in a minute, through the same lines, with a toy BLOOM on two servers of this machine:
+All of it in two or three minutes, through the same lines: a toy BLOOM, which first learns to write short
+opinions, on two servers of this machine. Its opinions turn from mixed to good:
 
     python launchers/bloom_petals.py --tiny
 """
@@ -39,15 +40,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from transformers import BloomConfig
 
 from textrl_swarm.commands.train import train_command
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import TextRLSwarmError
-from textrl_swarm.models.corpus import DEMO_PROMPTS
+from textrl_swarm.models.corpus import DEMO_PROMPTS, opinion
 from textrl_swarm.models.sizes import model_sizes
-from textrl_swarm.models.tiny import random_bloom
+from textrl_swarm.models.tiny import make_tiny_bloom
 from textrl_swarm.runs.config import load_config
 from textrl_swarm.runs.estimate import GIB, blocks_that_fit, estimate_run
 from textrl_swarm.swarm.local import LocalSwarm
@@ -62,12 +64,9 @@ PROMPT_TOKENS = 8  # of the prompts below, for the plan
 LORA_LAYERS = 10
 
 
-def vowels(items: Sequence[dict], texts: Sequence[str]) -> list[float]:
-    """The toy's reward: the share of vowels.
-
-    An untrained model of single characters learns it in a few iterations.
-    """
-    return [sum(character in "aeiou" for character in text) / max(1, len(text)) for text in texts]
+def opinions(items: Sequence[dict], texts: Sequence[str]) -> list[float]:
+    """The toy's reward: 1 for a text with good words only, 0 for one with bad words only."""
+    return [opinion(text) for text in texts]
 
 
 def arguments() -> argparse.Namespace:
@@ -145,14 +144,19 @@ def configuration(args: argparse.Namespace, initial_peers: Sequence[str]) -> dic
 @contextlib.contextmanager
 def toy(args: argparse.Namespace, console: Console) -> Iterator[dict]:
     """The same configuration for a toy model on a swarm of this machine, which lasts as long as the block."""
-    model = random_bloom(Path(args.output) / "base_model", layers=4, hidden=32, vocab=64)
+    with Progress(TextColumn("pretraining a toy BLOOM"), BarColumn(), console=console) as progress:
+        task = progress.add_task("", total=1.0)
+        model = make_tiny_bloom(
+            Path(args.output) / "base_model",
+            on_progress=lambda done, loss: progress.update(task, completed=done),
+        )
     console.print("starting two servers on this machine ...")
     with LocalSwarm(model, num_servers=2) as swarm:
         values = configuration(args, swarm.initial_peers)
         values["model"] = str(model)
-        values["reward"] = args.reward or f"{__file__}:vowels"
+        values["reward"] = args.reward or f"{__file__}:opinions"
         values["lora"]["layers"] = min(args.lora_layers, 3)
-        values["sampling"]["max_new_tokens"], values["ppo"]["lr"] = 12, 1e-2
+        values["sampling"]["max_new_tokens"], values["ppo"]["lr"] = 16, 3e-3
         yield values
 
 

@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
-from textrl_swarm.models.tiny import random_bloom  # noqa: E402
+from textrl_swarm.models.tiny import RECIPE, RECORD, make_tiny_bloom, random_bloom  # noqa: E402
 from textrl_swarm.swarm import launch  # noqa: E402
 from textrl_swarm.swarm.local import LocalSwarm  # noqa: E402
 
@@ -77,6 +77,15 @@ def tiny_bloom(tmp_path_factory) -> Callable[..., Path]:
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def hardly_pretrained(tmp_path_factory) -> Path:
+    """A base model that the demo and the launcher take for finished."""
+    directory = make_tiny_bloom(tmp_path_factory.mktemp("demo") / "base_model", time_limit_s=3)
+    record = json.loads((directory / RECORD).read_text())
+    (directory / RECORD).write_text(json.dumps({**record, "steps_done": RECIPE["steps"]}))
+    return directory
 
 
 @pytest.fixture(scope="session")

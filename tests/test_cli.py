@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from textrl_swarm import cli
 from textrl_swarm.config import LoraSettings
-from textrl_swarm.models.tiny import RECIPE, RECORD, make_tiny_bloom
 from textrl_swarm.policies.loading import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,15 +273,6 @@ SUMMARY = {
     "score_before", "score_after", "kl", "seconds", "servers", "base_model", "adapter", "iterations",
     "tokens_per_second", "bytes_sent", "bytes_received",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def hardly_pretrained(tmp_path_factory) -> Path:
-    """A base model that the demo takes for finished."""
-    directory = make_tiny_bloom(tmp_path_factory.mktemp("demo") / "base_model", time_limit_s=3)
-    record = json.loads((directory / RECORD).read_text())
-    (directory / RECORD).write_text(json.dumps({**record, "steps_done": RECIPE["steps"]}))
-    return directory
 
 
 @pytest.fixture

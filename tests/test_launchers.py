@@ -55,7 +55,9 @@ def check_run(done: subprocess.CompletedProcess, run: Path) -> None:
 
 
 @pytest.mark.swarm
-def test_bloom_petals_runs_end_to_end_on_a_swarm_of_its_own(tmp_path):
+def test_bloom_petals_runs_end_to_end_on_a_swarm_of_its_own(tmp_path, hardly_pretrained):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "base_model").symlink_to(hardly_pretrained)
     done = launch(
         "bloom_petals.py",
         "--tiny",
@@ -69,6 +71,17 @@ def test_bloom_petals_runs_end_to_end_on_a_swarm_of_its_own(tmp_path):
     )
     check_run(done, tmp_path / "run")
     assert "on 2 server(s) of a swarm" in done.stdout
+
+
+@pytest.mark.swarm
+@pytest.mark.slow  # pretrains the toy
+def test_the_toy_of_bloom_petals_learns_before_ones_eyes(tmp_path):
+    done = launch("bloom_petals.py", "--tiny", "--output", "run", "--iterations", 12, directory=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    scores = [json.loads(line)["score"] for line in lines]
+    assert sum(scores[:2]) / 2 < 0.7
+    assert sum(scores[-3:]) / 3 > 0.9
 
 
 def test_bloomz_runs_the_same_lines_in_8_bits_on_the_cpu(tmp_path):
