@@ -38,6 +38,7 @@ def responses(rollout):
 def ending_with(policy, token):
     """Makes `token` the end token, so that a test can choose where responses end."""
     policy.tokenizer.add_special_tokens({"eos_token": policy.tokenizer.convert_ids_to_tokens(token)})
+    policy.generation_config.eos_token_id = token
     return policy
 
 

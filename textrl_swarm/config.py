@@ -183,7 +183,8 @@ class SamplingConfig:
     """Responses per prompt."""
 
     stop_token_ids: tuple[int, ...] | None = None
-    """Token ids that end a response; None = the model's end tokens, or an environment's `gen_stop_toks`."""
+    """Token ids that end a response; None = those at which the model's own `generate` ends and the
+    tokenizer's end and separator, or an environment's `gen_stop_toks`, which begin with these."""
 
     seed: int | None = None
     """The same seed, policy and prompts give the same responses; None = draw from torch's global

@@ -27,6 +27,7 @@ from textrl_swarm.learning.loop import Iteration, train
 from textrl_swarm.learning.rollout import Collected, collect
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.models.corpus import DEMO_PROMPTS, opinion
+from textrl_swarm.models.texts import encode_prompt
 from textrl_swarm.models.tiny import RECIPE, make_tiny_bloom
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
@@ -251,7 +252,7 @@ def _table(before: Collected, after: Collected) -> Table:
 def _check_in_fresh_process(policy: Policy, base_model: Path, adapter: Path, console: Console) -> bool:
     """Greedy continuations and logits of the policy against plain transformers + peft in another process."""
     assert policy.tokenizer is not None, "the demo's model has one"
-    probes = [policy.tokenizer(prompt)["input_ids"] for prompt in DEMO_PROMPTS]
+    probes = [encode_prompt(policy.tokenizer, prompt) for prompt in DEMO_PROMPTS]
     with spinner(console, "loading the adapter with plain transformers + peft in a fresh process"):
         answers = answers_of_fresh_process(base_model, adapter, probes, MAX_NEW_TOKENS)
         agreement = compare(policy, probes, answers)

@@ -19,6 +19,7 @@ from textrl_swarm.errors import RewardError
 from textrl_swarm.learning.loop import Iteration
 from textrl_swarm.models.adapter_files import read_settings
 from textrl_swarm.models.pretrained import load_tokenizer
+from textrl_swarm.models.texts import encode_prompt
 from textrl_swarm.runs.config import RunConfig
 from textrl_swarm.runs.estimate import RunEstimate, estimate_run
 from textrl_swarm.runs.run import (
@@ -214,5 +215,5 @@ def _mean_tokens(ingredients: Ingredients) -> int:
     """Over the first prompts, which are enough for an estimate."""
     tokenizer = load_tokenizer(ingredients.model.name)
     texts = [item["input"] for item in ingredients.prompts[:_SAMPLED_PROMPTS]]
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    lengths = [len(encode_prompt(tokenizer, text)) for text in texts]
     return round(sum(lengths) / len(lengths))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textrl_swarm.errors import ConfigError, PromptError
-from textrl_swarm.models.texts import decode_response, encode_prompt
+from textrl_swarm.models.texts import decode_response, encode_prompt, special_ids, stop_ids, token_id
 from textrl_swarm.rewards.functions import RewardFunction, Rewards, SentenceReward, StepReward
 from textrl_swarm.types import Item, Prompt
 
@@ -64,9 +64,11 @@ class PromptEnv:
         compare_sample: responses to the same prompt in one episode.
         reward_timeout_s: a reward that takes longer is an error; None = wait for ever.
         reward_name: for messages; None = the reward's own.
+        skip_special_tokens: rewards of either form see no special tokens; False = they see all of them,
+            except that a text ends before the special token that ended the response.
 
     Attributes:
-        gen_stop_toks: token strings that end a response; may be changed at any time.
+        gen_stop_toks: tokens that end a response, as strings or ids; may be changed at any time.
         input_item: the prompt's dict of the episode under way. While a rollout is rewarded, this and the
             next two belong to the episode that the reward is asked about.
         predicted: per sample its token strings so far.
@@ -90,12 +92,16 @@ class PromptEnv:
         compare_sample: int = 2,
         reward_timeout_s: float | None = None,
         reward_name: str | None = None,
+        skip_special_tokens: bool = False,
     ):
         self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
         self.env_max_length = _count("max_length", max_length)
         self.compare_sample = _count("compare_sample", compare_sample)
         stop_tokens = (getattr(tokenizer, "sep_token", None), getattr(tokenizer, "eos_token", None))
-        self.gen_stop_toks: list[str] = [token for token in stop_tokens if token]
+        self.gen_stop_toks: list[str | int] = [token for token in stop_tokens if token]
+        self._offered = stop_ids(tokenizer)  # what gen_stop_toks held once
+        self._ends: frozenset[int] | None = None  # inside `ending_at`
         self._items = [copy.copy(item) for item in items]  # the user's own are not changed
         self._ids: dict[str, tuple[int, ...]] = {}  # text -> token ids: every text is tokenized once
         self._rng = random.Random(0)
@@ -222,6 +228,16 @@ class PromptEnv:
         return Observation(rows, self._terminated, self.env_max_length, self.final_rewards)
 
     @contextlib.contextmanager
+    def ending_at(self, ids: Iterable[int]) -> Iterator[None]:
+        """Inside, these tokens end a sample, and not `gen_stop_toks`."""
+        before = self._ends
+        self._ends = frozenset(ids)
+        try:
+            yield
+        finally:
+            self._ends = before
+
+    @contextlib.contextmanager
     def shortened(self, length: int | None) -> Iterator[None]:
         """Inside, episodes end after at most `length` env steps, with their final reward."""
         before = self.env_max_length
@@ -242,11 +258,25 @@ class PromptEnv:
         if self.asks_sentences:
             if not done:
                 return nothing
-            texts = [decode_response(self.tokenizer, self._prompt_ids, ids) for ids in self.predicted_ids]
+            samples = zip(self.predicted_ids, self._terminated, strict=True)
+            texts = [self.response_text(self._prompt_ids, ids, ended) for ids, ended in samples]
             return Rewards(self.sentence_rewards([self.input_item] * self.compare_sample, texts))
         if self.reward_on_finish_only and not done:
             return nothing
-        return self._rewards(self.input_item, [list(tokens) for tokens in self.predicted], done)
+        return self._rewards(self.input_item, self._shown_tokens(), done)
+
+    def _shown_tokens(self) -> list[list[str]]:
+        """Per sample the token strings that a step reward gets."""
+        if not self.skip_special_tokens:
+            return [list(tokens) for tokens in self.predicted]
+        hidden = special_ids(self.tokenizer)
+        samples = zip(self.predicted, self.predicted_ids, strict=True)
+        return [[t for t, i in zip(*sample, strict=True) if i not in hidden] for sample in samples]
+
+    def response_text(self, prompt: Sequence[int], response: Sequence[int], ended: bool) -> str:
+        """The text of a response that a sentence reward gets; `ended`: by its last token."""
+        skip = self.skip_special_tokens
+        return decode_response(self.tokenizer, prompt, response, ended=ended, skip_special_tokens=skip)
 
     @property
     def asks_sentences(self) -> bool:
@@ -261,13 +291,22 @@ class PromptEnv:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids of `gen_stop_toks`."""
-        ids = self.tokenizer.convert_tokens_to_ids(list(self.gen_stop_toks))
-        return frozenset(token for token in ids if token is not None)
+        """Ids of `gen_stop_toks`. Raises ConfigError for a string that is not one token."""
+        if self._ends is not None:
+            return self._ends
+        return frozenset(token_id(self.tokenizer, token) for token in self.gen_stop_toks)
 
     def stop_also_at(self, ids: Iterable[int]) -> None:
-        """Adds to `gen_stop_toks`: a model may name end tokens that its tokenizer does not."""
-        self.gen_stop_toks += [self.token_string(token) for token in sorted(frozenset(ids) - self.stop_ids)]
+        """Adds to `gen_stop_toks`: a model may name end tokens that its tokenizer does not.
+
+        An id is added once; what is removed from `gen_stop_toks` afterwards stays removed.
+        """
+        new = frozenset(ids) - self._offered
+        self._offered |= new
+        for token in sorted(new - self.stop_ids):
+            text = self.token_string(token)
+            is_its_name = text != "" and self.tokenizer.convert_tokens_to_ids(text) == token
+            self.gen_stop_toks.append(text if is_its_name else token)
 
     def token_string(self, token: int) -> str:
         """The token with this id; "" when the tokenizer has none."""

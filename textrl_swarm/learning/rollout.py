@@ -105,12 +105,15 @@ def _joined(parts: Sequence[Collected]) -> Collected:
 def sample_responses(policy: Policy, env: PromptEnv, num_prompts: int, sampling: SamplingConfig) -> Sampled:
     """Draws prompts and samples `env.compare_sample` responses to each.
 
-    `sampling.max_new_tokens` below `env.env_max_length` cuts episodes short, which still get their final
-    reward.
+    Responses end at `sampling.stop_token_ids`, or else at the environment's `gen_stop_toks`, to which the
+    policy's end tokens are added once. `sampling.max_new_tokens` below `env.env_max_length` cuts episodes
+    short, which still get their final reward.
     """
     started = time.perf_counter()
     prompts = env.draw(num_prompts)
     stop_ids = sampling.stop_token_ids
+    if stop_ids is None:
+        env.stop_also_at(policy.stop_ids)
     sampling = dataclasses.replace(
         sampling,
         num_samples=env.compare_sample,
@@ -144,15 +147,30 @@ def per_token_rewards(env: PromptEnv, items: Sequence[Item], rollout: RolloutBat
     lengths = rollout.response_lengths
     last = lengths - 1
     if env.asks_sentences:
-        values = env.sentence_rewards([item for item in items for _ in range(samples)], rollout.texts)
+        values = env.sentence_rewards([item for item in items for _ in range(samples)], _texts(env, rollout))
         rewards[torch.arange(len(rollout)), last] = torch.tensor(values)
     else:
-        for p, item in enumerate(items):
-            rows = torch.arange(p * samples, (p + 1) * samples)
-            for env_step, earned, ended in _played(env, item, rollout, rows):
-                at = last[rows] if ended else torch.full((samples,), env_step)
-                rewards[rows, at] += torch.tensor(earned)
+        with env.ending_at(_ends(rollout)):
+            for p, item in enumerate(items):
+                rows = torch.arange(p * samples, (p + 1) * samples)
+                for env_step, earned, ended in _played(env, item, rollout, rows):
+                    at = last[rows] if ended else torch.full((samples,), env_step)
+                    rewards[rows, at] += torch.tensor(earned)
     return rewards, int(lengths.view(len(items), samples).amax(dim=1).sum())
+
+
+def _ends(rollout: RolloutBatch) -> set[int]:
+    """The tokens that ended responses of a rollout; played again, its samples end there and nowhere else."""
+    rows = rollout.terminated.nonzero().flatten()
+    last = rollout.prompt_lengths[rows] + rollout.response_lengths[rows] - 1
+    return set(rollout.tokens[rows, last].tolist())
+
+
+def _texts(env: PromptEnv, rollout: RolloutBatch) -> Sequence[str]:
+    if not env.skip_special_tokens:
+        return rollout.texts
+    rows = rollout.trajectories()
+    return [env.response_text(row.prompt.tolist(), row.response.tolist(), row.terminated) for row in rows]
 
 
 def _played(

@@ -51,7 +51,7 @@ class Policy(ABC):
     hidden_size: int
 
     generation_config: GenerationConfig | None = None
-    """Of the base model, when it came with one."""
+    """What the base model's own `generate` goes by, see `models.texts.generation_config`."""
 
     max_length: int | None = None
     """Most tokens (prompt and response) of one sequence."""
@@ -180,7 +180,7 @@ class Policy(ABC):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a response."""
+        """Token ids that end a response, see `models.texts.stop_ids`."""
         return stop_ids(self.tokenizer, self.generation_config)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

@@ -81,8 +81,7 @@ def generate(decoder: Decoder, prompts: Sequence[PromptLike], sampling: Sampling
     check_lengths(decoder, encoded, sampling.max_new_tokens)
     rows = [torch.tensor(ids) for ids in encoded for _ in range(sampling.num_samples)]
     draws = _draw(len(rows), sampling)
-    stop_ids = decoder.stop_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64)
+    stop = stop_tokens(decoder, sampling)
     pad_token = _pad_token(decoder)
     trajectories: dict[int, Trajectory] = {}
     with torch.no_grad():
@@ -93,6 +92,12 @@ def generate(decoder: Decoder, prompts: Sequence[PromptLike], sampling: Sampling
             trajectories.update(zip(group, batch.trajectories(decoder.tokenizer), strict=True))
     in_order = [trajectories[i] for i in range(len(rows))]
     return RolloutBatch.from_trajectories(in_order, temperature=sampling.temperature, pad_token=pad_token)
+
+
+def stop_tokens(decoder: Decoder, sampling: SamplingConfig) -> Tensor:
+    """(n,) int64, the token ids that end a response: those of `sampling`, or else the decoder's."""
+    ids = decoder.stop_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
+    return torch.tensor(sorted(ids), dtype=torch.int64)
 
 
 def _draw(rows: int, sampling: SamplingConfig) -> Tensor | None:
@@ -169,10 +174,11 @@ class _Batch:
             count = int(self.mask[i].sum())
             prompt = self.tokens[i, :start]
             response = self.tokens[i, start : start + count]
-            text = decode_response(tokenizer, prompt.tolist(), response.tolist())
+            ended = bool(self.terminated[i])
+            text = decode_response(tokenizer, prompt.tolist(), response.tolist(), ended=ended)
             logprobs = self.logprobs[i, :count]
             values = self.values[i, :count]
-            rows.append(Trajectory(prompt, response, logprobs, values, bool(self.terminated[i]), text))
+            rows.append(Trajectory(prompt, response, logprobs, values, ended, text))
         return rows
 
 

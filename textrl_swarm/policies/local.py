@@ -28,6 +28,7 @@ from textrl_swarm.models.adapters import (
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.pretrained import find_tokenizer, load_weights, usable_device
 from textrl_swarm.models.quantization import check_quantized, keep_differentiable, quantization_config
+from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.generation import DecodingSession
@@ -171,7 +172,7 @@ class LocalPolicy(Policy):
         self.tokenizer = tokenizer
         self.lora = lora
         self.device = next(model.parameters()).device
-        self.generation_config = getattr(model, "generation_config", None)
+        self.generation_config = generation_config(model)
         self.rounds_by_batch = getattr(model, "is_loaded_in_8bit", False)
         head = model.get_output_embeddings()
         if head is None:

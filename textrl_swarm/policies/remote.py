@@ -27,6 +27,7 @@ from textrl_swarm.models.adapters import (
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.digests import checkpoint_digests
 from textrl_swarm.models.pretrained import find_tokenizer, require_finite
+from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.swarm import compat
@@ -125,6 +126,7 @@ class RemotePolicy(Policy):
     ):
         self.base_model = str(model.name_or_path)
         self.tokenizer = tokenizer
+        self.generation_config = generation_config(model)
         self.lora = lora
         self.hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size

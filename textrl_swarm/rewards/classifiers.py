@@ -15,6 +15,7 @@ from torch import Tensor
 
 from textrl_swarm.errors import ConfigError, ModelError, closest
 from textrl_swarm.models.base_model import looks_like_path, reason_of
+from textrl_swarm.models.texts import encode_text
 from textrl_swarm.types import Item
 
 if TYPE_CHECKING:
@@ -182,9 +183,9 @@ class RewardModel:
     @torch.no_grad()
     def _batch(self, texts: list[str]) -> Tensor:
         texts = [text or self._blank for text in texts]
-        inputs = self._tokenizer(
-            texts, return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens
-        )
+        limits = {"truncation": True, "max_length": self._max_tokens}
+        encoded = [encode_text(self._tokenizer, text, **limits) for text in texts]
+        inputs = self._tokenizer.pad(encoded, return_tensors="pt")
         with self._pads_alike():
             logits = self._classifier(**inputs.to(self._classifier.device)).logits.float()
         if self._index is None:

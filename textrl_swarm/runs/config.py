@@ -83,6 +83,10 @@ class TrainConfig:
     reward_timeout_s: float | None = None
     """A reward that takes longer than these seconds is an error; null = wait for ever."""
 
+    skip_special_tokens: bool = False
+    """True = rewards of either form see no special tokens; false = they see all of them (<think>, where that
+    is one), except that a text ends before the special token that ended the response."""
+
     keep_checkpoints: int = 2
     """The newest n checkpoints stay on disk."""
 

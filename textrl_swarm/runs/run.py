@@ -153,9 +153,11 @@ class Run:
             max_length=config.sampling.max_new_tokens,
             compare_sample=config.sampling.num_samples,
             reward_timeout_s=config.train.reward_timeout_s,
+            skip_special_tokens=config.train.skip_special_tokens,
         )
         self.env.seed(config.seed)
-        self.env.stop_also_at(policy.stop_ids)
+        if config.sampling.stop_token_ids is None:
+            self.env.stop_also_at(policy.stop_ids)  # an impossible stop token ends the command here
         prompts = [prompt.ids for prompt in self.env.prompts()]
         check_lengths(policy, prompts, config.sampling.max_new_tokens)
         self.learner = Learner(policy, config.ppo, config.sampling)

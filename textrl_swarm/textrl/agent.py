@@ -19,7 +19,7 @@ from textrl_swarm.errors import ConfigError, RewardError
 from textrl_swarm.learning.learner import Learner
 from textrl_swarm.learning.ppo import PPO, MakeOptimizer
 from textrl_swarm.policies.base import Policy
-from textrl_swarm.policies.generation import DecodingSession, check_lengths, sample_next
+from textrl_swarm.policies.generation import DecodingSession, check_lengths, sample_next, stop_tokens
 from textrl_swarm.textrl.door import BatchAgent
 from textrl_swarm.types import RolloutBatch, Trajectory
 
@@ -159,7 +159,7 @@ class PPOAgent(BatchAgent):
             if episode is not None:
                 episode.close()
             max_new_tokens = getattr(obs, "max_new_tokens", self.sampling.max_new_tokens)
-            episode = self._acting[key] = _Episode(self.policy, max_new_tokens)
+            episode = self._acting[key] = _Episode(self.policy, max_new_tokens, self.sampling)
         with torch.no_grad():
             hidden = episode.advance(obs)
             draws = None
@@ -197,9 +197,10 @@ class PPOAgent(BatchAgent):
 class _Episode:
     """C samples of one prompt while they are being chosen: their session, and what was chosen and earned."""
 
-    def __init__(self, policy: Policy, max_new_tokens: int):
+    def __init__(self, policy: Policy, max_new_tokens: int, sampling: SamplingConfig):
         self._policy = policy
         self._max_new_tokens = max_new_tokens
+        self._sampling = sampling
         self._resources = contextlib.ExitStack()
         self._session: DecodingSession | None = None
         self.prompt: list[int] = []
@@ -263,8 +264,8 @@ class _Episode:
         """Notes the rewards of the last action, a number or one per sample.
 
         Args:
-            terminated: which samples a stop token has ended, by the environment; None = by the policy's stop
-                tokens.
+            terminated: which samples a stop token has ended, by the environment; None = by the stop tokens
+                of sampling, or else the policy's.
         """
         count = len(self.chosen[-1])
         rewards = np.asarray(reward, dtype=np.float64).reshape(-1)
@@ -272,8 +273,8 @@ class _Episode:
             raise RewardError(f"observe() takes a finite number, or one per sample ({count}), got {reward!r}")
         self.rewards.append(np.broadcast_to(rewards, count).tolist())
         if terminated is None:
-            stop_ids = torch.tensor(sorted(self._policy.stop_ids), dtype=torch.int64)
-            self.ended = self.ended | torch.isin(self.chosen[-1], stop_ids)
+            stop = stop_tokens(self._policy, self._sampling)
+            self.ended = self.ended | torch.isin(self.chosen[-1], stop)
         else:
             self.ended = self.ended | torch.as_tensor(terminated)
 

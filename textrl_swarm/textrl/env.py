@@ -37,9 +37,11 @@ class TextRLEnv(PromptEnv):
             a sentence reward `f(items, texts)` that is asked once per rollout; rows come prompt by prompt,
             `compare_sample` samples each.
         reward_timeout_s: a reward that takes longer is an error; None = wait for ever.
+        skip_special_tokens: rewards of either form see no special tokens; False = they see all of them,
+            except that a text ends before the special token that ended the response.
 
     Attributes:
-        gen_stop_toks: token strings that end a response; may be changed at any time.
+        gen_stop_toks: tokens that end a response, as strings or ids; may be changed at any time.
         input_item: the prompt's dict of the episode under way. While a rollout is rewarded, this and the
             next two belong to the episode that the reward is asked about.
         predicted: per sample its token strings so far.
@@ -63,6 +65,7 @@ class TextRLEnv(PromptEnv):
         *,
         reward: StepReward | SentenceReward | None = None,
         reward_timeout_s: float | None = None,
+        skip_special_tokens: bool = False,
     ):
         self.model = model
         self.observation_space = observation_input
@@ -83,6 +86,7 @@ class TextRLEnv(PromptEnv):
             compare_sample=compare_sample,
             reward_timeout_s=reward_timeout_s,
             reward_name="get_reward" if reward is None else None,
+            skip_special_tokens=skip_special_tokens,
         )
         if reward is None and not overridden:
             logger.warning(

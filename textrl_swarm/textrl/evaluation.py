@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,26 @@ class _Evaluation:
         self.evaluated_at: int | None = None
 
     def evaluate_if_due(self, t: int, episodes: int) -> None:
-        with self._env.shortened(self._max_length):
+        with self._as_in_training():
             score = self._evaluator.evaluate_if_necessary(t=t, episodes=episodes)
         if score is not None:
             self._note(t, score)
 
     def evaluate(self, t: int, episodes: int) -> None:
-        with self._env.shortened(self._max_length):
+        with self._as_in_training():
             self._note(t, self._evaluator.evaluate_and_update_max_score(t, episodes))
+
+    @contextlib.contextmanager
+    def _as_in_training(self) -> Iterator[None]:
+        """Inside, episodes end where those of rollouts do."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._env.shortened(self._max_length))
+            stop_ids = self._agent.sampling.stop_token_ids
+            if stop_ids is None:
+                self._env.stop_also_at(self._agent.policy.stop_ids)
+            else:
+                stack.enter_context(self._env.ending_at(stop_ids))
+            yield
 
     def _note(self, t: int, score: float) -> None:
         self.evaluated_at = t

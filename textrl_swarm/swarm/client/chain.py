@@ -216,7 +216,7 @@ class BlockChain:
                 attempts.lost_adapter()
                 continue
             except ServerFailed as error:
-                self.router.report_failure(span.peer)
+                self.router.report_failure(span.peer, error)
                 await attempts.pause(error)
                 continue
             self.router.report_success(span.peer)
@@ -245,7 +245,7 @@ class BlockChain:
                 trail.append((span, inputs))
                 continue
             except ServerFailed as error:
-                self.router.report_failure(span.peer)
+                self.router.report_failure(span.peer, error)
                 await attempts.pause(error)
                 # Other servers take over, however many that takes: their inputs come from running the span
                 # again.

@@ -62,6 +62,8 @@ class _Failures:
     banned_until: float
     """In time.monotonic seconds."""
 
+    last: ServerFailed | None = None
+
     @property
     def is_banned(self) -> bool:
         return self.banned_until > time.monotonic()
@@ -130,7 +132,7 @@ class Router:
                 )
             await asyncio.sleep(_POLL_S)
 
-    def report_failure(self, peer: PeerID) -> None:
+    def report_failure(self, peer: PeerID, error: ServerFailed | None = None) -> None:
         """Routes around this server for a while, and inspects it again before it is used. Requests that fail
         together count once.
         """
@@ -139,7 +141,7 @@ class Router:
         if earlier.is_banned:
             return
         ban_s = min(_BAN_S * 2**earlier.in_a_row, _MAX_BAN_S)
-        self._failures[peer] = _Failures(earlier.in_a_row + 1, time.monotonic() + ban_s)
+        self._failures[peer] = _Failures(earlier.in_a_row + 1, time.monotonic() + ban_s, error)
 
     def report_success(self, peer: PeerID) -> None:
         """Forgets this server's failures."""
@@ -157,7 +159,7 @@ class Router:
                     reason = await self._inspect(span, self.uids[span.start])
                 except ServerFailed as error:
                     logger.warning("%s", error)
-                    self.report_failure(span.peer)
+                    self.report_failure(span.peer, error)
                     continue
                 if reason is not None:
                     logger.warning("%s; it is not used", reason)
@@ -236,6 +238,9 @@ class Router:
             if others and not self._spans:
                 served = ", ".join(map(repr, others))
                 message += f"this swarm serves {served}: pass dht_prefix= if you mean one of them, or "
+            failing = [span for span in self._spans if span.start <= missing[0] < span.stop]
+            for failure in (self._failures.get(span.peer, _NO_FAILURES).last for span in failing):
+                message += f"{failure}; " if failure is not None else ""
             message += (
                 "start a server: textrl-swarm serve MODEL "
                 f"--block_indices {missing[0]}:{missing[-1] + 1} --initial-peers ..."

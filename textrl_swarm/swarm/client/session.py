@@ -74,7 +74,7 @@ class GenerationSession:
                 attempts.lost_adapter()
                 await self._drop_stream(leg)
             except ServerFailed as error:
-                self._chain.router.report_failure(leg.span.peer)
+                self._chain.router.report_failure(leg.span.peer, error)
                 await self._drop_stream(leg)
                 await attempts.pause(error)
                 spans = await self._route(leg.span.start, leg.span.stop, attempts)
