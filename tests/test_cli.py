@@ -17,12 +17,14 @@ import psutil
 import pytest
 import torch
 import typer
-from architectures import tiny_model
+from architectures import character_tokenizer, tiny_model
 from safetensors.torch import load_file
 
 from textrl_swarm import cli
 from textrl_swarm.config import LoraSettings
+from textrl_swarm.errors import ServerFailed
 from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.swarm.client.rpc import ServerCalls
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -222,6 +224,76 @@ def test_every_public_name_is_there():
         assert getattr(textrl_swarm, name).__name__ == name
     with pytest.raises(AttributeError, match="No textrl_swarm attribute TextRLenv"):
         _ = textrl_swarm.TextRLenv
+
+
+def run_file(directory: Path, model: Path, **changes) -> Path:
+    """The least run.yaml."""
+    (directory / "rewards.py").write_text("def score(items, texts):\n    return [0.0 for text in texts]\n")
+    values = {
+        "model": str(model), "prompts": ["az"], "reward": f"{directory}/rewards.py:score", "output": str(directory / "run"),
+        "sampling": {"max_new_tokens": 3}, "train": {"iterations": 1, "prompts_per_iteration": 1, "report_to": []},
+    }  # fmt: skip
+    (directory / "run.yaml").write_text(json.dumps({**values, **changes}))
+    return directory / "run.yaml"
+
+
+@pytest.mark.parametrize("do_sample", ["true", "false"])
+def test_logits_that_are_no_numbers_are_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path, do_sample):
+    """One word's embedding is damaged: the model loads, and the prompt has that word."""
+    model, tokenizer = tiny_model("llama"), character_tokenizer()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("z")] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = run_file(tmp_path, tmp_path / "model")
+    assert main(monkeypatch, "train", config, "--set", f"sampling.do_sample={do_sample}") == 1
+    said = capsys.readouterr()
+    assert (
+        "error: rows [0, 1, 2, 3] of the model's logits hold NaN" in said.err and "Traceback" not in said.err
+    )
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("do_sample", ["true", "false"])
+def test_a_swarm_whose_numbers_are_none(monkeypatch, capsys, tmp_path, tiny_bloom, two_servers, do_sample):
+    original = ServerCalls.open_generation
+
+    async def open_generation(self, *args, **options):
+        stream = await original(self, *args, **options)
+
+        async def step(hidden):
+            raise ServerFailed("server X returned NaN or infinite numbers")
+
+        stream.step = step
+        return stream
+
+    monkeypatch.setattr(ServerCalls, "open_generation", open_generation)
+    swarm = {
+        "initial_peers": two_servers.initial_peers, "dht_prefix": two_servers.dht_prefix,
+        "timeouts": {"connect_s": 5, "request_s": 10, "discovery_s": 10, "recovery_s": 3},
+    }  # fmt: skip
+    config = run_file(tmp_path, tiny_bloom(seed=1), swarm=swarm)
+    assert main(monkeypatch, "train", config, "--set", f"sampling.do_sample={do_sample}") == 1
+    said = capsys.readouterr().err
+    assert "returned NaN or infinite numbers" in said.split("error:")[1] and "Traceback" not in said
+
+
+def test_a_stop_string_of_the_model_that_is_no_token(monkeypatch, capsys, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    written = tmp_path / "model" / "generation_config.json"
+    written.write_text(json.dumps({"eos_token_id": 0, "stop_strings": ["the end"]}))
+    config = run_file(tmp_path, tmp_path / "model")
+    assert main(monkeypatch, "train", config) == 1
+    assert (
+        "'the end' is not one token: the tokenizer splits it into ['t', 'h', 'e'" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["textrl-swarm", "train", str(config), "--set", "sampling.stop_token_ids=[0]"]
+    )
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    assert (tmp_path / "run" / "summary.json").is_file(), "ids are the way out"
 
 
 # ------------------------------------------------------------------------------------------------------ serve

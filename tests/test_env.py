@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from architectures import EOS, character_tokenizer
-from test_texts import metaspace
+from test_texts import llama_like, metaspace
 
 from textrl_swarm.errors import ConfigError, PromptError, RewardError
 from textrl_swarm.learning.rollout import per_token_rewards
+from textrl_swarm.models.texts import decode_response
 from textrl_swarm.textrl.env import TextRLEnv
-from textrl_swarm.types import RolloutBatch
+from textrl_swarm.types import RolloutBatch, Trajectory
 
 TOKENIZER = character_tokenizer()
 A, B, C = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "abc")
@@ -539,6 +540,16 @@ def test_a_sample_that_has_ended_earns_nothing_until_the_end():
     assert played(env, PROMPTS[0], [[EOS], [A, B, C]]) == [[2.0, 2.0], [0.0, 2.0], [2.0, 2.0]]
 
 
+def test_the_users_own_text_of_a_prompt_gets_no_second_bos():
+    tokenizer = llama_like()
+    render = lambda item: tokenizer.apply_chat_template(item["chat"], tokenize=False)  # noqa: E731
+    cls = type("Chats", (Quiet,), {"get_obs_input": lambda self, item: render(item)})
+    chat = [{"role": "user", "content": "a b"}]
+    expected = tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
+    assert cls(None, tokenizer, [{"chat": chat}]).reset()[0] == expected
+    assert TextRLEnv(None, tokenizer, [render({"chat": chat})]).reset()[0] == expected
+
+
 @pytest.mark.parametrize("name", ["get_obs_input", "gat_obs_input"])
 def test_an_environment_may_say_where_a_prompts_text_is(name):
     cls = type("Asks", (Quiet,), {name: lambda self, item: "Q " + item["question"]})
@@ -578,6 +589,60 @@ def test_sentences_keep_the_space_between_prompt_and_response():
     )
     env.step([4]), env.step([3])
     assert heard == [" c b"]
+
+
+# --------------------------------------------------------------------------------- special tokens
+
+
+def thinking():
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    return tokenizer, tokenizer.convert_tokens_to_ids("<think>")
+
+
+@pytest.mark.parametrize("whole_rollout", [True, False])
+@pytest.mark.parametrize(
+    ("skip", "tokens", "texts"),
+    [
+        (False, [["<think>", "a", "</s>"], ["b", "<pad>", "<think>"]], ["<think>a", "b<think>"]),
+        (True, [["a"], ["b"]], ["a", "b"]),
+    ],
+)
+def test_both_forms_of_reward_see_special_tokens_or_neither_does(skip, tokens, texts, whole_rollout):
+    """<think> is for rewards. Markers such as padding and the end are tokens, which TextRL's form lists, and no text."""
+    tokenizer, think = thinking()
+    rows = [[think, A, EOS], [B, 1, think]]
+    heard = []
+
+    def sentences(items, texts):
+        heard.append(list(texts))
+        return [0.0] * len(texts)
+
+    def steps(input_item, predicted_list, finish):
+        if finish:
+            heard.append(predicted_list)
+        return [0.0] * len(predicted_list)
+
+    for reward, expected in ((sentences, texts), (steps, tokens)):
+        env = TextRLEnv(
+            None, tokenizer, ["c"], max_length=3, compare_sample=2, reward=reward, skip_special_tokens=skip
+        )
+        if whole_rollout:
+            prompt = torch.tensor(env.prompts()[0].ids)
+            decoded = [decode_response(tokenizer, prompt.tolist(), row, ended=row[-1] == EOS) for row in rows]
+            zeros = torch.zeros(3)
+            trajectories = [
+                Trajectory(prompt, torch.tensor(row), zeros, zeros, row[-1] == EOS, text)
+                for row, text in zip(rows, decoded, strict=True)
+            ]
+            batch = RolloutBatch.from_trajectories(trajectories, temperature=1.0)
+            per_token_rewards(env, [env.item("c")], batch)
+        else:
+            for action in zip(*rows, strict=True):
+                *_, info = env.step(list(action))
+            assert info["predicted_str"] == ["<think>a</s>", "b<pad><think>"]
+        assert heard.pop() == expected
+    assert not heard
 
 
 def test_spaces_of_gym_and_vector_environments_of_pfrl():

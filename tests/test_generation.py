@@ -8,7 +8,7 @@ import torch
 from architectures import ARCHITECTURES, EOS, PAD, VOCAB, character_tokenizer, perturb, tiny_model
 
 from textrl_swarm.config import SamplingConfig
-from textrl_swarm.errors import PromptError
+from textrl_swarm.errors import NumericsError, PromptError
 from textrl_swarm.policies.loading import load_policy
 
 PROMPTS = [[5, 9, 12, 7, 30, 21, 8], [17], [4, 4, 31], [22, 40, 3, 11]]
@@ -497,3 +497,24 @@ def test_a_sequence_may_fill_the_model(monkeypatch):
         match="prompt 0 has 11 tokens; with max_new_tokens=10 that makes 21, but the model allows 20",
     ):
         policy.generate([[5] * 11], sampling)
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_logits_that_are_no_numbers_end_sampling_with_our_error(bad):
+    """Whichever filter the logits pass first: a NaN must not become a token."""
+    with policy_of() as policy:
+        with torch.no_grad():
+            for name, parameter in policy.adapter_parameters().items():
+                if "down_proj" in name and "layers.2" in name:
+                    parameter.fill_(bad)
+        filters = {"top_k": 3, "top_p": 0.5, "repetition_penalty": 2.0, "temperature": 0.1}
+        for settings in ({}, *({name: value} for name, value in filters.items()), filters):
+            for do_sample in (True, False):
+                sampling = SamplingConfig(max_new_tokens=3, do_sample=do_sample, seed=1, **settings)
+                with pytest.raises(
+                    NumericsError, match=r"hold NaN, \+inf .* so no token can be drawn: the weights or"
+                ):
+                    policy.generate(["ab"], sampling)

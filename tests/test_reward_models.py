@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import VOCAB, character_tokenizer
+from test_texts import llama_like
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -102,6 +103,30 @@ def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(t
     assert not 0.9 < sum(scores[0] for scores in expected.values()) < 1.1, (
         "they add up to 1 as exclusive labels do: this shows nothing"
     )
+
+
+@pytest.mark.parametrize("model_type", sorted(SIZES))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_that_begins_with_cls_or_is_a_rendered_chat_is_read_once(tmp_path, model_type, side):
+    """As the model was trained on it: without a second [CLS] or BOS."""
+    directory = classifier(tmp_path, model_type)
+    tokenizer = llama_like()
+    tokenizer.add_special_tokens({"pad_token": "<unk>"})
+    tokenizer.padding_side = side
+    chat = [{"role": "user", "content": "a b c"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids = tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        expected = [
+            model(input_ids=torch.tensor([row])).logits[0].softmax(0)[2].item() for row in (ids, [0, 5, 6])
+        ]
+    reward = reward_model(directory, "positive", tokenizer=tokenizer)
+    plain = tokenizer.decode([5, 6])
+    assert reward.score([rendered, plain]) == pytest.approx(expected, abs=1e-5)
+    items, texts = [{"input": rendered[:10]}], [rendered[10:]]
+    assert reward(items, texts) == pytest.approx(expected[:1], abs=1e-5)
 
 
 @pytest.mark.parametrize("model_type", sorted(SIZES))

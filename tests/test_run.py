@@ -20,6 +20,7 @@ import torch
 from architectures import character_tokenizer, tiny_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from textrl_swarm.commands.train import train_command
 from textrl_swarm.errors import (
@@ -46,6 +47,19 @@ def vowels(items, texts):
 
 def per_token(input_item, predicted_list, finish):
     return [float("a" in tokens[-1]) for tokens in predicted_list]
+"""
+
+
+SEEN = """
+seen = []
+
+def sentences(items, texts):
+    seen.extend(texts)
+    return [0.0 for text in texts]
+
+def steps(input_item, predicted_list, finish):
+    seen.extend(map("".join, predicted_list))
+    return 0.0
 """
 
 
@@ -726,3 +740,22 @@ def test_samples_are_the_first_of_each_prompt(configure):
         iteration.collected.rollout.texts[0],
         iteration.collected.rollout.texts[2],
     ]
+
+
+@pytest.mark.parametrize("form", ["sentences", "steps"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_special_tokens_in_rewards(configure, tiny_bloom, form, skip):
+    Path("seen.py").write_text(SEEN)
+    model = shutil.copytree(tiny_bloom(seed=5, layers=2, hidden=32, vocab=48), "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["e"]})  # a token that is said now and then
+    tokenizer.save_pretrained(model)
+    config = configure(
+        "runs/special", f"train.skip_special_tokens={str(skip).lower()}", "sampling.temperature=9",
+        "sampling.max_new_tokens=24", "train.iterations=1", f"model={model}", reward=f"seen.py:{form}",
+    )  # fmt: skip
+    ingredients = read_ingredients(config)
+    with open_policy(config, ingredients.model) as policy:
+        list(Run(config, ingredients, policy).iterations())
+    seen = ingredients.reward.__globals__["seen"]
+    assert seen and any("e" in text for text in seen) != skip

@@ -73,16 +73,20 @@ def test_prompt_and_response_are_together_what_the_tokens_say(prompt):
 
 
 def test_special_tokens_of_a_response():
-    """The one that ended the response is no part of the text; the others are, unless they are to be skipped."""
+    """Markers are no text, nor is what ended the response; other special tokens are, unless they are to be skipped."""
     tokenizer = metaspace()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    prompt, response = encode_prompt(tokenizer, "a"), [6, 3, 6, 0]
-    assert decode_response(tokenizer, prompt, response) == "<think> b<think>"
-    assert decode_response(tokenizer, prompt, response[:-1], ended=False) == "<think> b<think>"
-    assert decode_response(tokenizer, prompt, response, ended=False) == "<think> b<think></s>"
-    assert decode_response(tokenizer, prompt, response, skip_special_tokens=True) == " b"
-    assert decode_response(tokenizer, prompt, [3, 5]) == " bd", "an ordinary token that ends stays"
-    assert decode_response(tokenizer, prompt, []) == ""
+    prompt = encode_prompt(tokenizer, "a")
+    for response, ended, text, skipped in (
+        ([6, 3, 6, 0], True, "<think> b<think>", " b"),
+        ([6, 3, 6], False, "<think> b<think>", " b"),
+        ([6, 3, 6], True, "<think> b", " b"),
+        ([3, 0, 1, 4], False, " b c", " b c"),
+        ([3, 5], True, " bd", " bd"),  # an ordinary token that ended it
+        ([], False, "", ""),
+    ):
+        assert decode_response(tokenizer, prompt, response, ended=ended) == text
+        assert decode_response(tokenizer, prompt, response, ended=ended, skip_special_tokens=True) == skipped
 
 
 def test_half_a_character_at_the_border():

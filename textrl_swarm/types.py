@@ -56,7 +56,7 @@ class Trajectory:
     """Whether the response ended with an end token."""
 
     text: str = ""
-    """The decoded response, without the special token that ended it."""
+    """The decoded response, see `models.texts.decode_response`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RolloutBatch:
     computed it. For inspection: the update recomputes its own."""
 
     texts: tuple[str, ...]
-    """(B,) decoded responses, without the special tokens that ended them."""
+    """(B,) decoded responses, see `models.texts.decode_response`."""
 
     temperature: float
     """Logits were divided by it before sampling; scoring must do the same."""

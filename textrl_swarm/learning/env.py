@@ -64,8 +64,8 @@ class PromptEnv:
         compare_sample: responses to the same prompt in one episode.
         reward_timeout_s: a reward that takes longer is an error; None = wait for ever.
         reward_name: for messages; None = the reward's own.
-        skip_special_tokens: rewards of either form see no special tokens; False = they see all of them,
-            except that a text ends before the special token that ended the response.
+        skip_special_tokens: rewards of either form see no special tokens. False = they see them (<think>,
+            where that is one); markers such as the end token are tokens of a step reward, and no text.
 
     Attributes:
         gen_stop_toks: tokens that end a response, as strings or ids; may be changed at any time.

@@ -16,6 +16,7 @@ from textrl_swarm.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+_MARKERS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _CONTENT = "textrl-swarm"  # of a message whose place in a chat template is looked for
 
 
@@ -160,28 +161,41 @@ def decode_response(
     ended: bool = True,
     skip_special_tokens: bool = False,
 ) -> str:
-    """The text that a response adds to its prompt: prompt and text are together what the tokens say.
+    """The text that a response adds to its prompt: prompt and text are together what the tokens say. Tokens
+    that only mark something for the model (end, padding, unknown, ...) are no text.
 
     Tokenizers of the SentencePiece kind drop the space before a text's first word; decoded alone, a response
     would lose it.
 
     Args:
-        ended: whether the last token ended the response. A special token that did is no part of the text.
+        ended: whether the last token ended the response; a special token that did is no text either.
         skip_special_tokens: leave out every special token, such as <think> where that is one.
     """
     if tokenizer is None:
         return ""
-    if ended and response and response[-1] in special_ids(tokenizer):
+    special = special_ids(tokenizer)
+    if ended and response and response[-1] in special:
         response = response[:-1]
-    before = tokenizer.decode(list(prompt), skip_special_tokens=skip_special_tokens)
-    whole = tokenizer.decode([*prompt, *response], skip_special_tokens=skip_special_tokens)
+    markers = {getattr(tokenizer, f"{name}_token_id", None) for name in _MARKERS}
+    hidden = special if skip_special_tokens else markers
+
+    def text_of(ids: Sequence[int]) -> str:
+        return tokenizer.decode([token for token in ids if token not in hidden])
+
+    before = text_of(prompt)
+    whole = text_of([*prompt, *response])
     if whole.startswith(before):
         return whole[len(before) :]
+<<<<<<< HEAD
     # The first token changed how the prompt's last one is read.
     return tokenizer.decode(list(response), skip_special_tokens=skip_special_tokens)
+=======
+    return text_of(response)  # the first token changed how the prompt's last one is read
+>>>>>>> ac0e101 (Rewards see <think>, or skip every special token; a swarm whose servers keep failing names the failure)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the tokens that `decode(..., skip_special_tokens=True)` leaves out."""
-    added = tokenizer.added_tokens_decoder
-    return frozenset([*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)])
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = getattr(tokenizer, "all_special_ids", ())
+    return frozenset([*named, *(i for i, token in added.items() if token.special)])

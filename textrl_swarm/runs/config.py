@@ -84,8 +84,8 @@ class TrainConfig:
     """A reward that takes longer than these seconds is an error; null = wait for ever."""
 
     skip_special_tokens: bool = False
-    """True = rewards of either form see no special tokens; false = they see all of them (<think>, where that
-    is one), except that a text ends before the special token that ended the response."""
+    """True = rewards of either form see no special tokens. False = they see them (<think>, where that is one);
+    markers such as the end token are tokens of a step reward, and no text."""
 
     keep_checkpoints: int = 2
     """The newest n checkpoints stay on disk."""

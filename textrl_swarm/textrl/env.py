@@ -37,8 +37,8 @@ class TextRLEnv(PromptEnv):
             a sentence reward `f(items, texts)` that is asked once per rollout; rows come prompt by prompt,
             `compare_sample` samples each.
         reward_timeout_s: a reward that takes longer is an error; None = wait for ever.
-        skip_special_tokens: rewards of either form see no special tokens; False = they see all of them,
-            except that a text ends before the special token that ended the response.
+        skip_special_tokens: rewards of either form see no special tokens. False = they see them (<think>,
+            where that is one); markers such as the end token are tokens of a step reward, and no text.
 
     Attributes:
         gen_stop_toks: tokens that end a response, as strings or ids; may be changed at any time.
