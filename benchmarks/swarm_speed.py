@@ -77,14 +77,13 @@ def make_contenders(
     from petals import DistributedBloomForCausalLM
 
     prompt = [list(range(10, 18))] * options.rows
-    sampling = SamplingConfig(max_new_tokens=options.new_tokens, do_sample=False)
+    # Nothing ends early: all contenders do the same work.
+    sampling = SamplingConfig(max_new_tokens=options.new_tokens, do_sample=False, stop_token_ids=())
     tokens = torch.randint(2, 100, (options.rows, 40))
     remote = stack.enter_context(
         load_policy(model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8))
     )
     local = stack.enter_context(load_policy(model, lora=LoraSettings(r=8)))
-    # Without an end token nothing ends early: all contenders do the same work.
-    remote.tokenizer = local.tokenizer = None
     stock = DistributedBloomForCausalLM.from_pretrained(
         model, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix, show_route=False
     )

@@ -189,10 +189,9 @@ def test_bytes_are_those_of_a_real_iteration(
     monkeypatch.setattr("textrl_swarm.swarm.client.chain.MICRO_BATCH_TOKENS", micro_batch_tokens)
     prompts, sampling = (
         [[5, 6, 7, 8, 9, 10, 11]] * 3,
-        SamplingConfig(max_new_tokens=12, num_samples=2, seed=0),
+        SamplingConfig(max_new_tokens=12, num_samples=2, seed=0, stop_token_ids=()),  # of full length
     )
     with load_policy(two_servers.model, initial_peers=two_servers.initial_peers, lora=lora) as policy:
-        policy.tokenizer = None  # no end token: every response has full length
         ppo = PPO(policy, PPOConfig(epochs=2, minibatch_size=minibatch_size, lr=1e-2))
         for _ in range(2):
             before = {"sent": policy.traffic.sent.copy(), "received": policy.traffic.received.copy()}

@@ -186,12 +186,8 @@ def decode_response(
     whole = text_of([*prompt, *response])
     if whole.startswith(before):
         return whole[len(before) :]
-<<<<<<< HEAD
     # The first token changed how the prompt's last one is read.
-    return tokenizer.decode(list(response), skip_special_tokens=skip_special_tokens)
-=======
-    return text_of(response)  # the first token changed how the prompt's last one is read
->>>>>>> ac0e101 (Rewards see <think>, or skip every special token; a swarm whose servers keep failing names the failure)
+    return text_of(response)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
