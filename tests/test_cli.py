@@ -230,8 +230,9 @@ def run_file(directory: Path, model: Path, **changes) -> Path:
     """The least run.yaml."""
     (directory / "rewards.py").write_text("def score(items, texts):\n    return [0.0 for text in texts]\n")
     values = {
-        "model": str(model), "prompts": ["az"], "reward": f"{directory}/rewards.py:score", "output": str(directory / "run"),
-        "sampling": {"max_new_tokens": 3}, "train": {"iterations": 1, "prompts_per_iteration": 1, "report_to": []},
+        "model": str(model), "prompts": ["az"], "reward": f"{directory}/rewards.py:score",
+        "output": str(directory / "run"), "sampling": {"max_new_tokens": 3},
+        "train": {"iterations": 1, "prompts_per_iteration": 1, "report_to": []},
     }  # fmt: skip
     (directory / "run.yaml").write_text(json.dumps({**values, **changes}))
     return directory / "run.yaml"

@@ -609,7 +609,7 @@ def thinking():
     ],
 )
 def test_both_forms_of_reward_see_special_tokens_or_neither_does(skip, tokens, texts, whole_rollout):
-    """<think> is for rewards. Markers such as padding and the end are tokens, which TextRL's form lists, and no text."""
+    """<think> is for rewards. Padding and the end are tokens, which TextRL's form lists, and no text."""
     tokenizer, think = thinking()
     rows = [[think, A, EOS], [B, 1, think]]
     heard = []

@@ -1,4 +1,4 @@
-"""What ends a response: what ends transformers' own `generate`, from each place where it may be written, here and in a swarm."""
+"""A response ends where transformers' own `generate` ends, wherever that is written, here and in a swarm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def with_images(directory: Path) -> Path:
     """A model whose language model has a configuration of its own inside config.json."""
     text = {**CONFIGS["llama"][1], "vocab_size": VOCAB, "head_dim": 8, "pad_token_id": 1}
     vision = {
-        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14,
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16,
+        "image_size": 28, "patch_size": 14,
     }  # fmt: skip
     config = AutoConfig.for_model(
         "gemma3", text_config=text, vision_config=vision, image_token_index=47, mm_tokens_per_image=4
@@ -51,7 +52,10 @@ def with_images(directory: Path) -> Path:
 
 
 def write(directory: Path, generation: dict | None, **config) -> None:
-    """Makes `generation` the generation_config.json, None = none, and changes keys of config.json; of a nested one by `text_config`."""
+    """Makes `generation` the generation_config.json (None = none) and changes keys of config.json.
+
+    `text_config` changes keys of the nested configuration.
+    """
     path = directory / "generation_config.json"
     path.unlink(missing_ok=True) if generation is None else path.write_text(json.dumps(generation))
     before = json.loads((directory / "config.json").read_text())
@@ -67,7 +71,8 @@ def generated(model, stop: object = None) -> list[list[int]]:
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, pad_token_id=1, **options
+            ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=NEW, pad_token_id=1, **options,
         )  # fmt: skip
         rows.append(found[0, len(prompt) :].tolist())
     return rows
@@ -100,7 +105,9 @@ PLACES = {
     "config.json": (llama, lambda ids: (None, {"eos_token_id": ids})),
     "config.json, one": (llama, lambda ids: (None, {"eos_token_id": ids[1]})),
     "config.json, minus one": (llama, lambda ids: ({"eos_token_id": -1}, {})),
-    "text_config": (with_images, lambda ids: (None, {"eos_token_id": None, "text_config": {"eos_token_id": ids}})),
+    "text_config": (
+        with_images, lambda ids: (None, {"eos_token_id": None, "text_config": {"eos_token_id": ids}}),
+    ),
     "text_config, one": (
         with_images,
         lambda ids: (None, {"eos_token_id": None, "text_config": {"eos_token_id": ids[0]}}),
@@ -131,7 +138,9 @@ def _named(model) -> set[int]:
     return set(listed if isinstance(listed, list) else [listed]) - {None, -1}
 
 
-@pytest.mark.parametrize("as_one_of", [list, tuple, torch.tensor, lambda ids: ids[0]], ids=["list", "tuple", "tensor", "int"])  # fmt: skip
+@pytest.mark.parametrize(
+    "as_one_of", [list, tuple, torch.tensor, lambda ids: ids[0]], ids=["list", "tuple", "tensor", "int"]
+)
 def test_the_configuration_of_a_model_object(as_one_of):
     model = tiny_model("llama")
     model.generation_config = GenerationConfig(eos_token_id=as_one_of(chosen_ends(model)), pad_token_id=1)

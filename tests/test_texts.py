@@ -32,7 +32,10 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def llama_like(prepend: str = "first") -> PreTrainedTokenizerFast:
-    """Puts <s> before every text; <s>, [/INST] and </s> in a text are tokens. With a chat template that writes <s> itself."""
+    """Puts <s> before every text; <s>, [/INST] and </s> in a text are tokens.
+
+    Its chat template writes <s> itself.
+    """
     pieces = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", *(f"▁{c}" for c in "abc"), *"abc:\n", "▁", "U"]
     tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", c) for c in "abc"], unk_token="<unk>")
@@ -45,8 +48,10 @@ def llama_like(prepend: str = "first") -> PreTrainedTokenizerFast:
         additional_special_tokens=["[INST]", "[/INST]"],
     )  # fmt: skip
     wrapped.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     return wrapped
 
@@ -73,7 +78,7 @@ def test_prompt_and_response_are_together_what_the_tokens_say(prompt):
 
 
 def test_special_tokens_of_a_response():
-    """Markers are no text, nor is what ended the response; other special tokens are, unless they are to be skipped."""
+    """Markers are no text, nor is what ended the response; other special tokens are, unless skipped."""
     tokenizer = metaspace()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     prompt = encode_prompt(tokenizer, "a")
@@ -127,7 +132,9 @@ _SYSTEM = "{% if messages[0].role != 'system' %}[INST]a b[/INST]{% endif %}" + _
 
 
 @pytest.mark.parametrize("prepend", ["first", "always"])
-@pytest.mark.parametrize("template", [None, _PLAIN, _MARKED, _SYSTEM], ids=["its own", "plain", "marked", "system"])  # fmt: skip
+@pytest.mark.parametrize(
+    "template", [None, _PLAIN, _MARKED, _SYSTEM], ids=["its own", "plain", "marked", "system"]
+)
 def test_a_rendered_chat_is_encoded_as_apply_chat_template_does(template, prepend):
     tokenizer = llama_like(prepend)
     tokenizer.chat_template = template or tokenizer.chat_template
