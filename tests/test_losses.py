@@ -81,6 +81,15 @@ def test_policy_stats_by_hand():
     assert stats.approx_kl.item() == pytest.approx(sum(k3) / 3, rel=1e-5)
 
 
+def test_a_ratio_at_the_edge_of_the_clip_range_is_not_outside():
+    logprobs = torch.tensor([[0.25, -0.25, 0.0]])
+    edge = torch.expm1(logprobs[0, 0]).item()
+    _, stats = policy_loss(
+        logprobs, torch.zeros(1, 3), torch.ones(1, 3), prefix_mask([3], 3), clip_range=edge
+    )
+    assert stats.clip_fraction == 0
+
+
 def test_approx_kl_estimates_the_kl_from_old_to_new():
     old = torch.distributions.Categorical(logits=randn(6))
     new = torch.distributions.Categorical(logits=old.logits + 0.3 * randn(6, seed=1))
@@ -139,6 +148,8 @@ def test_ratio_of_two_bf16_logprobs_is_not_rounded_to_bf16():
         (1.3, 1.0, 3.0, 0.5, 0.5 * 1.7**2, -1.7),  # within the range
         (2.0, 1.0, 3.0, 0.5, 0.5 * 1.5**2, 0.0),  # moved too far towards the target: no reward for the rest
         (0.0, 1.0, 3.0, 0.5, 0.5 * 3.0**2, -3.0),  # moved away: pulled back in full
+        (0.0, 1.0, -1.0, 0.5, 0.5 * 1.5**2, 0.0),  # the same two below the old value
+        (2.0, 1.0, -1.0, 0.5, 0.5 * 3.0**2, 3.0),
         (2.0, 1.0, 3.0, None, 0.5, -1.0),
     ],
 )
@@ -365,6 +376,11 @@ def test_chunking_without_entropy_gives_the_same_logprobs_alone():
     assert torch.equal(alone, both[0])
 
 
+def test_an_entropy_that_nobody_asks_for_is_not_computed(monkeypatch):
+    monkeypatch.setattr("textrl_swarm.maths.losses.entropy", None)  # a call would raise
+    chunked_logprobs(randn(10, 8), lambda h: h, torch.zeros(10, dtype=torch.int64), temperature=1.0)
+
+
 def test_chunked_logprobs_of_bf16_are_fp32_and_of_nothing_are_empty():
     weight = randn(30, 8).bfloat16()
     logprobs, _ = chunked_logprobs(
@@ -393,18 +409,23 @@ X = torch.zeros(1, 2)
             lambda: policy_loss(X, X[0], X, MASK, clip_range=0.2),
             r"old_logprobs has shape \(2,\), expected \(1, 2\) like mask",
         ),
+        (lambda: policy_loss(X[0], X, X, MASK, clip_range=0.2), r"^logprobs has shape \(2,\), expected"),
+        (lambda: policy_loss(X, X, X[0], MASK, clip_range=0.2), r"^advantages has shape \(2,\), expected"),
         (
             lambda: policy_loss(X, X, X, MASK.float(), clip_range=0.2),
             "mask must be bool .* got torch.float32",
         ),
         (lambda: policy_loss(X, X, X, MASK & False, clip_range=0.2), "has no True entry"),
         (lambda: policy_loss(X, X, X, MASK, clip_range=0.0), "clip_range must be > 0, got 0.0"),
+        (lambda: value_loss(X[0], X, X, MASK, clip_range=0.2), r"^values has shape \(2,\), expected"),
+        (lambda: value_loss(X, X[0], X, MASK, clip_range=0.2), r"^old_values has shape \(2,\), expected"),
         (
             lambda: value_loss(X, X, X.T, MASK, clip_range=0.2),
             r"returns has shape \(2, 1\), expected \(1, 2\) like mask",
         ),
         (lambda: value_loss(X, X, X, MASK & False, clip_range=None), "has no True entry"),
         (lambda: value_loss(X, X, X, MASK, clip_range=-1.0), "clip_range must be > 0 or None"),
+        (lambda: value_loss(X, X, X, MASK, clip_range=0.0), "clip_range must be > 0 or None"),
         (lambda: entropy(torch.tensor(1.0)), "got a scalar"),
         (
             lambda: chunked_logprobs(X, torch.nn.Identity(), X[0].long(), temperature=1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
 from textrl_swarm.errors import RewardError
 from textrl_swarm.learning.loop import train
 from textrl_swarm.learning.ppo import PPO
+from textrl_swarm.maths.losses import chunked_logprobs, policy_loss, value_loss
 from textrl_swarm.maths.returns import place_scores
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
@@ -311,6 +313,49 @@ def test_metrics_of_an_update(make_policy):
     assert all(type(value) is float for value in metrics.values())
 
 
+def test_metrics_of_the_steps_are_means_over_them(make_policy, monkeypatch):
+    """A minibatch's numbers are taken where they arise."""
+    seen = collections.defaultdict(list)
+
+    def recorded(name, function, number):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            seen[name].append(float(number(result)))
+            return result
+
+        return call
+
+    for name, function, number in (
+        ("policy_loss", policy_loss, lambda result: result[0].detach()),
+        ("value_loss", value_loss, lambda result: result.detach()),
+    ):
+        monkeypatch.setattr(f"textrl_swarm.learning.ppo.{name}", recorded(name, function, number))
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded("grad_norm", clip, float))
+    rollout = make_rollout(some_rows())
+    metrics = PPO(make_policy(filled=1), PPOConfig(lr=1e-2, epochs=3, minibatch_size=4)).update(
+        rollout, some_rewards(rollout)
+    )
+    for name in ("policy_loss", "value_loss", "grad_norm"):
+        assert len(seen[name]) == 6 and len(set(seen[name])) == 6
+        assert metrics[name] == pytest.approx(sum(seen[name]) / 6)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_training_computes_an_entropy_only_where_the_loss_has_one(make_policy, monkeypatch, entropy_coef):
+    asked = set()
+
+    def recorded(*args, with_entropy, **kwargs):
+        if torch.is_grad_enabled():
+            asked.add(with_entropy)
+        return chunked_logprobs(*args, with_entropy=with_entropy, **kwargs)
+
+    monkeypatch.setattr("textrl_swarm.learning.ppo.chunked_logprobs", recorded)
+    rollout = make_rollout(some_rows())
+    PPO(make_policy(), PPOConfig(entropy_coef=entropy_coef)).update(rollout, some_rewards(rollout))
+    assert asked == {entropy_coef > 0}
+
+
 # ----------------------------------------------------------------------------- what changes and what must not
 
 
@@ -567,6 +612,17 @@ def test_an_adaptive_coefficient_rises_above_the_target_and_falls_below_it(make_
         assert ppo.kl_coef == pytest.approx(0.2 * factor, rel=1e-4)
 
 
+def test_a_saved_coefficient_continues_unless_this_run_begins_with_another_one(make_policy):
+    rollout = make_rollout(some_rows())
+    config = PPOConfig(kl_coef=0.2, adaptive_kl_target=1e3, adaptive_kl_horizon=len(rollout))
+    ppo = PPO(make_policy(), config)
+    ppo.update(rollout, some_rewards(rollout))
+    for kl_coef, expected in ((0.2, 0.16), (0.5, 0.5)):
+        resumed = PPO(make_policy(), dataclasses.replace(config, kl_coef=kl_coef))
+        resumed.load_state_dict(ppo.state_dict())
+        assert resumed.kl_coef == pytest.approx(expected)
+
+
 def test_a_fixed_coefficient_stays(make_policy):
     ppo, rollout = PPO(make_policy(filled=1), PPOConfig(kl_coef=0.2)), make_rollout(some_rows())
     for _ in range(2):
@@ -618,9 +674,10 @@ def test_a_learning_rate_that_someone_sets_stays(make_policy):
     assert ppo.update(rollout, some_rewards(rollout))["lr"] == 0.01
     ppo.optimizer.param_groups[0]["lr"] = 0.004
     assert ppo.update(rollout, some_rewards(rollout))["lr"] == 0.004
-    resumed = PPO(make_policy(), PPOConfig(lr=0.01, epochs=1))
-    resumed.load_state_dict(ppo.state_dict())
-    assert resumed.update(rollout, some_rewards(rollout))["lr"] == 0.004
+    for lr, expected in ((0.01, 0.004), (0.1, 0.1)):  # the second run begins with another one
+        resumed = PPO(make_policy(), PPOConfig(lr=lr, epochs=1))
+        resumed.load_state_dict(ppo.state_dict())
+        assert resumed.update(rollout, some_rewards(rollout))["lr"] == expected
 
 
 # -------------------------------------------------------------------------------------------------- it learns

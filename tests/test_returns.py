@@ -320,6 +320,13 @@ def test_kl_coefficient_settles_where_the_kl_meets_its_target():
     assert coef == pytest.approx(0.2, rel=1e-3)
 
 
+def test_kl_coefficient_by_hand_at_the_ends_of_its_ranges():
+    # four responses of a horizon of one: an error of 0.2 counts four times
+    assert next_kl_coef(0.1, 1.0, target=0.25, horizon=1, num_responses=4) == pytest.approx(0.18)
+    assert next_kl_coef(0.0, 1.0, target=0.25, horizon=1, num_responses=4) == 0.0
+    assert next_kl_coef(0.1, 1.0, target=0.25, horizon=1, num_responses=0) == 0.1
+
+
 def test_kl_coefficient_stays_positive():
     assert next_kl_coef(0.1, 0.0, target=6.0, horizon=10, num_responses=49) > 0
 
@@ -342,17 +349,24 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
             lambda: shaped_rewards(X, X, X[:1], MASK, kl_coef=0.1),
             r"ref_logprobs has shape \(1, 2\), expected \(2, 2\) like response_mask",
         ),
+        (lambda: shaped_rewards(X[:1], X, X, MASK, kl_coef=0.1), r"^rewards has shape \(1, 2\), expected"),
+        (lambda: shaped_rewards(X, X[:1], X, MASK, kl_coef=0.1), r"^logprobs has shape \(1, 2\), expected"),
         (
             lambda: shaped_rewards(X, X, X, MASK.float(), kl_coef=0.1),
             r"response_mask must be bool .* got torch.float32",
         ),
         (lambda: shaped_rewards(X, X, X, MASK, kl_coef=-0.1), "kl_coef must be >= 0, got -0.1"),
         (lambda: place_scores(X, MASK), r"scores has shape \(2, 2\), expected \(2,\)"),
+        (lambda: place_scores(X[0], MASK[:1]), r"scores has shape \(2,\), expected \(1,\)"),
         (
             lambda: place_scores(X[0], MASK & MASK.new_tensor([[True], [False]])),
             r"rows \[1\] of response_mask hold no chosen token",
         ),
         (lambda: place_scores(X[0], ~MASK), r"rows \[1\] of response_mask have a True after a False"),
+        (
+            lambda: place_scores(X[0], torch.tensor([[True, False, True], [True, True, False]])),
+            r"rows \[0\] of response_mask have a True after a False",
+        ),
         (
             lambda: place_scores(X[0], MASK[0]),
             r"response_mask must be \(B, T\) bool with T >= 1, got shape \(2,\)",
@@ -365,6 +379,7 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
         (lambda: masked_mean(X, MASK[0]), r"x has shape \(2, 2\), expected \(2,\) like mask"),
         (lambda: masked_mean(X, MASK & False), r"mask of shape \(2, 2\) has no True entry"),
         (lambda: whiten(X[0], MASK), r"x has shape \(2,\), expected \(2, 2\) like mask"),
+        (lambda: explained_variance(X[0], X, MASK), r"values has shape \(2,\), expected \(2, 2\) like mask"),
         (lambda: explained_variance(X, X[0], MASK), r"returns has shape \(2,\), expected \(2, 2\) like mask"),
         (lambda: explained_variance(X, X, MASK & False), r"has no True entry"),
         (
@@ -373,6 +388,8 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
         ),
         (lambda: next_kl_coef(-0.1, 1.0, **KL), "kl_coef -0.1"),
         (lambda: next_kl_coef(0.1, 1.0, **KL | {"target": 0.0}), "target and horizon must be > 0"),
+        (lambda: next_kl_coef(0.1, 1.0, **KL | {"horizon": 0}), "target and horizon must be > 0"),
+        (lambda: next_kl_coef(0.1, 1.0, **KL | {"num_responses": -1}), "num_responses >= 0, got .* and -1"),
         (
             lambda: next_kl_coef(0.1, 1.0, **KL | {"num_responses": 500}),
             "500 responses per update .* raise the horizon above 100",

@@ -43,6 +43,11 @@ def test_initial_weights_have_the_stated_deviation_and_no_bias():
     assert head.bias.tolist() == [0.0]
 
 
+def test_the_deviation_of_a_narrow_head_is_the_stated_one_too():
+    first_weights = torch.cat([ValueHead(1, seed=seed).weight.flatten() for seed in range(2000)])
+    assert first_weights.std().item() == pytest.approx(1 / 2, rel=0.06)
+
+
 def test_same_seed_same_weights():
     assert torch.equal(ValueHead(16, seed=3).weight, ValueHead(16, seed=3).weight)
     assert not torch.equal(ValueHead(16, seed=3).weight, ValueHead(16, seed=4).weight)

@@ -315,18 +315,19 @@ class PPO:
         A learning rate or KL coefficient continues where the saved run's schedule or controller had brought
         it, unless this run begins with another one. Another kind of optimizer begins afresh.
         """
-        saved = state.get("optimizer_class")
+        saved = state["optimizer_class"]
         here = type(self.optimizer).__name__
-        if saved in (None, here):
+        if saved == here:
             chosen = [dict(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
             for group, mine in zip(self.optimizer.param_groups, chosen, strict=True):
-                kept = {"params", "lr"} if group.get("initial_lr") == mine["initial_lr"] else {"params"}
-                group.update({name: value for name, value in mine.items() if name not in kept})
+                if group["initial_lr"] == mine["initial_lr"]:
+                    mine["lr"] = group["lr"]
+                group.update(mine)
         else:
             logger.warning("the checkpoint was written with the optimizer %s; %s begins afresh", saved, here)
-        same = state.get("initial_kl_coef", self.config.kl_coef) == self.config.kl_coef
-        self.kl_coef = state["kl_coef"] if same else self.config.kl_coef
+        if state["initial_kl_coef"] == self.config.kl_coef:
+            self.kl_coef = state["kl_coef"]
         for name in ("num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
 

@@ -186,12 +186,8 @@ def chunked_logprobs(
         logprobs = token_logprobs(logits, tokens_chunk, temperature=temperature)
         return (logprobs, entropy(logits.float() / temperature)) if with_entropy else (logprobs,)
 
-    def evaluate_chunk(*chunk: Tensor) -> tuple[Tensor, ...]:
-        return (
-            checkpoint(evaluate, *chunk, use_reentrant=False) if torch.is_grad_enabled() else evaluate(*chunk)
-        )
-
     pairs = zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
-    chunks = [evaluate_chunk(*pair) for pair in pairs]
+    # With gradients off, `checkpoint` is a plain call.
+    chunks = [checkpoint(evaluate, *pair, use_reentrant=False) for pair in pairs]
     logprobs, *entropies = (torch.cat(column) for column in zip(*chunks, strict=True))
     return logprobs, (entropies[0] if with_entropy else None)
