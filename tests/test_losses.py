@@ -376,6 +376,15 @@ def test_chunking_without_entropy_gives_the_same_logprobs_alone():
     assert torch.equal(alone, both[0])
 
 
+def test_entropies_of_bf16_logits_are_divided_by_the_temperature_in_fp32():
+    logits = (randn(3, 30) * 5).bfloat16()
+    _, entropies = chunked_logprobs(
+        torch.zeros(3, 8), lambda h: logits, torch.arange(3), temperature=0.7, with_entropy=True
+    )
+    expected = torch.distributions.Categorical(logits=logits.double() / 0.7).entropy()
+    torch.testing.assert_close(entropies.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_entropy_that_nobody_asks_for_is_not_computed(monkeypatch):
     monkeypatch.setattr("textrl_swarm.maths.losses.entropy", None)  # a call would raise
     chunked_logprobs(randn(10, 8), lambda h: h, torch.zeros(10, dtype=torch.int64), temperature=1.0)
@@ -430,6 +439,10 @@ X = torch.zeros(1, 2)
         (
             lambda: chunked_logprobs(X, torch.nn.Identity(), X[0].long(), temperature=1.0),
             r"got \(1, 2\) and \(2,\)",
+        ),
+        (
+            lambda: chunked_logprobs(X[None], torch.nn.Identity(), X[:, 0].long(), temperature=1.0),
+            r"got \(1, 1, 2\) and \(1,\)",
         ),
         (
             lambda: chunked_logprobs(X, torch.nn.Identity(), X[:, 0].long(), temperature=1.0, chunk_tokens=0),

@@ -314,31 +314,35 @@ def test_metrics_of_an_update(make_policy):
 
 
 def test_metrics_of_the_steps_are_means_over_them(make_policy, monkeypatch):
-    """A minibatch's numbers are taken where they arise."""
-    seen = collections.defaultdict(list)
+    """Each number is written down where it arises."""
+    seen, clip_grad_norm = collections.defaultdict(list), torch.nn.utils.clip_grad_norm_
 
-    def recorded(name, function, number):
-        def call(*args, **kwargs):
-            result = function(*args, **kwargs)
-            seen[name].append(float(number(result)))
-            return result
+    def policy_loss_seen(*args, **kwargs):
+        loss, stats = policy_loss(*args, **kwargs)
+        seen["policy_loss"].append(loss.item())
+        seen["clip_fraction"].append(stats.clip_fraction.item())
+        seen["approx_kl"].append(stats.approx_kl.item())
+        return loss, stats
 
-        return call
+    def value_loss_seen(*args, **kwargs):
+        loss = value_loss(*args, **kwargs)
+        seen["value_loss"].append(loss.item())
+        return loss
 
-    for name, function, number in (
-        ("policy_loss", policy_loss, lambda result: result[0].detach()),
-        ("value_loss", value_loss, lambda result: result.detach()),
-    ):
-        monkeypatch.setattr(f"textrl_swarm.learning.ppo.{name}", recorded(name, function, number))
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded("grad_norm", clip, float))
-    rollout = make_rollout(some_rows())
-    metrics = PPO(make_policy(filled=1), PPOConfig(lr=1e-2, epochs=3, minibatch_size=4)).update(
-        rollout, some_rewards(rollout)
-    )
-    for name in ("policy_loss", "value_loss", "grad_norm"):
-        assert len(seen[name]) == 6 and len(set(seen[name])) == 6
-        assert metrics[name] == pytest.approx(sum(seen[name]) / 6)
+    def clip_grad_norm_seen(*args):
+        norm = clip_grad_norm(*args)
+        seen["grad_norm"].append(norm.item())
+        return norm
+
+    monkeypatch.setattr("textrl_swarm.learning.ppo.policy_loss", policy_loss_seen)
+    monkeypatch.setattr("textrl_swarm.learning.ppo.value_loss", value_loss_seen)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_seen)
+    rollout, config = make_rollout(some_rows()), PPOConfig(lr=1e-2, epochs=3, minibatch_size=4)
+    metrics = PPO(make_policy(filled=1), config).update(rollout, some_rewards(rollout))
+    assert len(seen) == 5
+    for name, numbers in seen.items():
+        assert len(numbers) == 6 and len(set(numbers)) > 2
+        assert metrics[name] == pytest.approx(sum(numbers) / 6)
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
@@ -542,7 +546,8 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_leaves_everything_as_it_wa
     assert not ppo.optimizer.state_dict()["state"]
     with torch.no_grad():
         policy.value_head.bias.zero_()
-    assert ppo.update(rollout, some_rewards(rollout))["optimizer_steps"] == 4  # and it goes on
+    metrics = ppo.update(rollout, some_rewards(rollout))  # and it goes on
+    assert (metrics["skipped_steps"], metrics["optimizer_steps"]) == (0, 4)
 
 
 def test_a_gradient_that_is_not_finite_skips_its_own_step_only(make_policy):

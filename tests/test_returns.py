@@ -46,6 +46,12 @@ def test_shaped_rewards_by_hand():
     assert shaped.tolist() == [[-0.25, 2.5, 0.0]]
 
 
+def test_the_penalty_on_two_bf16_logprobs_is_not_rounded_to_bf16():
+    logprobs, ref_logprobs = torch.tensor([[-0.5078125]]).bfloat16(), torch.tensor([[-20.125]]).bfloat16()
+    shaped = shaped_rewards(torch.zeros(1, 1), logprobs, ref_logprobs, torch.tensor([[True]]), kl_coef=1.0)
+    assert shaped.item() == -19.6171875  # as bf16 it would be -19.625
+
+
 def test_no_penalty_when_the_coefficient_is_zero_or_nothing_moved():
     rewards, logprobs, _, mask = random_batch()
     expected = torch.where(mask, rewards, 0)
@@ -202,6 +208,14 @@ def test_bf16_values_are_accumulated_in_fp32():
     assert returns.dtype == torch.float32
 
 
+def test_advantages_of_doubles_are_fp32():
+    *numbers, mask = random_batch()
+    expected = estimate_advantages(*numbers, mask, gamma=0.9, gae_lambda=0.8)
+    results = estimate_advantages(*(x.double() for x in numbers), mask, gamma=0.9, gae_lambda=0.8)
+    assert all(torch.equal(result, wanted) for result, wanted in zip(results, expected, strict=True))
+    assert [x.dtype for x in results] == [torch.float32] * 2
+
+
 # --- statistics
 
 
@@ -279,6 +293,7 @@ def test_whiten_of_nothing_is_zero():
         ([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], 0.0),
         ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0], -3.0),  # errors -2, 0, 2: four times the variance
         ([1.0, 2.0, 3.0], [0.1, 0.1, 0.1], 0.0),  # nothing to explain
+        ([9.0, 9.0, 9.0], [2.0**20, 2.0**20, 2.0**20 + 0.125], 0.0),  # fp32 has no number for their mean
     ],
 )
 def test_explained_variance_by_hand(values, returns, expected):
@@ -371,6 +386,7 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
             lambda: place_scores(X[0], MASK[0]),
             r"response_mask must be \(B, T\) bool with T >= 1, got shape \(2,\)",
         ),
+        (lambda: place_scores(X[0], MASK[:, :0]), r"bool with T >= 1, got shape \(2, 0\)"),
         (lambda: advantages_of(rewards=X[:, :1]), r"rewards has shape \(2, 1\), expected \(2, 2\)"),
         (lambda: advantages_of(values=X[:1]), r"values has shape \(1, 2\), expected \(2, 2\)"),
         (lambda: advantages_of(bootstrap=X), r"bootstrap_values has shape \(2, 2\), expected \(2,\)"),
@@ -387,6 +403,7 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
             "kl and kl_coef must be finite and kl_coef >= 0, got kl nan",
         ),
         (lambda: next_kl_coef(-0.1, 1.0, **KL), "kl_coef -0.1"),
+        (lambda: next_kl_coef(math.inf, 1.0, **KL), "must be finite .* kl_coef inf"),
         (lambda: next_kl_coef(0.1, 1.0, **KL | {"target": 0.0}), "target and horizon must be > 0"),
         (lambda: next_kl_coef(0.1, 1.0, **KL | {"horizon": 0}), "target and horizon must be > 0"),
         (lambda: next_kl_coef(0.1, 1.0, **KL | {"num_responses": -1}), "num_responses >= 0, got .* and -1"),

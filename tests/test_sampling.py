@@ -142,6 +142,13 @@ def test_impossible_tokens_are_never_drawn(uniform):
     assert scores.gather(1, tokens[:, None]).isfinite().all()
 
 
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.5, 3)])
+def test_impossible_tokens_are_not_drawn_where_a_parallel_sum_rounds_them_up(monkeypatch, uniform, token):
+    cumsum, rounding = torch.Tensor.cumsum, torch.tensor([2**-50, 0, 2**-50, 0], dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda probs, dim: cumsum(probs, dim) + rounding)
+    assert choose_tokens(torch.tensor([[NEG, 0.0, NEG, 0.0]]), torch.tensor([uniform])).tolist() == [token]
+
+
 def test_a_single_possible_token_is_always_drawn():
     scores = torch.full((3, 9), NEG)
     scores[:, 5] = -1e4

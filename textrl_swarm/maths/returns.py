@@ -67,7 +67,7 @@ def place_scores(scores: Tensor, response_mask: Tensor) -> Tensor:
             f"rows {empty} of response_mask hold no chosen token, so their score has no place; drop these "
             "responses"
         )
-    return zero_outside(_is_last(response_mask), scores[:, None].expand(response_mask.shape))
+    return zero_outside(_is_last(response_mask), scores[:, None])
 
 
 def estimate_advantages(

@@ -63,7 +63,7 @@ def choose_tokens(scores: Tensor, uniforms: Tensor | None) -> Tensor:
     # sum.
     cumulative = probs.cumsum(dim=-1).masked_fill(probs == 0, 0.0)  # (B, V)
     total = cumulative.amax(dim=-1)  # (B,) 1 up to rounding
-    return (cumulative > (uniforms.double() * total)[:, None]).int().argmax(dim=-1)  # argmax: the first True
+    return (cumulative > (uniforms * total)[:, None]).int().argmax(dim=-1)  # argmax: the first True
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
