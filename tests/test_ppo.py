@@ -132,25 +132,34 @@ class ByHand:
         deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, following, strict=False)]
         return [sum(decay**k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
 
+    @staticmethod
+    def moments_of(rows: list[list[float]]) -> tuple[float, float]:
+        """Mean and standard deviation of all numbers of all rows."""
+        flat = [x for row in rows for x in row]
+        mean = sum(flat) / len(flat)
+        return mean, math.sqrt(sum((x - mean) ** 2 for x in flat) / len(flat))
+
     def update(self, rows: list[tuple[list[int], list[int]]], rewards: Tensor, temperature: float) -> None:
         config = self.config
         with torch.no_grad():
             old = [self.score(*row, temperature) for row in rows]
             with self.plain.model.disable_adapter():
                 ref = [self.score(*row, temperature)[0] for row in rows]
-        advantages, returns = [], []
-        for i, (_, response) in enumerate(rows):
+        shaped, advantages, returns = [], [], []
+        for i in range(len(rows)):
             kl = [float(a - b) for a, b in zip(old[i][0], ref[i], strict=True)]
-            shaped = [float(r) - config.kl_coef * k for r, k in zip(rewards[i], kl, strict=False)]
+            shaped.append([float(r) - config.kl_coef * k for r, k in zip(rewards[i], kl, strict=False)])
+        if config.whiten_rewards:
+            mean, deviation = self.moments_of(shaped)
+            shaped = [[(r - mean) / deviation + mean for r in row] for row in shaped]
+        for i, (_, response) in enumerate(rows):
             values = [float(v) for v in old[i][2]]
             advantages.append(
-                self.advantages(shaped, values, response[-1] == EOS or not config.bootstrap_truncated)
+                self.advantages(shaped[i], values, response[-1] == EOS or not config.bootstrap_truncated)
             )
             returns.append([a + v for a, v in zip(advantages[i], values, strict=False)])
-        flat = [a for row in advantages for a in row]
         if config.whiten_advantages:
-            mean = sum(flat) / len(flat)
-            deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
+            mean, deviation = self.moments_of(advantages)
             advantages = [[(a - mean) / deviation for a in row] for row in advantages]
         for _ in range(config.epochs):
             loss = torch.zeros(())
@@ -170,7 +179,7 @@ class ByHand:
                     loss = loss - gain + config.value_coef * error / 2 - config.entropy_coef * entropies[t]
             decay = config.lr_decay_updates
             self.step(
-                torch.autograd.grad(loss / len(flat), self.parameters),
+                torch.autograd.grad(loss / sum(len(row) for row in advantages), self.parameters),
                 config.lr * (1.0 if decay is None else 1 - self.updates / decay),
             )
         self.updates += 1
@@ -224,8 +233,15 @@ class ByHand:
         ),
         (PPOConfig(lr=1e-2, epochs=4, max_grad_norm=0.05, gae_lambda=1.0, kl_coef=0.0), 1.0),
         (PPOConfig(lr=1e-2, epochs=2, lr_decay_updates=3), 1.0),
+        (PPOConfig(lr=1e-2, epochs=2, whiten_rewards=True, whiten_advantages=False, kl_coef=0.3), 1.0),
     ],
-    ids=["all terms", "discounted, raw advantages", "small gradients", "falling lr, no bootstrap"],
+    ids=[
+        "all terms",
+        "discounted, raw advantages",
+        "small gradients",
+        "falling lr, no bootstrap",
+        "whitened rewards",
+    ],
 )
 def test_two_updates_by_hand(make_policy, tmp_path, config, temperature):
     policy = make_policy(filled=1)
@@ -471,8 +487,16 @@ def test_minibatches_hold_each_row_once_per_epoch(make_policy, size):
     assert epochs[0] != epochs[1] != epochs[2]
     assert max(map(len, batches)) == min(size, 10)
     assert batches == [rows.tolist() for rows in ppo._minibatches(10)]
-    ppo.num_updates += 1
-    assert batches != [rows.tolist() for rows in ppo._minibatches(10)]
+    orders = []
+    for ppo.num_updates in range(4):
+        orders.append([rows.tolist() for rows in ppo._minibatches(10)])
+    assert orders[0] == batches and all(orders.count(order) == 1 for order in orders)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_any_whole_number_is_a_seed(make_policy, seed):
+    (rows,) = PPO(make_policy(), PPOConfig(epochs=1, seed=seed))._minibatches(4)
+    assert sorted(rows.tolist()) == [0, 1, 2, 3]
 
 
 def test_what_is_trained_on_is_each_row_of_the_rollout_once(make_policy, monkeypatch):
