@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import statistics
+import types
 from collections.abc import Callable
 
 import pytest
@@ -312,13 +314,16 @@ def test_the_divergence_is_that_of_plain_logits(make_policy, tmp_path):
     assert found == pytest.approx(float(sum(now) - sum(ref)) / len(rows), rel=1e-4)
 
 
-def test_metrics_of_an_update(make_policy):
+def test_metrics_of_an_update(make_policy, monkeypatch):
     rows = some_rows()
+    clock = types.SimpleNamespace(perf_counter=iter((100.0, 102.0)).__next__)
+    monkeypatch.setattr("textrl_swarm.learning.ppo.time", clock)
     rollout = make_rollout(rows)
     rewards = some_rewards(rollout)
     metrics = PPO(make_policy(), PPOConfig(epochs=3, minibatch_size=2)).update(rollout, rewards)
     assert metrics["score"] == pytest.approx(float(rewards.sum()) / len(rows))
     assert metrics["response_tokens"] == sum(len(response) for _, response in rows) / len(rows)
+    assert metrics["update_tokens_per_second"] == sum(len(response) for _, response in rows) / 2
     assert (
         metrics["terminated"],
         metrics["optimizer_steps"],
@@ -327,6 +332,30 @@ def test_metrics_of_an_update(make_policy):
     ) == (0.5, 9, 0, 0)
     assert 0 < metrics["entropy"] < math.log(SMALL["vocab"])
     assert all(type(value) is float for value in metrics.values())
+
+
+def test_metrics_of_a_rollout_by_hand(make_policy, tmp_path):
+    policy, rows = make_policy(filled=1), some_rows()
+    by_hand = ByHand(PlainPeft(policy, tmp_path), PPOConfig())
+    with torch.no_grad():
+        scores = [by_hand.score(*row, 0.7) for row in rows]
+    logprobs, entropies, values = (
+        [float(x) for row in rows for x in row]
+        for rows in ([s[0] for s in scores], [s[1] for s in scores], [s[2][:-1] for s in scores])
+    )
+    rollout = make_rollout(rows, 0.7)
+    rewards = some_rewards(rollout)
+    returns = rewards[rollout.response_mask].tolist()  # all there is where nothing later counts
+    metrics = PPO(policy, PPOConfig(gamma=0.0, kl_coef=0.0)).update(rollout, rewards)
+    errors = [r - v for r, v in zip(returns, values, strict=True)]
+    explained = 1 - statistics.pvariance(errors) / statistics.pvariance(returns)
+    expected = {
+        "entropy": statistics.fmean(entropies),
+        "value": statistics.fmean(values),
+        "explained_variance": explained,
+        "sampler_kl": -statistics.fmean(logprobs),  # the rollout claims that each token was certain
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_metrics_of_the_steps_are_means_over_them(make_policy, monkeypatch):
