@@ -187,9 +187,8 @@ class SamplingConfig:
     tokenizer's end and separator, or an environment's `gen_stop_toks`, which begin with these."""
 
     seed: int | None = None
-    """The same seed, policy and prompts give the same responses; None = draw from torch's global
-    generator.
-    """
+    """The same seed, policy and prompts give the same responses; None = draw from torch's global generator,
+    from which a Learner takes one seed for all its rollouts."""
 
     def __post_init__(self) -> None:
         _require_counts(self, "max_new_tokens", "num_samples")

@@ -8,7 +8,6 @@ policies or training; `textrl/env.py` gives it TextRL's and gym's interface.
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from textrl_swarm.errors import ConfigError, PromptError
 from textrl_swarm.models.texts import decode_response, encode_prompt, special_ids, stop_ids, token_id
 from textrl_swarm.rewards.functions import RewardFunction, Rewards, SentenceReward, StepReward
+from textrl_swarm.rewards.isolation import private_copy, users_settings
 from textrl_swarm.types import Item, Prompt
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PromptEnv:
 
     Args:
         tokenizer: turns prompts into token ids and ids into token strings.
-        items: the prompts' dicts; rewards get copies.
+        items: the prompts' dicts; each call of the reward gets copies, see `private_copy`.
         reward: a step reward `f(input_item, predicted_list, finish)`, or a sentence reward `f(items, texts)`,
             which is asked once per rollout.
         max_length: most tokens per response.
@@ -102,7 +102,7 @@ class PromptEnv:
         self.gen_stop_toks: list[str | int] = [token for token in stop_tokens if token]
         self._offered = stop_ids(tokenizer)  # what gen_stop_toks held once
         self._ends: frozenset[int] | None = None  # inside `ending_at`
-        self._items = [copy.copy(item) for item in items]  # the user's own are not changed
+        self._items = [private_copy(item) for item in items]  # the user's own are not changed
         self._ids: dict[str, tuple[int, ...]] = {}  # text -> token ids: every text is tokenized once
         self._rng = random.Random(0)
         self._upcoming: list[int] = []  # indices into items
@@ -115,8 +115,10 @@ class PromptEnv:
         return item["input"]
 
     def encode(self, item: Item) -> Prompt:
-        """A prompt's dict with its token ids. Raises PromptError when it has none."""
-        text = self.prompt_text(item)
+        """A copy of a prompt's dict, with its token ids. Raises PromptError when it has none."""
+        item = private_copy(item)
+        with users_settings():
+            text = self.prompt_text(item)
         if not isinstance(text, str):
             raise PromptError(
                 f"the text of prompt {item!r} must be a string, got {text!r}; see get_obs_input"
@@ -137,8 +139,7 @@ class PromptEnv:
             self._upcoming += self._rng.sample(range(len(self._items)), len(self._items))
         drawn = self._upcoming[:count]
         self._upcoming = self._upcoming[count:]
-        # copies: a reward may change what it gets, and the next reward gets the prompt unchanged
-        return [self.encode(copy.copy(self._items[i])) for i in drawn]
+        return [self.encode(self._items[i]) for i in drawn]
 
     def seed(self, seed: int) -> None:
         """Fixes the order in which prompts are drawn."""
@@ -161,7 +162,7 @@ class PromptEnv:
 
     def reset(self, input_item: Any = None) -> Observation:
         """Starts an episode with a prompt's dict, or with the next prompt to be drawn."""
-        prompt = self.draw(1)[0] if input_item is None else self.encode(copy.copy(self.item(input_item)))
+        prompt = self.draw(1)[0] if input_item is None else self.encode(self.item(input_item))
         self.input_item = prompt.item
         self._prompt_ids = list(prompt.ids)
         self.predicted: list[list[str]] = [[] for _ in range(self.compare_sample)]
@@ -195,7 +196,8 @@ class PromptEnv:
         A `step` that a subclass overrides runs in full.
         """
         if type(self).step is not PromptEnv.step:
-            _, rewards, done, _ = self.step(action)
+            with users_settings():
+                _, rewards, done, _ = self.step(action)
             return rewards, done
         return self._advance(action)
 
@@ -263,7 +265,12 @@ class PromptEnv:
             return Rewards(self.sentence_rewards([self.input_item] * self.compare_sample, texts))
         if self.reward_on_finish_only and not done:
             return nothing
-        return self._rewards(self.input_item, self._shown_tokens(), done)
+        unchanged = self.input_item
+        self.input_item = private_copy(unchanged)  # which the reward may change
+        try:
+            return self._rewards(self.input_item, self._shown_tokens(), done)
+        finally:
+            self.input_item = unchanged
 
     def _shown_tokens(self) -> list[list[str]]:
         """Per sample the token strings that a step reward gets."""
@@ -285,7 +292,7 @@ class PromptEnv:
 
     def sentence_rewards(self, items: Sequence[Item], texts: Sequence[str]) -> list[float]:
         """Asks a sentence reward about any number of responses."""
-        return self._rewards.of_sentences([copy.copy(item) for item in items], texts)
+        return self._rewards.of_sentences(items, texts)
 
     # ---------------------------------------------------------------------------------------- tokens
 

@@ -42,17 +42,19 @@ class Learner:
     ):
         self.policy = policy
         self.sampling = sampling or SamplingConfig()
+        self._seed = self.sampling.seed
         self.ppo = PPO(policy, config, make_optimizer)
         self.metrics: dict[str, float] = {}
 
     def rollout_sampling(self) -> SamplingConfig:
-        """How the next rollout samples. With a seed, its random numbers depend on the seed and the updates so
-        far.
+        """How the next rollout samples: its random numbers depend on the seed and the updates so far.
+
+        Without a seed, one is drawn the first time. A reward may seed torch's global generator at every call,
+        and must not make all rollouts alike.
         """
-        seed = self.sampling.seed
-        if seed is None:
-            return self.sampling
-        return dataclasses.replace(self.sampling, seed=seed + self.ppo.num_updates)
+        if self._seed is None:
+            self._seed = int(torch.randint(2**31, ()))
+        return dataclasses.replace(self.sampling, seed=self._seed + self.ppo.num_updates)
 
     def learn(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
         """Trains on a whole rollout; returns the update's metrics. Raises RewardError, see `PPO.update`."""

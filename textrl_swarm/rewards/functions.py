@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from textrl_swarm.errors import ConfigError, RewardError, TextRLSwarmError
+from textrl_swarm.rewards.isolation import private_copy, users_settings
 from textrl_swarm.rewards.time_limit import TookTooLong, within
 from textrl_swarm.types import Item
 
@@ -56,7 +57,7 @@ def is_sentence_reward(reward: Callable[..., Any]) -> bool:
     A parameter called `finish` makes a step reward, even if it has a default.
 
     Raises:
-        ConfigError: neither form.
+        ConfigError: neither form, or the form of another trainer (TRL, trlX, OpenRLHF, verl).
     """
     if not callable(reward):
         raise ConfigError(f"{reward!r} is not callable; {FORMS}")
@@ -69,6 +70,7 @@ def is_sentence_reward(reward: Callable[..., Any]) -> bool:
         raise ConfigError(
             f"the parameters of {reward_name(reward)} cannot be read ({error}); {FORMS}"
         ) from error
+    _require_our_form(reward, signature)
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     takes_any_number = inspect.Parameter.VAR_POSITIONAL in kinds
     wants_three = not _takes(signature, 2) or takes_any_number or "finish" in signature.parameters
@@ -77,6 +79,55 @@ def is_sentence_reward(reward: Callable[..., Any]) -> bool:
     if _takes(signature, 2):
         return True
     raise ConfigError(f"{reward_name(reward)}{signature} has the wrong parameters; {FORMS}")
+
+
+# Parameters of other trainers' reward functions -> what stands for them in a sentence reward. All their other
+# parameters are columns of the data.
+_WHOLE = '[item["input"] + text for item, text in zip(items, texts)]'
+_PROMPTS = '[item["input"] for item in items]'
+_MEANINGS = {
+    **dict.fromkeys(("completions", "outputs"), "texts"),
+    **dict.fromkeys(("prompts", "prompt"), _PROMPTS),
+    **dict.fromkeys(("queries", "samples"), _WHOLE),
+}
+_FROM_THE_TRAINER = ("completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")  # in TRL
+
+
+def _require_our_form(reward: Callable[..., Any], signature: inspect.Signature) -> None:
+    """Raises ConfigError for a function made for another trainer, and shows how to wrap it."""
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind not in several]
+    trainer = _made_for(names, takes_any_name=inspect.Parameter.VAR_KEYWORD in kinds)
+    if trainer is None:
+        return
+    name = getattr(reward, "__name__", "reward")
+    names = [name for name in names if name not in _FROM_THE_TRAINER]
+    if trainer == "verl":  # asks about one response at a time
+        values = {one: "text" if one == "solution_str" else f'item["{one}"]' for one in names}
+        ending = " for item, text in zip(items, texts)]"
+    else:
+        values = {one: _MEANINGS.get(one, f'[item["{one}"] for item in items]') for one in names}
+        ending = ""
+    arguments = ", ".join(f"{one}={value}" for one, value in values.items())
+    raise ConfigError(
+        f"{name}{signature} has the parameters of a reward for {trainer}; {FORMS}. To use it here, wrap it:\n"
+        f"def score(items, texts):\n    return {'[' if ending else ''}{name}({arguments}){ending}"
+    )
+
+
+def _made_for(names: list[str], *, takes_any_name: bool) -> str | None:
+    """The trainer that calls functions with these parameters; `f(items, completions)` is ours."""
+    given = set(names)
+    if "solution_str" in given:
+        return "verl"
+    if {"queries", "prompts"} <= given:
+        return "OpenRLHF"
+    if "samples" in given and ("outputs" in given or takes_any_name):
+        return "trlX"
+    is_pair = len(names) == 2 and names[1] == "completions" and names[0] not in ("prompts", "prompt")
+    is_own = is_pair and (names[0] == "items" or not takes_any_name)
+    return "TRL" if "completions" in given and not is_own else None
 
 
 def _takes(signature: inspect.Signature, count: int) -> bool:
@@ -159,8 +210,7 @@ class RewardFunction:
         places = [self._place(i, item, text, count) for i, (item, text) in enumerate(pairs)]
         together = f"for {count} responses"
         try:
-            # Copies, because the function may empty its lists.
-            value = _plain(self._within_time(together, list(items), list(texts)))
+            value = self._of_copies(together, items, texts)
         except TextRLSwarmError:  # too slow, or a sum whose part has already reported where it failed
             raise
         except _REWARD_ERRORS as error:
@@ -196,15 +246,18 @@ class RewardFunction:
 
     def _failure(self, items: list[Item], texts: list[str]) -> BaseException | None:
         try:
-            self._within_time("", items, texts)
+            self._of_copies("", items, texts)
         except TextRLSwarmError:  # too slow is another matter
             return None
         except _REWARD_ERRORS as error:
             return error
         return None
 
+    def _of_copies(self, where: str, items: list[Item], texts: list[str]) -> Any:
+        """Every response has a copy of its prompt's dict: the reward may change it, and its lists."""
+        return self._within_time(where, [private_copy(item) for item in items], list(texts))
+
     def _per_sample(self, value: object, count: int, where: str) -> list[float]:
-        value = _plain(value)
         if is_number(value) or (isinstance(value, list) and len(value) == 1):
             if count > 1:
                 got = "a list of one" if isinstance(value, list) else "one number"
@@ -231,12 +284,16 @@ class RewardFunction:
 
     def _within_time(self, where: str, *arguments: Any) -> Any:
         try:
-            return within(self._timeout_s, self._reward, *arguments)
+            return within(self._timeout_s, self._call, *arguments)
         except TookTooLong as error:
             raise RewardError(
                 f"{self._name} took longer than reward_timeout_s={self._timeout_s:g} {where}; "
                 "make it faster or allow more seconds"
             ) from error
+
+    def _call(self, *arguments: Any) -> Any:
+        with users_settings():
+            return _plain(self._reward(*arguments))  # a generator runs here
 
     def _error(self, what: str, where: str) -> RewardError:
         if self.is_sentence:

@@ -7,20 +7,26 @@ dataclasses; every complaint names the key.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, Timeouts, document_fields
 from textrl_swarm.errors import ConfigError, closest
+from textrl_swarm.runs.digest import content_digest
 
-HEADER = "# A run's configuration as `textrl-swarm train` resolved it.\n"  # a user's own file begins otherwise
+HEADER = (
+    "# A run's configuration as `textrl-swarm train` resolved it.\n"  # a user's own file begins otherwise
+)
 _ONE_SEED = ("ppo.seed", "sampling.seed")  # a run has one seed
 
 
@@ -63,7 +69,9 @@ class RewardConfig:
         if (self.function is None) == (self.model is None):
             raise ConfigError('give each reward either function: "module:name" or model: NAME')
         if self.function is not None and (self.label is not None or not self.with_prompt):
-            raise ConfigError("label and with_prompt belong to a reward with model:, not to one with function:")
+            raise ConfigError(
+                "label and with_prompt belong to a reward with model:, not to one with function:"
+            )
 
 
 @document_fields
@@ -105,7 +113,9 @@ class TrainConfig:
 @document_fields
 @dataclass(frozen=True)
 class RunConfig:
-    """A training run. Relative paths count from the directory in which the command is typed."""
+    """A training run. Relative paths count from the directory in which the command is typed; `~` is the home
+    directory.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # for the sections too
 
@@ -173,7 +183,7 @@ class RunConfig:
         """Plain values with every default filled in; `load_config` reads them back to an equal
         configuration.
         """
-        plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))  # YAML has dates
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
         for key in _ONE_SEED:
             section, name = key.split(".")
             del plain[section][name]
@@ -189,13 +199,10 @@ def load_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str]
     "ppo.lr=3e-4", and checks all of it.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key (with the closest known one), a wrong type or an
-            impossible value.
+        ConfigError: no such file, not YAML, an unknown key (with the closest known one), a wrong type, an
+            impossible value, or one that config.yaml cannot hold, such as a set or an array.
     """
-    if isinstance(source, Mapping):
-        values = json.loads(json.dumps(dict(source), default=str))
-    else:
-        values = _read_yaml(Path(source).expanduser())
+    values = _plain(source if isinstance(source, Mapping) else _read_yaml(Path(os.path.expanduser(source))))
     for override in overrides:
         _apply(values, override)
     _spell_out(values)
@@ -211,6 +218,47 @@ def load_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str]
     )
 
 
+def _plain(value: Any, key: str = "") -> Any:
+    """A copy in values that config.yaml holds exactly: texts, numbers, booleans, null, lists, and mappings with
+    such keys. Dates and paths become texts.
+
+    Raises:
+        ConfigError: any other value, named by its key.
+    """
+    try:
+        if isinstance(value, Mapping):
+            return {
+                _plain_constant(k, key): _plain(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [_plain(entry, f"{key}.{i}") for i, entry in enumerate(value)]
+    except RecursionError as error:
+        raise ConfigError(f"{key.split('.')[0]}: lists and mappings are nested too deep") from error
+    return _plain_constant(value, key)
+
+
+def _plain_constant(value: Any, key: str) -> str | float | bool | None:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return str(value)
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # of an enumeration, too
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    if hasattr(value, "tolist"):
+        instead = "give its .tolist()"
+    elif isinstance(value, (set, frozenset)):
+        instead = "give sorted(...)"
+    else:
+        instead = "give texts, numbers, lists or mappings"
+    raise ConfigError(f"{key}: config.yaml cannot hold a {type(value).__name__}; {instead}")
+
+
 def _spell_out(values: dict[str, Any]) -> None:
     """Replaces short forms: an empty section, one thing instead of a list of one, a reward's name alone."""
     for section in ("sampling", "ppo", "train"):
@@ -221,8 +269,6 @@ def _spell_out(values: dict[str, Any]) -> None:
     for section, name in (("lora", "targets"), ("train", "report_to"), ("swarm", "initial_peers")):
         if isinstance(values.get(section), dict) and isinstance(values[section].get(name), str):
             values[section][name] = [values[section][name]]
-    if isinstance(values.get("output"), str):
-        values["output"] = str(Path(values["output"]).expanduser()) if values["output"].strip() else ""
     if isinstance(values.get("reward"), (str, dict)):
         values["reward"] = [values["reward"]]
     if isinstance(values.get("reward"), list):
@@ -233,6 +279,21 @@ def _spell_out(values: dict[str, Any]) -> None:
                 raise ConfigError(
                     f"reward.{i}.label: YAML reads {part['label']}; put a label such as yes or no in quotes"
                 )
+    _expand_home(values)
+
+
+def _expand_home(values: dict[str, Any]) -> None:
+    """Replaces `~` wherever a path may stand."""
+    places: list[tuple[Any, str]] = [(values, key) for key in ("model", "ref_adapter", "prompts", "output")]
+    places.append((values.get("prompts"), "dataset"))
+    rewards = values.get("reward")
+    for part in rewards if isinstance(rewards, list) else []:
+        places += [(part, "function"), (part, "model")]
+    for section, key in places:
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = os.path.expanduser(section[key])
+    if isinstance(values.get("output"), str) and values["output"].strip():
+        values["output"] = str(Path(values["output"]))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -244,13 +305,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         name = f"{prefix}{key}"
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, f"{name}.")
-        elif before != after:
+        elif before != after and content_digest(before) != content_digest(after):  # NaN differs from itself
             lines.append(f"{name}: {_short(before)} -> {_short(after)}")
     return lines
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -272,7 +333,10 @@ class _Loader(yaml.SafeLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(f"there is no configuration file {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
+        raise ConfigError(
+            f"there is no configuration file {path}"
+            + (f"; {path.parent} has {', '.join(near)}" if near else "")
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
@@ -299,7 +363,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values.get(section), dict):
             values[section] = {}
         values = values[section]
-    values[name] = value
+    values[name] = _plain(value, key)
 
 
 def _validated(values: dict[str, Any]) -> RunConfig:

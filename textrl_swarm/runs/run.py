@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -47,6 +46,7 @@ from textrl_swarm.runs.checkpoint import (
     save_pending,
 )
 from textrl_swarm.runs.config import HEADER, RewardConfig, RunConfig, differences
+from textrl_swarm.runs.digest import content_digest
 from textrl_swarm.runs.prompts import load_prompts
 from textrl_swarm.runs.trackers import Trackers, read_metrics
 from textrl_swarm.types import Item
@@ -315,8 +315,7 @@ def _inputs(config: RunConfig, ingredients: Ingredients) -> dict[str, str]:
     """Digests of what the configuration only names, except the reward's code: a mended reward may continue
     the run.
     """
-    text = json.dumps(ingredients.prompts, default=str)
-    inputs = {"prompts": hashlib.sha256(text.encode()).hexdigest()}
+    inputs = {"prompts": content_digest(ingredients.prompts)}
     if config.ref_adapter is not None:
         inputs["ref_adapter"] = sha256(Path(config.ref_adapter) / ADAPTER_WEIGHTS)
     return inputs

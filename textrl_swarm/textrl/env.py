@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from textrl_swarm.errors import ConfigError, PromptError
 from textrl_swarm.learning.env import Observation, PromptEnv
+from textrl_swarm.learning.prompts import chat_hint, missing_input, require_no_rival, rows
 from textrl_swarm.rewards.functions import SentenceReward, StepReward, is_sentence_reward
 from textrl_swarm.types import Item
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PromptForm = dict[str, Any] | str | Sequence[str]
 
+_A_PROMPT = "; use {'input': 'some text'}"
+
 
 class TextRLEnv(PromptEnv):
     """Episodes of `compare_sample` responses to one prompt, a token of each per env step.
@@ -29,7 +32,8 @@ class TextRLEnv(PromptEnv):
         model: accepted as in TextRL, not used; may be None.
         tokenizer: turns prompts into token ids and ids into token strings.
         observation_input: prompts: dicts with an "input" (other keys reach get_reward unchanged), texts, or
-            lists that begin with the text.
+            lists that begin with the text; or a table of pandas, polars, pyarrow or datasets with a column
+            "input".
         max_length: most tokens per response.
         compare_sample: responses to the same prompt in one episode.
         unfreeze_layer_from_past: train only the last n blocks (0 = all); TextRLActor reads it.
@@ -174,10 +178,7 @@ class _ListedPrompt(dict[Any, Any]):
 
 def _items(observation_input: Iterable[Any], *, any_dict: bool) -> list[Item]:
     """Prompts as dicts with an "input"; with `any_dict` the environment knows where in a dict the text is."""
-    is_listed = isinstance(observation_input, Iterable) and not isinstance(
-        observation_input, (str, bytes, Mapping)
-    )
-    entries = list(observation_input) if is_listed else []
+    entries = rows(observation_input, "observation_input")
     if not entries:
         raise PromptError(
             "observation_input must be a list with at least one prompt, e.g. [{'input': 'The soup is'}], "
@@ -186,11 +187,14 @@ def _items(observation_input: Iterable[Any], *, any_dict: bool) -> list[Item]:
     items = []
     for i, entry in enumerate(entries):
         item = _as_dict(entry)
-        has_text = item is not None and (
-            any_dict or (isinstance(item.get("input"), str) and item["input"] != "")
-        )
-        if item is None or not has_text:
-            raise PromptError(f"prompt {i} has no text: {entry!r}; use {{'input': 'some text'}}")
+        if item is None:
+            raise PromptError(f"prompt {i} has no text: {entry!r}{chat_hint(entry) or _A_PROMPT}")
+        if not any_dict:
+            if "input" not in item:
+                raise PromptError(f"prompt {i} has no text: it {missing_input(item)}")
+            if not isinstance(item["input"], str) or item["input"] == "":
+                raise PromptError(f"prompt {i} has no text: {entry!r}{chat_hint(entry) or _A_PROMPT}")
+            require_no_rival(item, f"prompt {i}")
         items.append(item)
     return items
 
