@@ -17,7 +17,7 @@ from textrl_swarm.errors import PromptError, RewardError
 from textrl_swarm.rewards.combine import CombinedReward
 from textrl_swarm.rewards.files import load_reward
 from textrl_swarm.rewards.functions import RewardFunction
-from textrl_swarm.rewards.isolation import private_copy, users_settings
+from textrl_swarm.rewards.isolation import OwnSettings, private_copy
 from textrl_swarm.textrl.env import TextRLEnv
 
 
@@ -167,13 +167,11 @@ def test_nesting_without_end_is_told():
 @pytest.fixture(autouse=True)
 def trainers_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with users_settings():  # what earlier tests left behind
-        pass
     before = settings()
     yield
-    assert settings() == before
-    with users_settings():
-        adopt(before)
+    after = settings()
+    adopt(before)
+    assert after == before
 
 
 def settings() -> tuple:
@@ -236,14 +234,28 @@ def test_a_module_of_rewards_has_settings_of_its_own(tmp_path):
     before = settings()
     reward = load_reward("mine.py:f")
     assert settings() == before
-    assert RewardFunction(reward, 1).of_sentences([{"input": "a"}], ["x"]) == [1.0]
+    for function in (RewardFunction(reward, 1), RewardFunction(reward, 1)):
+        assert function.of_sentences([{"input": "a"}], ["x"]) == [1.0]
+
+
+def test_rewards_have_settings_of_their_own():
+    def doubles(items, texts):
+        torch.set_default_dtype(torch.float64)
+        return [1.0] * len(texts)
+
+    def asks(items, texts):
+        return [float(torch.get_default_dtype() == torch.float32)] * len(texts)
+
+    both = RewardFunction(CombinedReward((doubles, 1), (asks, 2)), 1)
+    assert both.of_sentences([{"input": "a"}], ["x"]) == [3.0]
 
 
 def test_a_removed_directory_of_a_reward_harms_nobody(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
+    own = OwnSettings()
     for remove in (True, False):
-        with users_settings():
+        with own.in_use():
             os.chdir(gone if remove else tmp_path)
             if remove:
                 gone.rmdir()

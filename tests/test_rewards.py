@@ -331,6 +331,79 @@ def test_any_other_parameters_are_refused_with_both_forms(reward):
 ITEMS = [{"input": "the soup is"}] * 2 + [{"input": "my phone was"}] * 2
 
 
+def trl(completions, answer, **kwargs):
+    return [float(answer == completion) for answer, completion in zip(answer, completions, strict=True)]
+
+
+def trl_prompts(prompts, completions, answer, completion_ids=None):
+    return [float(a in p + c) for p, c, a in zip(prompts, completions, answer, strict=True)]
+
+
+def trl_names(*, completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def trl_any_order(answer, completions, **kwargs):
+    return trl(completions, answer)
+
+
+def trl_pair(prompts, completions):
+    return [float(p < c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return float(solution_str == ground_truth)
+
+
+def openrlhf(queries, prompts, labels):
+    return torch.tensor([float(q.startswith(p)) for q, p in zip(queries, prompts, strict=True)])
+
+
+def trlx(samples, prompts, outputs, **kwargs):
+    return [float(s == p + o) for s, p, o in zip(samples, prompts, outputs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("reward", "trainer", "expected"),
+    [
+        (trl, "TRL", [1.0, 0.0]),
+        (trl_prompts, "TRL", [1.0, 0.0]),
+        (trl_names, "TRL", [1.0, 1.0]),
+        (trl_any_order, "TRL", [1.0, 0.0]),
+        (trl_pair, "TRL", [1.0, 1.0]),
+        (verl, "verl", [1.0, 0.0]),
+        (openrlhf, "OpenRLHF", [1.0, 1.0]),
+        (trlx, "trlX", [1.0, 1.0]),
+    ],
+)
+def test_rewards_of_other_trainers_are_refused_with_a_wrapper_that_works(reward, trainer, expected):
+    with pytest.raises(ConfigError, match=f"the parameters of a reward for {trainer};") as caught:
+        is_sentence_reward(reward)
+    wrapper = str(caught.value).split("wrap it:\n")[1]
+    assert wrapper.count("\n") == 1
+    found = {reward.__name__: reward}
+    exec(wrapper, found)
+    row = {
+        "input": "question",
+        "answer": "x",
+        "data_source": "d",
+        "ground_truth": "x",
+        "labels": 1,
+        "extra_info": 0,
+    }
+    assert (
+        list(map(float, RewardFunction(found["score"], 1).of_sentences([row, row], ["x", "y"]))) == expected
+    )
+
+
+def test_the_parameters_of_ours_may_have_any_name():
+    assert is_sentence_reward(lambda items, completions: [])
+    assert is_sentence_reward(lambda rows, completions: [])
+    assert is_sentence_reward(lambda items, completions, **options: [])
+    assert is_sentence_reward(lambda samples, answers: [])
+    assert not is_sentence_reward(lambda prompt, outputs, finish: 0)
+
+
 def test_a_sentence_reward_gets_everything_at_once_and_gives_floats():
     seen = []
 

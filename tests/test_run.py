@@ -345,6 +345,81 @@ def test_a_reward_may_change_its_prompts_but_not_the_next_ones(configure):
     assert max(line["score"] for line in lines("runs/a/samples.jsonl")) == len("the soup!")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "torch.set_default_dtype(torch.float64)",
+        "torch.set_default_dtype(torch.float16)",
+        "torch.set_default_device('meta')",
+        "torch.set_grad_enabled(False)",
+        "torch.set_autocast_enabled('cpu', True)",
+        "os.makedirs('there', exist_ok=True); os.chdir('there')",
+    ],
+)
+def test_settings_that_rewards_change_do_not_reach_the_training(configure, change):
+    settings = ("train.iterations=2", "reward=tasks.py:vowels")
+    train(configure("runs/plain", *settings))
+    body = "    return [sum"
+    for i, code in enumerate(
+        (REWARDS + f"\nimport os; {change}\n", REWARDS.replace(body, f"    import os; {change}\n{body}"))
+    ):
+        # the noise that a reward draws depends on the default dtype, so it draws in float32 here
+        Path("tasks.py").write_text(
+            code.replace("torch.rand(())", "torch.rand((), dtype=torch.float32, device='cpu')")
+        )
+        train(configure(f"runs/{i}", *settings))
+        assert_same_run("runs/plain", f"runs/{i}")
+        assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+
+
+EMPTYING = """
+def emptying(items, texts):
+    counts = [float(len(item["keywords"])) for item in items]
+    for item in items:
+        item["keywords"].clear()
+    return counts
+"""
+
+
+def test_a_resumed_run_scores_as_if_a_reward_had_not_changed_its_prompts(configure):
+    Path("tasks.py").write_text(EMPTYING)
+    prompts = [{"input": text, "keywords": ["a", "b", "c"]} for text in ("the soup", "my phone")]
+    for output, iterations in (("runs/a", 3), ("runs/b", 1), ("runs/b", 3)):
+        train(
+            configure(output, f"train.iterations={iterations}", prompts=prompts, reward="tasks.py:emptying")
+        )
+    assert_same_run("runs/a", "runs/b")
+    assert [line["score"] for line in lines("runs/a/metrics.jsonl")] == [3.0] * 3
+    assert [prompt["keywords"] for prompt in prompts] == [["a", "b", "c"]] * 2
+
+
+RESUMING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import dataclasses, io
+from rich.console import Console
+from many_values import VALUES
+from textrl_swarm.commands import train as command
+from textrl_swarm.runs.config import load_config
+from textrl_swarm.runs.run import read_ingredients
+prompts = [{"input": "the soup", "values": VALUES}, {"input": "a", "words": {"x", "y", "z"}}]
+command.read_ingredients = lambda config: dataclasses.replace(read_ingredients(config), prompts=prompts)
+command.train_command(load_config(sys.argv[2]), Console())
+"""
+
+
+def test_a_run_with_values_of_every_type_resumes_in_another_process(configure):
+    Path("resuming.py").write_text(RESUMING)
+    for iterations, seed in ((1, "1"), (2, "2")):
+        Path("run.yaml").write_text(configure("runs/a", f"train.iterations={iterations}").to_yaml())
+        done = subprocess.run(
+            [sys.executable, "resuming.py", str(Path(__file__).parent), "run.yaml"],
+            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "continuing runs/a after iteration 1" in done.stdout
+
+
 _FORKING = """
 import os, sys, time
 from rich.console import Console

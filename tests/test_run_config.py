@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import re
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ConfigError
@@ -222,3 +226,106 @@ def test_differences_name_the_key_and_both_values():
     assert lines[0].startswith('lora: null -> {"r": 2')
     assert lines[1:] == ["ppo.lr: 0.0001 -> 0.001"]
     assert differences(old, old) == []
+
+
+def with_value(value) -> dict:
+    return {**LEAST, "prompts": [{"input": "a", "key": value}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"b", "a"}, "prompts.0.key: config.yaml cannot hold a set; give sorted(...)"),
+        (frozenset("a"), "cannot hold a frozenset; give sorted(...)"),
+        (np.arange(3), "cannot hold a ndarray; give its .tolist()"),
+        (torch.ones(2), "cannot hold a Tensor; give its .tolist()"),
+        ([1, {"deep": {"a"}}], "prompts.0.key.1.deep: config.yaml cannot hold a set"),
+        ({("a", 1): 2}, "prompts.0.key: config.yaml cannot hold a tuple"),
+        (b"x", "cannot hold a bytes"),
+        (1j, "cannot hold a complex"),
+        (threading.Lock(), "cannot hold a lock"),
+        (LoraSettings(), "cannot hold a LoraSettings"),
+    ],
+)
+def test_values_that_a_file_cannot_hold_are_refused_and_not_made_texts(value, told):
+    with pytest.raises(ConfigError) as caught:
+        load_config(with_value(value))
+    assert told in str(caught.value)
+
+
+def test_lists_without_end_are_refused():
+    loop: list = []
+    loop.append(loop)
+    with pytest.raises(ConfigError, match="prompts: lists and mappings are nested too deep"):
+        load_config({**LEAST, "prompts": loop})
+
+
+Color = enum.Enum("Color", {"RED": "r"}, type=str)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ({1: "a", 2.5: "b", None: "c", False: "d"}, {1: "a", 2.5: "b", None: "c", False: "d"}),
+        ((1, (2,)), [1, [2]]),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.str_("a"), "a"),
+        (Color.RED, "r"),
+        (Path("/a"), "/a"),
+        (datetime.date(2026, 1, 2), "2026-01-02"),
+        ("\u2028\x85\ud800", "\u2028\x85\ud800"),
+        (2**70, 2**70),
+    ],
+)
+def test_values_that_survive_a_round_trip(tmp_path, value, kept):
+    config = load_config(with_value(value))
+    assert config.prompts[0]["key"] == kept
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(path) == config
+    assert differences(load_config(path).to_dict(), config.to_dict()) == []
+
+
+def test_values_of_a_file_are_those_of_the_file_that_it_becomes(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "model: m\nreward: a:b\noutput: o\nprompts:\n- {input: a, when: 2026-01-02, labels: {0: bad, 1: good}}\n"
+    )
+    config = load_config(tmp_path / "run.yaml")
+    assert config.prompts == [{"input": "a", "when": "2026-01-02", "labels": {0: "bad", 1: "good"}}]
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_nan_has_not_changed(tmp_path):
+    old, new = (load_config(with_value([float("nan")])).to_dict() for _ in range(2))
+    assert differences(old, new) == []
+    assert differences(old, load_config(with_value([1.0])).to_dict()) != []
+
+
+def test_the_users_own_values_are_not_changed():
+    mine = {**LEAST, "ppo": {"lr": 1}, "prompts": [{"input": "a", "keywords": ["x"]}]}
+    config = load_config(mine, ["ppo.lr=2", "train.iterations=3"])
+    config.prompts[0]["keywords"].clear()
+    assert mine == {**LEAST, "ppo": {"lr": 1}, "prompts": [{"input": "a", "keywords": ["x"]}]}
+
+
+def test_home_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(
+        {
+            "model": "~/m", "ref_adapter": "~/a", "output": "~/runs/a/", "prompts": {"dataset": "~/p"},
+            "reward": [{"function": "~/r.py:f"}, {"model": "~/c"}],
+        }
+    )  # fmt: skip
+    assert (config.model, config.ref_adapter, config.output) == (
+        "/home/me/m",
+        "/home/me/a",
+        "/home/me/runs/a",
+    )
+    assert config.prompts == {"dataset": "/home/me/p"}
+    assert (config.reward[0].function, config.reward[1].model) == ("/home/me/r.py:f", "/home/me/c")
+    assert load_config({**LEAST, "prompts": "~/p.txt"}).prompts == "/home/me/p.txt"
+    assert load_config(LEAST, ["reward=~/r.py:f"]).reward[0].function == "/home/me/r.py:f"
+    assert load_config({**LEAST, "output": "~nobody-here/x"}).output == "~nobody-here/x"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.errors import ConfigError, RewardError
+from textrl_swarm.learning.learner import Learner
 from textrl_swarm.learning.loop import train
 from textrl_swarm.learning.rollout import collect_env_steps
 from textrl_swarm.policies.loading import load_policy
@@ -315,6 +316,25 @@ def test_random_numbers_of_a_rollout_depend_on_the_updates_before_it():
     for agent.ppo.num_updates in (0, 1, 8):
         seeds.append(agent.rollout_sampling().seed)
     assert seeds == [5, 6, 13]
+
+
+def test_without_a_seed_a_reward_that_seeds_torch_does_not_repeat_the_rollouts():
+    agent, _ = make_agent(seed=5)
+    learner = Learner(agent.policy)
+
+    def seeds(items, texts):
+        torch.manual_seed(0)
+        return [float(len(text)) for text in texts]
+
+    env = TextRLEnv(None, agent.policy.tokenizer, ["a", "b"], max_length=8, compare_sample=2, reward=seeds)
+    torch.manual_seed(3)
+    found = [
+        iteration.collected.rollout.texts
+        for iteration in train(learner, env, iterations=3, prompts_per_iteration=2)
+    ]
+    assert len(set(found)) == 3
+    torch.manual_seed(3)
+    assert Learner(agent.policy).rollout_sampling().seed == learner.rollout_sampling().seed - 3
 
 
 @pytest.mark.parametrize("interval", [1, 12, 40])

@@ -18,7 +18,7 @@ import numpy as np
 from textrl_swarm.errors import ConfigError, PromptError
 from textrl_swarm.models.texts import decode_response, encode_prompt, special_ids, stop_ids, token_id
 from textrl_swarm.rewards.functions import RewardFunction, Rewards, SentenceReward, StepReward
-from textrl_swarm.rewards.isolation import private_copy, users_settings
+from textrl_swarm.rewards.isolation import private_copy
 from textrl_swarm.types import Item, Prompt
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class PromptEnv:
     def encode(self, item: Item) -> Prompt:
         """A copy of a prompt's dict, with its token ids. Raises PromptError when it has none."""
         item = private_copy(item)
-        with users_settings():
+        with self._rewards.settings.in_use():
             text = self.prompt_text(item)
         if not isinstance(text, str):
             raise PromptError(
@@ -196,7 +196,7 @@ class PromptEnv:
         A `step` that a subclass overrides runs in full.
         """
         if type(self).step is not PromptEnv.step:
-            with users_settings():
+            with self._rewards.settings.in_use():
                 _, rewards, done, _ = self.step(action)
             return rewards, done
         return self._advance(action)

@@ -32,16 +32,14 @@ def rows(source: Any, what: str = "prompts") -> list[Any]:
         raise PromptError(f"{what}: an IterableDataset may have no end; give list(dataset.take(1000))")
     if kind == "LazyFrame":
         raise PromptError(f"{what}: a LazyFrame has no rows yet; give frame.collect()")
-    if isinstance(source, (str, bytes, Mapping)):
-        raise PromptError(f"{what} must be a list with at least one prompt, got {source!r}")
     for method in ("to_pylist", "to_dicts"):  # pyarrow, polars
         if hasattr(source, method):
             return getattr(source, method)()
     if hasattr(source, "columns"):
         return _frame_rows(source, what)
     entries = source.tolist() if hasattr(source, "tolist") else source  # pandas.Series, NumPy, torch
-    if not isinstance(entries, Iterable):
-        raise PromptError(f"{what} must be a list, got {source!r}")
+    if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
+        raise PromptError(f"{what} must be a list with at least one prompt, got {source!r}")
     return list(entries)
 
 

@@ -13,14 +13,14 @@ from types import ModuleType
 
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.rewards.functions import SentenceReward, StepReward, is_sentence_reward
-from textrl_swarm.rewards.isolation import users_settings
+from textrl_swarm.rewards.isolation import OwnSettings, keep_settings
 
 
 def load_reward(spec: str) -> StepReward | SentenceReward:
     """The callable behind "package.module:name" or "path/to/file.py:name".
 
     Modules are looked for in the current directory first; a file may import its neighbours. Process-wide
-    settings that the module changes hold for its own functions only, see `users_settings`.
+    settings that the module changes hold in the reward's calls only, see `OwnSettings`.
 
     Raises:
         ConfigError: no such module, file or name (with the closest there is), it cannot be imported, or it is
@@ -30,13 +30,15 @@ def load_reward(spec: str) -> StepReward | SentenceReward:
     if not colon or not place or not name:
         raise ConfigError(f'a reward is named "module:function" or "path/to/file.py:function", got {spec!r}')
     is_file = place.endswith(".py") or "/" in place
-    with users_settings():
+    settings = OwnSettings()
+    with settings.in_use():
         module = _import_file(Path(os.path.expanduser(place))) if is_file else _import_module(place)
     if not hasattr(module, name):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ConfigError(f"{place} has no {name!r}; {closest(name, known)}")
     reward = getattr(module, name)
     is_sentence_reward(reward)
+    keep_settings(reward, settings)
     return reward
 
 

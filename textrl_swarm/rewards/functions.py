@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from textrl_swarm.errors import ConfigError, RewardError, TextRLSwarmError
-from textrl_swarm.rewards.isolation import private_copy, users_settings
+from textrl_swarm.rewards.isolation import private_copy, settings_of
 from textrl_swarm.rewards.time_limit import TookTooLong, within
 from textrl_swarm.types import Item
 
@@ -150,6 +150,9 @@ class RewardFunction:
         timeout_s: of one call; None = wait for ever.
         name: for messages; None = the reward's own.
 
+    Attributes:
+        settings: process-wide settings that the reward changes; they hold in its calls only.
+
     Raises:
         ConfigError: the reward takes other parameters, or an impossible timeout.
     """
@@ -169,6 +172,7 @@ class RewardFunction:
                 raise ConfigError(
                     f"reward_timeout_s must be > 0 seconds, or None to wait for ever; got {timeout_s!r}"
                 )
+        self.settings = settings_of(reward)
         self._reward = reward
         self._num_samples = num_samples
         self._timeout_s = timeout_s
@@ -292,7 +296,7 @@ class RewardFunction:
             ) from error
 
     def _call(self, *arguments: Any) -> Any:
-        with users_settings():
+        with self.settings.in_use():
             return _plain(self._reward(*arguments))  # a generator runs here
 
     def _error(self, what: str, where: str) -> RewardError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -109,33 +109,55 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (_cuda_device, torch.cuda.set_device),
     (_directory, os.chdir),
 )
-_users: dict[int, Any] = {}  # index into _SETTINGS -> what the user's code has set
 
 
-@contextlib.contextmanager
-def users_settings() -> Iterator[None]:
-    """Inside, a user's code runs with the settings that such code left behind the last time; what it changes
-    is kept for the next time and undone outside.
-
-    The settings: torch's default dtype and device, gradients, autocast, deterministic algorithms, threads and
-    CUDA device, and the current directory.
+class OwnSettings:
+    """Process-wide settings that belong to one user's code: torch's default dtype and device, gradients,
+    autocast, deterministic algorithms, threads and CUDA device, and the current directory.
     """
-    trainers = [read() for read, _ in _SETTINGS]
-    for i, setting in _users.items():
-        _apply(i, setting)
-    try:
-        yield
-    finally:
-        for i, before in enumerate(trainers):
-            after = _SETTINGS[i][0]()
-            if after == before:
-                _users.pop(i, None)
-            else:
-                _users[i] = after
-                _apply(i, before)
+
+    def __init__(self, own: Mapping[int, Any] | None = None):
+        self._own: dict[int, Any] = dict(own or {})  # index into _SETTINGS -> what the code has set
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, what the code has set the last time holds; what it changes is kept for the next time, and
+        undone outside.
+        """
+        trainers = [read() for read, _ in _SETTINGS]
+        for i, setting in self._own.items():
+            _apply(i, setting)
+        try:
+            yield
+        finally:
+            for i, before in enumerate(trainers):
+                after = _SETTINGS[i][0]()
+                if after == before:
+                    self._own.pop(i, None)
+                else:
+                    self._own[i] = after
+                    _apply(i, before)
+
+    def copy(self) -> OwnSettings:
+        """For another use of the same code."""
+        return OwnSettings(self._own)
 
 
 def _apply(i: int, setting: Any) -> None:
     if setting is not None:
         with contextlib.suppress(FileNotFoundError):  # a directory that was removed
             _SETTINGS[i][1](setting)
+
+
+_LEFT_BY_IMPORT: dict[int, tuple[object, OwnSettings]] = {}  # id of a reward -> the reward, its settings
+
+
+def keep_settings(reward: object, settings: OwnSettings) -> None:
+    """Notes what the module of a reward set when it was imported."""
+    _LEFT_BY_IMPORT.setdefault(id(reward), (reward, settings))
+
+
+def settings_of(reward: object) -> OwnSettings:
+    """What the module of a reward set when `load_reward` imported it; nothing for other rewards."""
+    _, settings = _LEFT_BY_IMPORT.get(id(reward), (None, OwnSettings()))
+    return settings.copy()
