@@ -30,12 +30,17 @@ def test_other_processes_find_the_same_digests():
 
 
 DIFFERENT = """
-1 | True | 1.0 | "1" | b"1" | None | [1] | {1} | {1: 1} | {"1": 1} | [[1]] | [] | {} | set() | "" | b"" | -1 | 0.0 | -0.0
-["ab", "c"] | ["a", "bc"] | ["abc"] | [["a"], "bc"] | {"ab": "c"} | {"a": "bc"} | {"a": "b", "c": "d"} | {"a": "d", "c": "b"}
-np.zeros(4) | np.zeros((2, 2)) | np.zeros(4, dtype="f4") | np.ones(4) | torch.zeros(4) | torch.ones(4) | torch.zeros(2, 2)
-Row({"a"}) | Row({"b"}) | {"words": {"a"}} | Color.RED | Color.BLUE | decimal.Decimal("1.1") | decimal.Decimal("1.10")
+1 | True | 1.0 | "1" | b"1" | None | [1] | {1} | {1: 1} | {"1": 1} | [[1]] | [] | {} | set() | "" | b""
+-1 | 0.0 | -0.0
+["ab", "c"] | ["a", "bc"] | ["abc"] | [["a"], "bc"] | {"ab": "c"} | {"a": "bc"} | {"a": "b", "c": "d"}
+{"a": "d", "c": "b"}
+np.zeros(4) | np.zeros((2, 2)) | np.zeros(4, dtype="f4") | np.ones(4) | torch.zeros(4) | torch.ones(4)
+torch.zeros(2, 2)
+Row({"a"}) | Row({"b"}) | {"words": {"a"}} | Color.RED | Color.BLUE | decimal.Decimal("1.1")
+decimal.Decimal("1.10")
 Image.new("RGB", (2, 2)) | Image.new("RGB", (1, 4)) | Image.new("L", (2, 6)) | Image.new("RGB", (2, 2), "red")
-datetime.date(2020, 1, 1) | datetime.datetime(2020, 1, 1) | datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
+datetime.date(2020, 1, 1) | datetime.datetime(2020, 1, 1)
+datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
 """
 
 

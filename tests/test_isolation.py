@@ -1,4 +1,4 @@
-"""What a user's code changes stays with it: copies that share nothing, and process-wide settings of its own."""
+"""What a user's code changes stays with it: its copies share nothing, its settings are its own."""
 
 from __future__ import annotations
 

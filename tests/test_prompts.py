@@ -154,7 +154,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
         load_prompts(path)
 
 
-# ------------------------------------------------------------------------------------ names of files and directories
+# ----------------------------------------------------------------------------- names of files and directories
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_texts_that_only_begin_like_json(tmp_path, text):
     assert load_prompts(tmp_path / "p.txt") == [{"input": text}]
 
 
-# ------------------------------------------------------------------------------------------ which column is the prompt
+# --------------------------------------------------------------------------------- which column is the prompt
 
 ALPACA = [
     {"instruction": "sum up", "input": "a context", "output": "o"},
@@ -304,7 +304,7 @@ def test_an_environment_that_knows_where_its_text_is_takes_any_row():
     assert [prompt.item for prompt in env.prompts()] == ALPACA
 
 
-# ------------------------------------------------------------------------------------------------------------ tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 ROWS = [{"input": "one", "label": 1}, {"input": "two", "label": 2}]
 
@@ -399,7 +399,7 @@ def test_what_save_to_disk_wrote_is_read():
         load_prompts({**several, "split": "tset"})
 
 
-# ----------------------------------------------------------------------------------------------------- chat messages
+# ---------------------------------------------------------------------------------------------- chat messages
 
 CHAT = [{"role": "user", "content": "hi"}]
 RENDERED = "tokenize=False, add_generation_prompt=True)"

@@ -290,7 +290,8 @@ def test_values_that_survive_a_round_trip(tmp_path, value, kept):
 
 def test_values_of_a_file_are_those_of_the_file_that_it_becomes(tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "model: m\nreward: a:b\noutput: o\nprompts:\n- {input: a, when: 2026-01-02, labels: {0: bad, 1: good}}\n"
+        "model: m\nreward: a:b\noutput: o\n"
+        "prompts:\n- {input: a, when: 2026-01-02, labels: {0: bad, 1: good}}\n"
     )
     config = load_config(tmp_path / "run.yaml")
     assert config.prompts == [{"input": "a", "when": "2026-01-02", "labels": {0: "bad", 1: "good"}}]

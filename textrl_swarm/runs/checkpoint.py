@@ -110,7 +110,8 @@ def _load(
     policy = learner.policy
     if state["base_model"] != base_fingerprint(policy):
         raise CheckpointError(
-            f"{directory} was trained on another base model than {policy.base_model}; give the run another output"
+            f"{directory} was trained on another base model than {policy.base_model}; "
+            "give the run another output"
         )
     saved = state["inputs"]
     changed = [name for name in dict.fromkeys((*inputs, *saved)) if saved.get(name) != inputs.get(name)]
@@ -147,7 +148,8 @@ def base_fingerprint(policy: Policy) -> str:
     probe = torch.eye(4, policy.hidden_size, device=policy.device)
     with torch.no_grad():
         columns = policy.project(probe).float().cpu().contiguous()
-    return f"{policy.vocab_size}x{policy.hidden_size}:{hashlib.sha256(columns.numpy().tobytes()).hexdigest()[:16]}"
+    digest = hashlib.sha256(columns.numpy().tobytes()).hexdigest()[:16]
+    return f"{policy.vocab_size}x{policy.hidden_size}:{digest}"
 
 
 def _base_states(policy: Policy) -> list[float]:
@@ -169,10 +171,11 @@ def _alike(before: Sequence[float] | None, now: Sequence[float]) -> bool:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+    # torch and safetensors have errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} cannot be written ({error}). Everything written before is intact: free some space and rerun the "
-            "command to resume."
+            f"{path} cannot be written ({error}). Everything written before is intact: "
+            "free some space and rerun the command to resume."
         ) from error
 
 

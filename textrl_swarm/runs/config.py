@@ -92,8 +92,8 @@ class TrainConfig:
     """A reward that takes longer than these seconds is an error; null = wait for ever."""
 
     skip_special_tokens: bool = False
-    """True = rewards of either form see no special tokens. False = they see them (<think>, where that is one);
-    markers such as the end token are tokens of a step reward, and no text."""
+    """True = rewards of either form see no special tokens. False = they see them (<think>, where that is
+    one); markers such as the end token are tokens of a step reward, and no text."""
 
     keep_checkpoints: int = 2
     """The newest n checkpoints stay on disk."""
@@ -175,8 +175,8 @@ class RunConfig:
             raise ConfigError('reward is empty; give "module:function", or a model and a label')
         if self.swarm is not None and self.quantization is not None:
             raise ConfigError(
-                f"quantization={self.quantization} is for a model on this machine; servers of a swarm choose their "
-                "own (textrl-swarm serve MODEL --quant_type int8 or nf4)"
+                f"quantization={self.quantization} is for a model on this machine; servers of a swarm choose "
+                "their own (textrl-swarm serve MODEL --quant_type int8 or nf4)"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,8 +219,8 @@ def load_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str]
 
 
 def _plain(value: Any, key: str = "") -> Any:
-    """A copy in values that config.yaml holds exactly: texts, numbers, booleans, null, lists, and mappings with
-    such keys. Dates and paths become texts.
+    """A copy in values that config.yaml holds exactly: texts, numbers, booleans, null, lists, and mappings
+    with such keys. Dates and paths become texts.
 
     Raises:
         ConfigError: any other value, named by its key.
@@ -345,7 +345,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path} must be a mapping with keys such as model, prompts, reward and output; it holds {_short(values)}"
+            f"{path} must be a mapping with keys such as model, prompts, reward and output; "
+            f"it holds {_short(values)}"
         )
     return values
 

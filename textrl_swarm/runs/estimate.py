@@ -182,7 +182,15 @@ def estimate_run(
     if swarm_servers:
         weights = sizes.outside * number_bytes
         traffic = _traffic(
-            sizes, lora, swarm_servers, responses, prompt_tokens, response_tokens, epochs, minibatch_size, wire_bytes
+            sizes,
+            lora,
+            swarm_servers,
+            responses,
+            prompt_tokens,
+            response_tokens,
+            epochs,
+            minibatch_size,
+            wire_bytes,
         )
         copies += 2  # autograd's flat tensors, and the snapshot that is pushed
         spans = split_evenly(sizes.num_blocks, swarm_servers)
@@ -289,7 +297,8 @@ def _traffic(
     sessions = math.ceil(responses * length / ATTENTION_CACHE_TOKENS)
     scoring = math.ceil(_micro_batches(responses, length) / MAX_MICRO_BATCHES_IN_FLIGHT) * scored
     pushes = epochs * minibatches * upper
-    training = epochs * math.ceil(micro_batches / MAX_MICRO_BATCHES_IN_FLIGHT) * 2 * upper  # forward and backward
+    # Forward and backward.
+    training = epochs * math.ceil(micro_batches / MAX_MICRO_BATCHES_IN_FLIGHT) * 2 * upper
     return _Traffic(sent, received, sessions * response_tokens * hops + scoring + pushes + training)
 
 

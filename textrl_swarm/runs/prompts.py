@@ -40,8 +40,8 @@ def load_prompts(source: Any) -> list[Item]:
     """Prompts as a list of dicts.
 
     Args:
-        source: a list of texts or dicts with an "input"; a table of pandas, polars, pyarrow or datasets with a
-            column "input"; a file (.jsonl: an object with an "input", or a text, per line; .json: a list of
+        source: a list of texts or dicts with an "input"; a table of pandas, polars, pyarrow or datasets with
+            a column "input"; a file (.jsonl: an object with an "input", or a text, per line; .json: a list of
             those; any other: one prompt per line); or {"dataset": NAME, "split": "train", "column": "text",
             "limit": 100}, read with `datasets`, whose rows keep all their columns. NAME is of the hub, a
             directory or a file with data (.csv, .jsonl ...), or a directory that `save_to_disk` wrote. A
@@ -132,7 +132,8 @@ def _require_prompts_file(path: Path) -> None:
     for table in (".csv", ".tsv", ".parquet"):
         if last == table:
             raise PromptError(
-                f"{path} is a table; name the column with the prompts: prompts: {{dataset: {path}, column: text}}"
+                f"{path} is a table; name the column with the prompts: "
+                f"prompts: {{dataset: {path}, column: text}}"
             )
         if table in suffixes and last == ".txt":
             raise PromptError(f"{path}: a table or a text? Let its name end with {table}, or without {table}")
@@ -147,8 +148,8 @@ def _require_plain_text(path: Path, text: str, lines: list[str]) -> None:
             continue
         if isinstance(value, dict) or (isinstance(value, list) and suffix == ".json"):
             raise PromptError(
-                f"{path} holds JSON, but a file of this name is read as one prompt per line; let its name end "
-                f'with {suffix} (there, a prompt that is JSON itself is the text of an "input")'
+                f"{path} holds JSON, but a file of this name is read as one prompt per line; let its name "
+                f'end with {suffix} (there, a prompt that is JSON itself is the text of an "input")'
             )
 
 
@@ -161,7 +162,8 @@ def _text(path: Path) -> str:
         ) from error
     except OSError as error:  # a text instead of a name can be too long for one
         raise PromptError(
-            f"the prompts file {str(path)[:60]!r} cannot be read: {error.strerror}; put a single prompt in a list"
+            f"the prompts file {str(path)[:60]!r} cannot be read: {error.strerror}; "
+            "put a single prompt in a list"
         ) from error
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
@@ -241,7 +243,8 @@ def _loaded(name: str, config: str | None, split: str) -> Any:
         return datasets.load_dataset(**_table(path), split=split)
     if path.is_dir() and glob.has_magic(str(path.resolve())):  # datasets would read it as a pattern
         raise PromptError(
-            f"the directory {str(path.resolve())!r} has one of *?[ in its name; name a file of it instead, or rename it"
+            f"the directory {str(path.resolve())!r} has one of *?[ in its name; "
+            "name a file of it instead, or rename it"
         )
     return datasets.load_dataset(path=name, name=config, split=split)
 

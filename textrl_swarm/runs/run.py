@@ -85,7 +85,9 @@ def read_ingredients(config: RunConfig) -> Ingredients:
     """Raises ConfigError, ModelError, PromptError, RewardError, AdapterError."""
     model = resolve(config.model)
     if config.ref_adapter is not None and not (Path(config.ref_adapter) / ADAPTER_WEIGHTS).is_file():
-        raise AdapterError(f"ref_adapter: {config.ref_adapter} holds no adapter: there is no {ADAPTER_WEIGHTS}")
+        raise AdapterError(
+            f"ref_adapter: {config.ref_adapter} holds no adapter: there is no {ADAPTER_WEIGHTS}"
+        )
     prompts = load_prompts(config.prompts)
     parts = [(_reward(part, config.device), part.weight) for part in config.reward]
     is_single = len(parts) == 1 and parts[0][1] == 1
@@ -142,7 +144,9 @@ class Run:
         self, config: RunConfig, ingredients: Ingredients, policy: Policy, *, accept_changes: bool = False
     ):
         if policy.tokenizer is None:
-            raise ModelError(f"{config.model} has no tokenizer; save one in its directory with tokenizer.save_pretrained")
+            raise ModelError(
+                f"{config.model} has no tokenizer; save one in its directory with tokenizer.save_pretrained"
+            )
         self.config = config
         self.policy = policy
         self.directory = Path(config.output).absolute()  # a reward may change the current directory
@@ -164,7 +168,7 @@ class Run:
         self._reward = ingredients.reward
         self._inputs = _inputs(config, ingredients)
         changed = changes(config)
-        for seed in (torch.manual_seed, random.seed, np.random.seed):  # rewards may use any of these generators
+        for seed in (torch.manual_seed, random.seed, np.random.seed):  # rewards may use any of these
             seed(config.seed)
         self.start = load_newest(
             self.directory, self.learner, self.env, self._inputs, accept_changes=accept_changes
@@ -264,7 +268,8 @@ def changes(config: RunConfig) -> list[str]:
         text = path.read_text(encoding="utf-8")
         if not text.startswith(HEADER) and not checkpoints(directory):
             raise CheckpointError(
-                f"{path} is a file of your own, which the run would replace; move it away or name another output"
+                f"{path} is a file of your own, which the run would replace; "
+                "move it away or name another output"
             )
         before = yaml.safe_load(text)
         lines = differences(before, config.to_dict())
@@ -284,7 +289,8 @@ def require_unchanged(config: RunConfig) -> None:
     if changed and checkpoints(Path(config.output)):
         raise CheckpointError(
             f"{config.output} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
-            "Restore it, name another output, or continue from the last checkpoint anyway with --accept-changes."
+            "Restore it, name another output, or continue from the last checkpoint anyway with "
+            "--accept-changes."
         )
 
 

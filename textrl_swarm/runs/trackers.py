@@ -92,7 +92,9 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"train.report_to has {name!r}, which is not installed; type: pip install {name}") from error
+        raise ConfigError(
+            f"train.report_to has {name!r}, which is not installed; type: pip install {name}"
+        ) from error
 
 
 def _run_id(run: Path) -> str:
