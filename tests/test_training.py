@@ -17,7 +17,7 @@ from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.errors import ConfigError, RewardError
 from textrl_swarm.learning.learner import Learner
 from textrl_swarm.learning.loop import train
-from textrl_swarm.learning.rollout import collect_env_steps
+from textrl_swarm.learning.rollout import collect, collect_env_steps
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.textrl.actor import TextRLActor
 from textrl_swarm.textrl.agent import PPOAgent
@@ -357,6 +357,27 @@ def test_an_update_has_update_interval_env_steps_however_short_the_responses(tmp
     assert all(interval <= steps for steps, _ in sizes)
     # No update collects much more than it needs.
     assert sum(steps for steps, _ in sizes) < 3 * interval + len(sizes) * 4 * 30
+
+
+def test_the_parts_of_a_rollout_add_up(monkeypatch):
+    agent, env = make_agent(samples=1, max_length=30)
+    env.gen_stop_toks += list("aeioust")
+    parts = []
+
+    def collect_seen(*args):
+        parts.append(collect(*args))
+        return parts[-1]
+
+    monkeypatch.setattr("textrl_swarm.learning.rollout.collect", collect_seen)
+    found = collect_env_steps(
+        agent.policy, env, 60, SamplingConfig(max_new_tokens=30, seed=0, temperature=0.9)
+    )
+    assert len(parts) > 1
+    assert found.seconds == pytest.approx(sum(part.seconds for part in parts))
+    assert found.env_steps == sum(part.env_steps for part in parts) >= 60
+    assert found.rollout.texts == tuple(text for part in parts for text in part.rollout.texts)
+    assert found.scores.tolist() == [score for part in parts for score in part.scores.tolist()]
+    assert found.rollout.temperature == 0.9
 
 
 def test_the_parts_of_a_rollout_have_random_numbers_of_their_own():
