@@ -111,6 +111,27 @@ def test_every_call_of_a_reward_gets_the_prompt_as_the_user_gave_it(form):
     assert seen(items[0]) == seen(an_item())
 
 
+class Popping(TextRLEnv):
+    def get_obs_input(self, item):
+        return item["keywords"].pop()
+
+    def get_reward(self, item, predicted, finish):
+        return 0.0
+
+
+def test_an_environments_prompts_are_its_own():
+    mine = [{"keywords": ["a"], "input": "a"}]
+    env = Popping(None, character_tokenizer(), mine, compare_sample=1)
+    mine[0]["keywords"].append("b")
+    for prompt in (*env.draw(2), env.encode(mine[0])):
+        assert prompt.ids in ((3,), (4,))
+        prompt.item["keywords"].extend("xyz")
+    env.reset(mine[0])
+    env.input_item["keywords"].append("x")
+    assert mine == [{"keywords": ["a", "b"], "input": "a"}]
+    assert [prompt.ids for prompt in env.prompts()] == [(3,)]
+
+
 def test_samples_of_a_prompt_do_not_see_each_others_changes():
     def emptied(items, texts):
         counts = [len(item["keywords"]) for item in items if [item["keywords"].pop() for _ in "abc"] or True]
