@@ -315,7 +315,8 @@ def test_answers_that_are_not_finite_are_not_used(two_servers, monkeypatch):
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from textrl_swarm.swarm.local import LocalSwarm
 with LocalSwarm(sys.argv[1], num_servers=1) as swarm:
     print(*(server.pid for server in swarm.servers), flush=True)
@@ -345,15 +346,28 @@ def test_servers_end_with_their_parent(tiny_bloom):
     assert servers <= {process.pid for process in started}
     assert [process.name() for process in started].count("p2pd") >= 2
     for parent, how in zip(parents, signals, strict=True):
-        with parent:  # closes its pipe
-            parent.send_signal(how)
+        parent.send_signal(how)
+        try:
             parent.wait(30)
+        finally:
+            parent.kill()  # Popen's own exit would wait for ever
+            parent.stdout.close()
     deadline = time.monotonic() + 15
     while (alive := [process for process in started if _alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive
     assert _ours(temporary) == []
     shutil.rmtree(temporary)
+
+
+def test_a_server_that_inherits_an_ignored_sigint_can_be_asked_to_leave(tiny_bloom):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with LocalSwarm(tiny_bloom(seed=4), num_servers=1) as swarm:
+            swarm.servers[0].interrupt()
+            swarm.servers[0].process.wait(30)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _ours(temporary: Path) -> list[str]:

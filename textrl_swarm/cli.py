@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from textrl_swarm.display import accept_any_text
 from textrl_swarm.errors import TextRLSwarmError
 
 app = typer.Typer(
@@ -270,6 +271,7 @@ def _complain(message: str) -> None:
 
 
 def _run(command: typer.Typer) -> None:
+    accept_any_text()
     try:
         command()
     except TextRLSwarmError as error:

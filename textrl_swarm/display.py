@@ -1,10 +1,12 @@
-"""What a terminal shows while something takes longer than two seconds. Knows nothing about what takes so
-long.
+"""What a terminal shows: any text, and a sign of life while something takes longer than two seconds. Knows
+nothing about what takes so long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from contextlib import AbstractContextManager
 
 from rich.console import Console
@@ -16,3 +18,13 @@ def spinner(console: Console, what: str) -> AbstractContextManager[object]:
         return console.status(f"{what} ...")
     console.print(f"{what} ...", soft_wrap=True)
     return contextlib.nullcontext()
+
+
+def accept_any_text() -> None:
+    """From here on, standard output and error replace characters that their encoding lacks.
+
+    Python would raise UnicodeEncodeError, and end a run over a prompt in another script.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

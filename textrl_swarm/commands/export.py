@@ -16,6 +16,7 @@ from textrl_swarm.export.check import Verified, compare, trained_policy, verify
 from textrl_swarm.export.source import Source, find_source
 from textrl_swarm.export.write import push_to_hub, require_target, write_adapter, write_merged
 from textrl_swarm.models.base_model import BaseModel, resolve
+from textrl_swarm.models.quantization import saved_quantization
 
 
 def export_command(
@@ -70,14 +71,14 @@ def export_merged(source: Source, out: str | Path, console: Console, *, check: b
     out = Path(out)
     require_target(source, out)
     base = _base_model(source)
-    if source.quantization:
+    saved = saved_quantization(base)
+    if source.quantization or saved:
+        plain = "dequantised" if saved else "as they were before"
         _note(
             console,
-            f"the adapter was trained on weights in {source.quantization}; it is merged into the weights "
-            "as they were "
-            "before (8 or 4 bits would round it away), so the merged model answers a little differently "
-            "from the "
-            "trained policy",
+            f"the adapter was trained on weights in {source.quantization or saved}; it is merged into the "
+            f"weights {plain} (8 or 4 bits would round it away), so the merged model answers a little "
+            "differently from the trained policy",
         )
     with spinner(console, escape(f"merging the adapter into {source.base_model}")):
         merged = write_merged(source, base, out)
@@ -109,8 +110,9 @@ def _check(source: Source, base: BaseModel, model: str, adapter: Path | None, co
     with spinner(console, f"loading it back in a fresh process, with plain transformers{with_peft}"):
         verified = verify(source, base, model, adapter)
     _print(console, f"loaded back: {verified.agreement}")
-    if source.quantization:
-        _compare_quantized(source, base, source.quantization, verified, console)
+    quantization = source.quantization or (saved_quantization(base) if adapter is None else None)
+    if quantization:
+        _compare_quantized(source, base, quantization, verified, console)
 
 
 def _compare_quantized(

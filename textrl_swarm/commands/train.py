@@ -19,6 +19,7 @@ from textrl_swarm.errors import RewardError
 from textrl_swarm.learning.loop import Iteration
 from textrl_swarm.models.adapter_files import read_settings
 from textrl_swarm.models.pretrained import load_tokenizer
+from textrl_swarm.models.quantization import saved_quantization
 from textrl_swarm.models.texts import encode_prompt
 from textrl_swarm.runs.config import RunConfig
 from textrl_swarm.runs.estimate import RunEstimate, estimate_run
@@ -98,7 +99,7 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
         where = f"on {policy.num_servers} server(s) of a swarm"
     else:
         where = f"on this machine ({policy.device})"
-    quantized = f" in {config.quantization}" if config.quantization else ""
+    quantized = f" in {policy.quantization}" if policy.quantization else ""
     trainable = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
     model = f"{config.model}{quantized} {where}"
     _print(console, f"{model}; {trainable:,} trainable parameters; {num_prompts} prompts")
@@ -176,7 +177,7 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
         return estimate_run(
             model,
             lora,
-            quantization=config.quantization,
+            quantization=config.quantization or saved_quantization(ingredients.model),
             swarm_servers=servers,
             responses=responses,
             prompt_tokens=tokens,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.errors import ExportError
@@ -22,11 +23,12 @@ from textrl_swarm.export import plain_check
 from textrl_swarm.export.source import Source
 from textrl_swarm.models.adapter_files import read_settings
 from textrl_swarm.models.base_model import BaseModel, hub_name
+from textrl_swarm.models.quantization import load_plain_weights, saved_quantization
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
 
 _TOLERANCE = 1e-3  # of a logit, relative to the largest: sums of products in another order, in fp32
-_HALF_TOLERANCE = 0.05  # for models in 16 bits
+_HALF_TOLERANCE = 0.05  # for models in 16 or 8 bits
 _PROBE_ROWS = 4
 _PROBE_TOKENS = 8
 
@@ -74,14 +76,17 @@ def verify(source: Source, base: BaseModel, model: str | Path, adapter: Path | N
         AdapterError: the adapter does not fit the base model.
     """
     # Before the fresh process, whose errors are less plain when the adapter does not fit.
-    with trained_policy(source, base) as policy:
+    saved = saved_quantization(base)
+    is_dequantized = saved is not None and adapter is None  # as merging does
+    with trained_policy(source, load_plain_weights(base) if is_dequantized else base) as policy:
         generator = torch.Generator().manual_seed(0)
         shape = (_PROBE_ROWS, _PROBE_TOKENS)
         probes = torch.randint(0, policy.vocab_size, shape, generator=generator).tolist()
         answers = answers_of_fresh_process(model, adapter, probes)
         agreement = compare(policy, probes, answers)
-    is_half = "16" in str(base.config.dtype)
-    allowed = (_HALF_TOLERANCE if is_half else _TOLERANCE) * max(1.0, agreement.largest_logit)
+    # 8-bit layers round by batch, and the fresh process computes row by row.
+    is_coarse = "16" in str(base.config.dtype) or (saved == "8bit" and not is_dequantized)
+    allowed = (_HALF_TOLERANCE if is_coarse else _TOLERANCE) * max(1.0, agreement.largest_logit)
     if agreement.largest_difference > allowed:
         raise ExportError(
             "what was written is not what was trained: "
@@ -92,7 +97,9 @@ def verify(source: Source, base: BaseModel, model: str | Path, adapter: Path | N
 
 
 @contextlib.contextmanager
-def trained_policy(source: Source, base: BaseModel, quantization: str | None = None) -> Iterator[Policy]:
+def trained_policy(
+    source: Source, base: BaseModel | PreTrainedModel, quantization: str | None = None
+) -> Iterator[Policy]:
     """The policy with the source's adapter, on this machine."""
     with load_policy(base, quantization=quantization, lora=read_settings(source.adapter)) as policy:
         policy.load_adapter(source.adapter)
@@ -130,7 +137,8 @@ def answers_of_fresh_process(
         answer = subprocess.run(
             [sys.executable, script, str(path)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env={**os.environ, "PYTHONPATH": searched},
         )
     if answer.returncode != 0:

@@ -25,12 +25,15 @@ def main() -> None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, request["adapter"])
+    for layer in model.modules():  # bitsandbytes would repack 4-bit weights, and round their scales
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     model.eval()
     answers = []
     for row in request["tokens"]:
         inputs = {
-            "input_ids": torch.tensor([row]),
-            "attention_mask": torch.ones(1, len(row), dtype=torch.int64),
+            "input_ids": torch.tensor([row], device=model.device),
+            "attention_mask": torch.ones(1, len(row), dtype=torch.int64, device=model.device),
         }
         with torch.no_grad():
             logits = model(**inputs).logits[0, -1].float()

@@ -14,7 +14,12 @@ from typing import Any
 import yaml
 
 from textrl_swarm.errors import AdapterError, CheckpointError
-from textrl_swarm.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_no_textrl_model
+from textrl_swarm.models.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    conversion_hint,
+    require_no_textrl_model,
+)
 from textrl_swarm.runs.checkpoint import CHECKPOINTS, STATE, checkpoints, damage_of
 from textrl_swarm.runs.run import ADAPTER, CONFIG, SUMMARY
 from textrl_swarm.runs.trackers import read_metrics
@@ -172,7 +177,10 @@ def _require_adapter(path: Path) -> None:
     require_no_textrl_model(path)
     near = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{ADAPTER_CONFIG}"))
     hint = f"; did you mean {path / near[0]}? there are {', '.join(near)}" if near else ""
-    raise AdapterError(f"{path} holds no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}{hint}")
+    raise AdapterError(
+        f"{path} holds no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}{hint}"
+        f"{conversion_hint(path)}"
+    )
 
 
 def _metrics(run: Path, iteration: int | None) -> dict[str, float]:

@@ -121,7 +121,7 @@ def write_merged(source: Source, base: BaseModel, out: Path) -> Merged:
         ExportError: it cannot be written.
         AdapterError: the adapter does not fit the model.
     """
-    model = merged_model(base.name, source.adapter)
+    model = merged_model(base, source.adapter)
     tokenizer, missing = _tokenizer(base)
     with _disk_errors(out), published(out) as staging:
         model.save_pretrained(staging)

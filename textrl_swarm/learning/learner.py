@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from textrl_swarm.config import PPOConfig, SamplingConfig
-from textrl_swarm.errors import AdapterError
+from textrl_swarm.errors import AdapterError, CheckpointError, TextRLSwarmError
 from textrl_swarm.learning.ppo import PPO, MakeOptimizer
 from textrl_swarm.models.adapter_files import ADAPTER_CONFIG, require_no_textrl_model
 from textrl_swarm.policies.base import Policy
@@ -68,7 +68,7 @@ class Learner:
 
     def load(self, directory: str | Path) -> None:
         """Loads what `save` wrote; an adapter alone is enough. Raises AdapterError, naming checkpoints
-        nearby.
+        nearby; CheckpointError for a damaged file beside it.
         """
         path = Path(directory)
         if not path.is_dir():
@@ -79,4 +79,12 @@ class Learner:
         self.policy.load_adapter(path)
         state_path = path / LEARNER_STATE
         if state_path.is_file():
-            self.ppo.load_state_dict(torch.load(state_path, weights_only=True))
+            try:
+                self.ppo.load_state_dict(torch.load(state_path, weights_only=True))
+            except TextRLSwarmError:
+                raise
+            except Exception as error:  # a damaged file can fail in any way
+                raise CheckpointError(
+                    f"{state_path} cannot be read ({error!r:.200}): copy it again, or remove it to start "
+                    "from the adapter with a new optimizer"
+                ) from error

@@ -6,6 +6,7 @@ Knows nothing about models in memory, except to merge an adapter into one.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ from torch import Tensor
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError
 from textrl_swarm.models.adapters import without_peft_notices
-from textrl_swarm.models.base_model import WEIGHT_FILES
+from textrl_swarm.models.base_model import WEIGHT_FILES, BaseModel, damage_in
+from textrl_swarm.models.quantization import load_plain_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 VALUE_HEAD_WEIGHTS = "value_head.safetensors"
+_PICKLED_WEIGHTS = "adapter_model.bin"
 
 # Of init_lora_weights; the others change the base weights, so the adapter belongs to the changed ones.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "mica", "orthogonal")
@@ -190,7 +193,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
+        raise AdapterError(f"{path} cannot be read: {damage_in(path.parent) or error}") from error
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise AdapterError(
@@ -211,7 +214,19 @@ def require_no_textrl_model(path: Path) -> None:
 def _require_adapter(path: Path) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
-            raise AdapterError(f"{path} holds no adapter: there is no {name}")
+            raise AdapterError(f"{path} holds no adapter: there is no {name}{conversion_hint(path)}")
+
+
+def conversion_hint(path: Path) -> str:
+    """What to type where an adapter's weights are a pickle, as older versions of PEFT wrote; else ""."""
+    if not (path / _PICKLED_WEIGHTS).is_file():
+        return ""
+    return (
+        f', but {_PICKLED_WEIGHTS}, a pickle; convert it: cd {shlex.quote(str(path))} && python -c "import '
+        "torch, safetensors.torch as s; "
+        f"t = torch.load('{_PICKLED_WEIGHTS}', map_location='cpu', weights_only=True); "
+        f"s.save_file({{k: v.contiguous().clone() for k, v in t.items()}}, '{ADAPTER_WEIGHTS}')\""
+    )
 
 
 def _read_config(path: Path) -> LoraConfig:
@@ -272,18 +287,17 @@ def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 # ------------------------------------------------------------------------------------------- merging
 
 
-def merged_model(base_model: str, adapter: str | Path) -> PreTrainedModel:
+def merged_model(base: BaseModel, adapter: str | Path) -> PreTrainedModel:
     """A transformers model with the adapter added to the weights: W + (alpha / r) * B A, in the weights' own
-    dtype.
+    dtype. Quantised weights are dequantised first.
 
     Raises:
+        ModelError: the base model cannot be loaded.
         AdapterError: the adapter does not fit the model.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=False)
+    model = load_plain_weights(base)
     try:
         with without_peft_notices():
             return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as error:
-        raise AdapterError(f"the adapter in {adapter} does not fit {base_model}: {error}") from error
+        raise AdapterError(f"the adapter in {adapter} does not fit {base}: {error}") from error

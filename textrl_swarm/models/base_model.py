@@ -6,7 +6,9 @@ Knows nothing about weights in memory or about servers.
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,14 @@ WEIGHT_FILES = (
 
 
 _OWN_CODE = "code of its own, which is not run here"
+
+
+# What stands in the place of a file after a download that went wrong, by how it begins.
+_STAND_INS = {
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself; type `git lfs pull` there",
+    b"<": "a web page, not the file itself; download it again",
+}
+_MODEL_FILES = (".json", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,9 @@ def _require_model_directory(path: Path) -> None:
         raise ModelError(
             f"{path} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}"
         )
+    for name in ("config.json", "generation_config.json"):  # transformers ignores damage of the second
+        if (path / name).is_file():
+            _require_json_object(path / name)
     # transformers would load that adapter into the model, or fail on it.
     if (path / "adapter_config.json").is_file():
         raise ModelError(
@@ -88,18 +101,52 @@ def _read_config(name: str) -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and huggingface_hub raise many kinds
         if _wants_to_run_code(error):
             raise ModelError(
                 f"{name!r} comes with {_OWN_CODE}: if you trust it, load it with "
                 "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) and pass the model"
             ) from error
+        if Path(name).is_dir():
+            raise ModelError(f"{name}/config.json describes no model: {reason_of(error, name)}") from error
         raise ModelError(f"{name!r} is neither a model directory nor a model on the hub: {error}") from error
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: Exception, directory: str | Path) -> str:
     """Why transformers could not load something from a model's files."""
-    return f"it comes with {_OWN_CODE}" if _wants_to_run_code(error) else str(error)
+    if _wants_to_run_code(error):
+        return f"it comes with {_OWN_CODE}"
+    if damage := damage_in(directory):
+        return damage
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text recommends weights_only=False
+        return "a .bin file there is no checkpoint of tensors, or is damaged; download it again"
+    return str(error) or repr(error)
+
+
+def damage_in(directory: str | Path) -> str | None:
+    """The first file of a directory that is something else than its name says; None when there is none."""
+    for path in sorted(Path(directory).glob("*")):
+        if path.suffix in _MODEL_FILES and path.is_file():
+            with path.open("rb") as file:
+                start = file.read(64).lstrip()
+            for beginning, what in _STAND_INS.items():
+                if start.startswith(beginning):
+                    return f"{path} is {what}"
+            if not start:
+                return f"{path} is empty; copy or download it again"
+    return None
+
+
+def _require_json_object(path: Path) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        problem = None if isinstance(found, dict) else f"it holds a {type(found).__name__}, no JSON object"
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        raise ModelError(
+            f"{path} cannot be read: {damage_in(path.parent) or problem}; copy or download it again"
+        )
 
 
 def _wants_to_run_code(error: Exception) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from textrl_swarm.errors import ConfigError, ModelError
@@ -35,8 +34,9 @@ def load_weights(model_class: Any, base: BaseModel, **options: Any) -> PreTraine
         model, found = model_class.from_pretrained(
             base.name, output_loading_info=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the weights of {base.name!r} cannot be loaded: {reason_of(error)}") from error
+    except Exception as error:  # a damaged file can fail in any way
+        reason = reason_of(error, base.name)
+        raise ModelError(f"the weights of {base.name!r} cannot be loaded: {reason}") from error
     if found["missing_keys"]:  # transformers would go on with random numbers
         missing = sorted(found["missing_keys"])
         raise ModelError(
@@ -61,7 +61,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # what tokenizers raises for a damaged file is a plain Exception
-        raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {reason_of(error)}") from error
+        reason = reason_of(error, model)
+        raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {reason}") from error
 
 
 def find_tokenizer(model: str) -> PreTrainedTokenizerBase | None:

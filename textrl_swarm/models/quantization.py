@@ -2,19 +2,78 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from textrl_swarm.config import QUANTIZATIONS
 from textrl_swarm.errors import ConfigError, ModelError
 from textrl_swarm.models.adapters import find_blocks
+from textrl_swarm.models.base_model import BaseModel
+from textrl_swarm.models.pretrained import load_weights
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+
+def saved_quantization(base: BaseModel) -> str | None:
+    """How a checkpoint's weights are quantised on the disk: "8bit", "4bit" (bitsandbytes), or None = they are
+    not.
+
+    Raises:
+        ModelError: they are quantised by another method (GPTQ, AWQ, FP8, ...).
+    """
+    found = getattr(base.config, "quantization_config", None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, dict) else found.to_dict()
+    for bits in QUANTIZATIONS:
+        if settings.get(f"load_in_{bits}"):
+            return bits
+    raise ModelError(
+        f"the weights of {base} are quantised by {settings.get('quant_method', 'an unknown method')}; only "
+        "those of bitsandbytes (8bit, 4bit) can be used here: name the model that they were made from, with "
+        "quantization='8bit' or '4bit' to save memory"
+    )
+
+
+def require_bitsandbytes(what: str) -> None:
+    """Raises ConfigError, naming what needs it, where bitsandbytes cannot be imported."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{what} needs bitsandbytes; type: pip install bitsandbytes ({error})") from error
+
+
+def silence_8bit_casts() -> None:
+    """bitsandbytes logs at every 8-bit matrix product that it computes in fp16: thousands of lines per
+    rollout.
+    """
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
+
+
+def load_plain_weights(base: BaseModel) -> PreTrainedModel:
+    """The model in its own dtype; quantised weights are dequantised. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    if saved_quantization(base) is None:
+        return load_weights(AutoModelForCausalLM, base, dtype="auto")
+    require_bitsandbytes(f"{base}, whose weights are quantised,")
+    quantized = load_weights(AutoModelForCausalLM, base, dtype="auto", device_map={"": "cpu"})
+    quantized.dequantize()
+    # A new model: transformers 5 cannot save one that it loaded from quantised weights, dequantised or not.
+    config = copy.deepcopy(quantized.config)
+    vars(config).pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(config, dtype=quantized.dtype)
+    plain.load_state_dict(quantized.state_dict())
+    plain.generation_config = quantized.generation_config
+    plain.name_or_path = base.name
+    return plain.eval()
 
 
 def quantization_config(quantization: str, device: torch.device) -> BitsAndBytesConfig:
@@ -23,14 +82,8 @@ def quantization_config(quantization: str, device: torch.device) -> BitsAndBytes
     """
     from transformers import BitsAndBytesConfig
 
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"quantization={quantization!r} needs bitsandbytes; type: pip install bitsandbytes ({error})"
-        ) from error
+    require_bitsandbytes(f"quantization={quantization!r}")
     if quantization == "8bit":
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(
@@ -39,9 +92,6 @@ def quantization_config(quantization: str, device: torch.device) -> BitsAndBytes
 
 
 def _is_no_cast_notice(record: logging.LogRecord) -> bool:
-    """bitsandbytes logs at every 8-bit matrix product that it computes in fp16: thousands of lines per
-    rollout.
-    """
     return "inputs will be cast from" not in str(record.msg)
 
 

@@ -62,6 +62,9 @@ class Policy(ABC):
     length_limit_reason: str = "the model"
     """What sets these limits, for messages."""
 
+    quantization: str | None = None
+    """Of a model on this machine: "8bit" or "4bit", whether it was loaded so or saved so."""
+
     rounds_by_batch: bool = False
     """Whether a row's numbers depend on the rows computed with it (8-bit weights pick outlier columns per
     batch).

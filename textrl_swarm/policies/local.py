@@ -27,7 +27,14 @@ from textrl_swarm.models.adapters import (
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.pretrained import find_tokenizer, load_weights, usable_device
-from textrl_swarm.models.quantization import check_quantized, keep_differentiable, quantization_config
+from textrl_swarm.models.quantization import (
+    check_quantized,
+    keep_differentiable,
+    quantization_config,
+    require_bitsandbytes,
+    saved_quantization,
+    silence_8bit_casts,
+)
 from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
@@ -85,14 +92,23 @@ def _load(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype or "auto"}
-    if quantization is not None:
+    saved = saved_quantization(base)
+    found = saved or quantization
+    if saved is not None:
+        if quantization not in (None, saved):
+            raise ConfigError(
+                f"quantization={quantization!r}, but the weights of {base} are saved in {saved}: leave it out"
+            )
+        require_bitsandbytes(f"{base}, whose weights are saved in {saved},")
+    elif quantization is not None:
         options["quantization_config"] = quantization_config(quantization, device)
+    if found is not None:
         options["device_map"] = {"": device}
     model = load_weights(AutoModelForCausalLM, base, **options)
-    if quantization is None:
-        model.to(device)
+    if found is not None:
+        check_quantized(model, found)
     else:
-        check_quantized(model, quantization)
+        model.to(device)
     return model
 
 
@@ -173,7 +189,12 @@ class LocalPolicy(Policy):
         self.lora = lora
         self.device = next(model.parameters()).device
         self.generation_config = generation_config(model)
-        self.rounds_by_batch = getattr(model, "is_loaded_in_8bit", False)
+        self.quantization = next(
+            (bits for bits in QUANTIZATIONS if getattr(model, f"is_loaded_in_{bits}", False)), None
+        )
+        self.rounds_by_batch = self.quantization == "8bit"
+        if self.rounds_by_batch:
+            silence_8bit_casts()
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{name} has no output embeddings; pass a model for causal language modelling")

@@ -88,7 +88,7 @@ def _load(
         classifier.to(device)
     except Exception as error:  # four libraries raise many kinds
         raise ModelError(
-            f"{str(model)!r} cannot be loaded as a sequence-classification model: {reason_of(error)}"
+            f"{str(model)!r} cannot be loaded as a sequence-classification model: {reason_of(error, model)}"
         ) from error
     if found["missing_keys"]:  # transformers would go on with a random classifier
         lacking = ", ".join(sorted(found["missing_keys"])[:3])

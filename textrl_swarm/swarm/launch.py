@@ -128,7 +128,7 @@ class ServerProcess:
 
     def log_tail(self, lines: int = 12) -> str:
         """The last lines of the server's log, indented."""
-        text = self.log_path.read_text(errors="replace").strip().splitlines()
+        text = self.log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return "\n".join("    " + line for line in text[-lines:])
 
     def interrupt(self) -> None:

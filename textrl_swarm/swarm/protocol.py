@@ -23,6 +23,7 @@ from torch import Tensor
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ModelError, ShapeError
 from textrl_swarm.models.adapters import LayerSizes
 from textrl_swarm.models.base_model import BaseModel
+from textrl_swarm.models.quantization import saved_quantization
 
 # ----------------------------------------------------------------------------------- names and sizes
 
@@ -46,11 +47,17 @@ _SERVABLE = ("bloom",)  # model types
 
 
 def require_servable(model: BaseModel) -> None:
-    """Raises ModelError for a model whose blocks cannot be trained through a swarm."""
+    """Raises ModelError for a model whose blocks cannot be trained through a swarm, e.g. a quantised one."""
     if model.config.model_type not in _SERVABLE:
         raise ModelError(
             f"{model} is a {model.config.model_type} model; the swarm parts train BLOOM models "
             "(train it on this machine: leave initial_peers out)"
+        )
+    saved = saved_quantization(model)
+    if saved is not None:
+        raise ModelError(
+            f"the weights of {model} are saved in {saved}, which servers cannot cut into blocks: "
+            f"serve the model they were made from with --quant_type {'int8' if saved == '8bit' else 'nf4'}"
         )
 
 

@@ -150,6 +150,8 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Runs a server until it is interrupted."""
+    # A shell's background jobs, and their children, ignore SIGINT; `launch` asks with it to leave the swarm.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = _take_own_options(sys.argv[1:])
     use_hivemind_log_handler("in_root_logger")
     # petals loads blocks twice.
