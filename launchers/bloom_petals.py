@@ -46,6 +46,7 @@ from transformers import BloomConfig
 
 from textrl_swarm.commands.train import train_command
 from textrl_swarm.config import LoraSettings
+from textrl_swarm.display import accept_any_text
 from textrl_swarm.errors import TextRLSwarmError
 from textrl_swarm.models.corpus import DEMO_PROMPTS, opinion
 from textrl_swarm.models.sizes import model_sizes
@@ -240,6 +241,7 @@ def span(least: float, most: float) -> str:
 
 
 def main() -> int:
+    accept_any_text()
     args, console = arguments(), Console(highlight=False)
     if not args.tiny and not args.initial_peers:
         show_plan(args, console)

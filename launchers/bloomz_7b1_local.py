@@ -34,6 +34,7 @@ from transformers import BloomConfig, PretrainedConfig
 
 from textrl_swarm.commands.train import train_command
 from textrl_swarm.config import LoraSettings
+from textrl_swarm.display import accept_any_text
 from textrl_swarm.errors import ConfigError, TextRLSwarmError
 from textrl_swarm.models.base_model import resolve
 from textrl_swarm.models.corpus import DEMO_PROMPTS
@@ -211,6 +212,7 @@ def toy(args: argparse.Namespace) -> Choice:
 
 
 def main() -> int:
+    accept_any_text()
     args, console = arguments(), Console(highlight=False)
     choices = [toy(args)] if args.tiny else CHOICES
     quantizes = importlib.util.find_spec("bitsandbytes") is not None
