@@ -75,7 +75,7 @@ def load_remote_policy(
     from textrl_swarm.swarm.client.parts import load_parts
 
     if base is not None:
-        addresses = check_addresses(initial_peers or [])
+        addresses = check_addresses([] if initial_peers is None else initial_peers)
         parts: Any = load_parts(base, dtype, device)
         config, prefix = base.config, dht_prefix or base.dht_prefix
     else:

@@ -240,7 +240,7 @@ class Router:
                 message += f"this swarm serves {served}: pass dht_prefix= if you mean one of them, or "
             failing = [span for span in self._spans if span.start <= missing[0] < span.stop]
             for failure in (self._failures.get(span.peer, _NO_FAILURES).last for span in failing):
-                message += f"{failure}; " if failure is not None else ""
+                message += f"{str(failure).splitlines()[0]}; " if failure is not None else ""
             message += (
                 "start a server: textrl-swarm serve MODEL "
                 f"--block_indices {missing[0]}:{missing[-1] + 1} --initial-peers ..."
