@@ -114,6 +114,14 @@ def test_blocks_in_files_that_cannot_be_read_have_no_digest(saved, spoil, caplog
     assert ("cannot be read" in caplog.text) == (spoil == "cut short")
 
 
+def test_a_bin_file_of_an_old_torch_is_not_compared(saved, caplog):
+    """Such files are read whole or not at all: a model's blocks need not fit into the client's memory."""
+    path = saved("bin") / "pytorch_model.bin"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    assert checkpoint_digests(str(path.parent), BLOCKS) == {}
+    assert "cannot be read, so its blocks are not compared" in caplog.text
+
+
 def test_nothing_here_means_no_digests(tmp_path):
     assert checkpoint_digests(str(tmp_path), BLOCKS) == {}
     assert checkpoint_digests("nobody/nothing", BLOCKS) == {}

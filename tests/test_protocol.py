@@ -426,6 +426,13 @@ def test_servers_of_another_model_are_passed_over(router):
         route(router(("liar", 0, 4), ("b", 0, 2), refuse=["liar"]))
 
 
+def test_a_refused_server_is_no_reason_for_blocks_that_it_does_not_hold(router):
+    from textrl_swarm.errors import BlocksUnavailable
+
+    with pytest.raises(BlocksUnavailable, match=r"no server holds blocks 2, 3|no server holds blocks 2\.\.3"):
+        route(router(("liar", 0, 2), ("b", 0, 2), refuse=["liar"]))
+
+
 def test_missing_blocks_and_stock_servers_are_named(router):
     from textrl_swarm.errors import BlocksUnavailable
 

@@ -5,6 +5,7 @@ server.
 from __future__ import annotations
 
 import itertools
+import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from textrl_swarm.display import spinner
-from textrl_swarm.errors import AdapterError, ConfigError, LaunchError, ServerMismatch
+from textrl_swarm.errors import AdapterError, ConfigError, LaunchError, ServerMismatch, SwarmError
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.blocks import BlockSpan, blocks_text, split_evenly
@@ -22,6 +23,8 @@ from textrl_swarm.models.sizes import model_sizes
 from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.launch import ServerGroup
 from textrl_swarm.swarm.protocol import require_servable
+
+logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 24 * 3600.0  # a hub model may first have to be downloaded; Ctrl-C ends the wait
 _LEAVE_S = 5.0
@@ -159,15 +162,23 @@ def _introduce(group: ServerGroup, model: str, num_blocks: int, console: Console
 
 
 def _require_same_weights(group: ServerGroup, initial_peers: Sequence[str]) -> None:
+    """Compares our servers' blocks with those of the servers that were there before."""
     from textrl_swarm.swarm.client.survey import survey
 
     name = group.servers[0].dht_prefix
-    (report,) = survey(initial_peers, name)
-    ours = {address.rsplit("/", 1)[1] for server in group.servers for address in server.addresses}
-    blocks = {block for start, stop in report.conflicting for block in range(start, stop)}
+    try:
+        (report,) = survey(initial_peers, name)
+    except (SwarmError, ConfigError) as error:  # nobody answers now: no reason to end a server that works
+        logger.warning("the blocks could not be compared with those of other servers: %s", error)
+        return
+    peers = {address.rsplit("/", 1)[1] for server in group.servers for address in server.addresses}
+    ours: dict[int, str] = {}
     for server in report.servers:
-        differing = sorted(blocks.intersection(server.weights))
-        if differing and server.peer_id not in ours:
+        if server.peer_id in peers:
+            ours.update(server.weights)
+    for server in report.servers:
+        differing = [block for block, digest in server.weights.items() if ours.get(block, digest) != digest]
+        if differing:
             raise ServerMismatch(
                 f"this swarm serves another model as {name!r}: server ...{server.peer_id[-6:]} has other "
                 f"weights in {blocks_text(differing)}; choose another name for yours: --dht_prefix NAME"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,14 +28,19 @@ from textrl_swarm.models.base_model import WEIGHT_FILES
 logger = logging.getLogger(__name__)
 
 _Read: TypeAlias = Callable[[str], Tensor]  # key in a file -> tensor
+_Weight: TypeAlias = Callable[[], Tensor]
 
 _CHUNK_NUMBERS = 1 << 22  # hashed at a time, so that the fp32 copy stays small
 
 
 def digest_weights(weights: Mapping[str, Tensor]) -> str:
     """sha256 of one block's weights (name inside the block -> tensor)."""
+    return _digest_tensors(sorted(weights.items()))
+
+
+def _digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
+    for name, tensor in tensors:
         total.update(f"{name} {tuple(tensor.shape)} {_digest_numbers(tensor)}\n".encode())
     return total.hexdigest()
 
@@ -52,7 +56,8 @@ def _digest_numbers(tensor: Tensor) -> str:
 def checkpoint_digests(model: str, blocks_path: str) -> dict[int, str]:
     """Block index -> digest of its weights, for the blocks whose weights are all on this machine.
 
-    Reads those weights once (about 1 GB/s per core).
+    Reads those weights once (about 1 GB/s per core); at most two tensors are in memory at a time. A file that
+    cannot be read is passed over with a warning, and its blocks with it.
 
     Args:
         model: directory or hub id; of a hub id, what lies in the hub's local cache.
@@ -61,19 +66,18 @@ def checkpoint_digests(model: str, blocks_path: str) -> dict[int, str]:
     """
     head, _, rest = blocks_path.partition(".")
     pattern = re.compile(rf"(?:{re.escape(head)}\.)?{re.escape(rest)}\.(\d+)\.(.+)")
-    blocks: dict[int, dict[str, Callable[[], Tensor] | None]] = defaultdict(dict)
+    blocks: dict[int, dict[str, _Weight | None]] = defaultdict(dict)
     for key, read in _tensors(model):
         match = pattern.fullmatch(key)
         if match is not None:
             blocks[int(match[1])][match[2]] = None if read is None else partial(read, key)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = dict(zip(blocks, pool.map(_digest_if_all, blocks.values()), strict=True))
-    return {block: digest for block, digest in sorted(digests.items()) if digest is not None}
+    whole = {block: weights for block, weights in sorted(blocks.items()) if None not in weights.values()}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(whole, pool.map(_digest_lazily, whole.values()), strict=True))
 
 
-def _digest_if_all(reads: Mapping[str, Callable[[], Tensor] | None]) -> str | None:
-    weights = {name: read() for name, read in reads.items() if read is not None}
-    return digest_weights(weights) if len(weights) == len(reads) else None
+def _digest_lazily(weights: Mapping[str, _Weight]) -> str:
+    return _digest_tensors((name, read()) for name, read in sorted(weights.items()))
 
 
 def _tensors(model: str) -> Iterator[tuple[str, _Read | None]]:
@@ -83,32 +87,30 @@ def _tensors(model: str) -> Iterator[tuple[str, _Read | None]]:
         if path is None:
             continue
         if not name.endswith(".index.json"):
-            keys, read = _open(path)
+            keys, read = _opened(path)
             yield from ((key, read) for key in keys)
             return
         shards: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        readers = {shard: _reader(_local_file(model, shard)) for shard in set(shards.values())}
+        readers = {shard: _opened(_local_file(model, shard))[1] for shard in set(shards.values())}
         yield from ((key, readers[shard]) for key, shard in shards.items())
         return
 
 
-def _reader(path: Path | None) -> _Read | None:
+def _opened(path: Path | None) -> tuple[Iterable[str], _Read | None]:
+    """Keys of a weight file, and a function that reads the tensor of a key; no tensor is read before. Nothing
+    for a file that is not here or cannot be read: damaged, or a .bin of before torch 1.6, all or nothing.
+    """
     if path is None:
-        return None
+        return (), None
     try:
-        return _open(path)[1]
-    except Exception as error:  # whatever a damaged file makes its reader raise
+        if path.suffix == ".safetensors":
+            file = safe_open(path, "pt")
+            return file.keys(), file.get_tensor
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return tensors.keys(), tensors.__getitem__
+    except Exception as error:  # whatever a file makes its reader raise
         logger.warning("%s cannot be read, so its blocks are not compared with the servers': %s", path, error)
-        return None
-
-
-def _open(path: Path) -> tuple[Iterable[str], _Read]:
-    """Keys of a weight file, and a function that reads the tensor of a key; nothing is read before."""
-    if path.suffix == ".safetensors":
-        file = safe_open(path, "pt")
-        return file.keys(), file.get_tensor
-    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return tensors.keys(), tensors.__getitem__
+        return (), None
 
 
 def _local_file(model: str, name: str) -> Path | None:

@@ -24,9 +24,8 @@ from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, Timeout
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.runs.digest import content_digest
 
-HEADER = (
-    "# A run's configuration as `textrl-swarm train` resolved it.\n"  # a user's own file begins otherwise
-)
+# A user's own file begins otherwise.
+HEADER = "# A run's configuration as `textrl-swarm train` resolved it.\n"
 _ONE_SEED = ("ppo.seed", "sampling.seed")  # a run has one seed
 
 

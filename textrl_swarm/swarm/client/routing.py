@@ -120,9 +120,10 @@ class Router:
                 return chain
             missing = self._missing(start, stop)
             is_over = time.monotonic() >= deadline
+            refusal = self._refusal(missing)
             is_hopeless = len(self._refused) > refused and not self._may_come_back(missing)
-            if missing and self._refused and (is_over or is_hopeless):
-                raise ServerMismatch(list(self._refused.values())[-1])
+            if refusal is not None and (is_over or is_hopeless):
+                raise ServerMismatch(refusal)
             if is_over:
                 raise self._unavailable(missing or tuple(range(start, stop)), timeout_s)
             if not warned:
@@ -190,6 +191,13 @@ class Router:
 
     def _missing(self, start: int, stop: int) -> tuple[int, ...]:
         return tuple(block for block in range(start, stop) if self._best(block) is None)
+
+    def _refusal(self, blocks: Iterable[int]) -> str | None:
+        """Why a server that holds one of these blocks was refused; None when no such server was."""
+        for span in self._spans:
+            if span.peer in self._refused and any(span.start <= block < span.stop for block in blocks):
+                return self._refused[span.peer]
+        return None
 
     def _may_come_back(self, blocks: Iterable[int]) -> bool:
         """Whether each of these blocks is announced by a server that was not refused, though it failed."""
