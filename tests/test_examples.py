@@ -37,8 +37,8 @@ def assert_trained(outdir: Path) -> None:
     ("script", "arguments"),
     [
         ("gpt2.py", ()),
-        ("bloomz_7b1.py", ("--quantization", "8bit")),
-        pytest.param("bloom_176b_swarm.py", (), marks=pytest.mark.swarm),
+        pytest.param("bloomz_7b1.py", ("--quantization", "8bit"), marks=pytest.mark.slow),
+        pytest.param("bloom_176b_swarm.py", (), marks=(pytest.mark.swarm, pytest.mark.slow)),
     ],
 )
 def test_an_example_trains_and_shows_before_and_after(tmp_path, script, arguments):

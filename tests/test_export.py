@@ -631,6 +631,7 @@ def test_textrl_dump_of_nothing_is_one_line(trained, monkeypatch, capsys):
     assert "error: there is no directory traned; . has trained" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # test_launchers runs the same path through a swarm
 def test_the_launcher_runs_the_same_path_on_a_toy(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "launchers" / "export_adapter.py"), "--tiny", str(tmp_path / "toy")],

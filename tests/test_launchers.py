@@ -84,6 +84,7 @@ def test_the_toy_of_bloom_petals_learns_before_ones_eyes(tmp_path):
     assert sum(scores[-3:]) / 3 > 0.9
 
 
+@pytest.mark.slow
 def test_bloomz_runs_the_same_lines_in_8_bits_on_the_cpu(tmp_path):
     pytest.importorskip("bitsandbytes")
     done = launch(

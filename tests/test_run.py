@@ -721,6 +721,7 @@ def test_other_reporters_get_every_number(configure, monkeypatch, name):
     ]
 
 
+@pytest.mark.slow  # the imports and servers of three trackers
 def test_real_reporters_continue_the_same_run(configure, tmp_path):
     """Both as they are, in a process of their own, without an account.
 

@@ -88,8 +88,15 @@ def test_the_option_must_agree_with_the_checkpoint(saved, bits, recwarn):
         load_policy(saved[bits], quantization=other)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+@pytest.mark.parametrize(
+    ("bits", "merge"),
+    [
+        pytest.param("8bit", False, marks=pytest.mark.slow),
+        ("8bit", True),
+        ("4bit", False),
+        pytest.param("4bit", True, marks=pytest.mark.slow),
+    ],
+)
 def test_exports_are_checked_against_what_they_were_made_of(adapted, tmp_path, bits, merge):
     console = Console(record=True, width=300)
     export_command(str(adapted(bits)), tmp_path / "out", console, merge=merge)

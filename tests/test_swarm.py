@@ -373,7 +373,9 @@ def _end(model) -> None:
 # ----------------------------------------------------------------------------------------------- int8 and nf4
 
 
-@pytest.mark.parametrize(("quantization", "nearness"), [("8bit", 0.06), ("4bit", 0.45)])
+@pytest.mark.parametrize(
+    ("quantization", "nearness"), [("8bit", 0.06), pytest.param("4bit", 0.45, marks=pytest.mark.slow)]
+)
 def test_quantised_servers_train(tiny_bloom, tmp_path, quantization, nearness):
     """Measured against fp32: 0.03 and 0.30 (L2, relative), as for the same model quantised locally.
 

@@ -360,6 +360,7 @@ def test_servers_end_with_their_parent(tiny_bloom):
     shutil.rmtree(temporary)
 
 
+@pytest.mark.slow  # another start of servers
 def test_a_server_that_inherits_an_ignored_sigint_can_be_asked_to_leave(tiny_bloom):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
