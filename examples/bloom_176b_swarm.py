@@ -28,6 +28,7 @@ from textrl_swarm import (
     load_policy,
     train_agent_with_evaluation,
 )
+from textrl_swarm.display import accept_any_text
 from textrl_swarm.models.tiny import random_bloom
 
 PROMPTS = [{"input": "explain how attention works in a seq2seq model"}, {"input": "the capital of france is"}]
@@ -44,6 +45,7 @@ class Vowels(TextRLEnv):
 
 
 def main() -> None:
+    accept_any_text()  # a terminal that is not UTF-8 shows ? for what it cannot
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

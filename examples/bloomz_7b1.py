@@ -19,6 +19,7 @@ import logging
 from pathlib import Path
 
 from textrl_swarm import LoraSettings, TextRLActor, TextRLEnv, load_policy, train_agent_with_evaluation
+from textrl_swarm.display import accept_any_text
 from textrl_swarm.models.tiny import random_bloom
 
 PROMPTS = [
@@ -45,6 +46,7 @@ class OnTopic(TextRLEnv):
 
 
 def main() -> None:
+    accept_any_text()  # a terminal that is not UTF-8 shows ? for what it cannot
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -35,6 +35,7 @@ from textrl_swarm import (
     reward_model,
     train_agent_with_evaluation,
 )
+from textrl_swarm.display import accept_any_text
 from textrl_swarm.models.corpus import DEMO_PROMPTS, build_corpus, opinion
 from textrl_swarm.models.tiny import make_tiny_bloom
 
@@ -95,6 +96,7 @@ class Sentiment(TextRLEnv):
 
 
 def main() -> None:
+    accept_any_text()  # a terminal that is not UTF-8 shows ? for what it cannot
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from textrl_swarm import TextRLActor, TextRLEnv, train_agent_with_evaluation
+from textrl_swarm.display import accept_any_text
 
 PROMPTS = [{"input": "The best thing about a garden is"}, {"input": "When I was a child, I"}]
 
@@ -56,6 +57,7 @@ def make_tiny(directory: Path) -> str:
 
 
 def main() -> None:
+    accept_any_text()  # a terminal that is not UTF-8 shows ? for what it cannot
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
