@@ -192,7 +192,7 @@ def test_the_decoder_is_back_after_an_error_in_the_models_own_head(monkeypatch):
     policy, tokens = load_policy(tiny_model("gemma2")), random_tokens(2, 9)
     expected = policy(tokens).logits
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(policy._head, "forward", lambda hidden: 1 / 0)
+        patch.setattr(policy._model.lm_head, "forward", lambda hidden: 1 / 0)
         policy(tokens)
     assert torch.equal(policy(tokens).logits, expected)
 

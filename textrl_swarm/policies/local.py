@@ -26,6 +26,7 @@ from textrl_swarm.models.adapters import (
     remove_adapter,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
+from textrl_swarm.models.output_head import OutputHead, output_embeddings
 from textrl_swarm.models.pretrained import find_tokenizer, load_weights, usable_device
 from textrl_swarm.models.quantization import (
     check_quantized,
@@ -195,9 +196,7 @@ class LocalPolicy(Policy):
         self.rounds_by_batch = self.quantization == "8bit"
         if self.rounds_by_batch:
             silence_8bit_casts()
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ModelError(f"{name} has no output embeddings; pass a model for causal language modelling")
+        head = output_embeddings(model)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError(
                 f"{name} has weights that are not in memory (meta device, or offloaded to disk): load all "
@@ -211,7 +210,6 @@ class LocalPolicy(Policy):
         self.max_length = next(filter(None, limits), None)
         self._model: Any = model
         self._decoder: Any = _decoder(model)
-        self._head: Any = head
         self._peft: PeftModel | None = None
         self._was_training = model.training
         self._returned_dicts = model.config.return_dict
@@ -257,8 +255,7 @@ class LocalPolicy(Policy):
         more than the last hidden states.
         """
         name = f"{type(self._model).__name__} (model type {self._model.config.model_type})"
-        output = self._decoder(tokens, use_cache=False)
-        hidden = output.last_hidden_state
+        hidden = self._decoder(tokens, use_cache=False).last_hidden_state
         shorter = self.hidden_states(tokens[:, :2])
         expected = self._model(tokens).logits
         if not (torch.isfinite(hidden).all() and torch.isfinite(expected).all()):
@@ -272,8 +269,7 @@ class LocalPolicy(Policy):
         if not is_close(hidden[:, :2], shorter, tolerance):
             raise ModelError(f"{name} sees later tokens; only decoder-only models can be trained")
         self.hidden_size = hidden.shape[-1]
-        self._output_type = type(output)
-        self._head_is_all = self._is_head_all()
+        self._head = OutputHead(self._model, self._decoder, self.hidden_size)
         found = self.project(hidden)
         if found.shape != expected.shape or not is_close(found, expected, 0.01):
             raise ModelError(
@@ -300,38 +296,7 @@ class LocalPolicy(Policy):
 
     def project(self, hidden: Tensor) -> Tensor:
         """See Policy."""
-        return self._head_logits(hidden) if self._head_is_all else self._model_logits(hidden)
-
-    def _head_logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._as_head_input(hidden))
-
-    def _as_head_input(self, hidden: Tensor) -> Tensor:
-        weight = self._head.weight
-        return hidden.to(weight.dtype) if weight.is_floating_point() else hidden
-
-    def _model_logits(self, hidden: Tensor) -> Tensor:
-        """Logits by the model's own forward without its decoder, with what it does around the output
-        embeddings.
-        """
-        row = self._as_head_input(hidden.reshape(1, -1, hidden.shape[-1]))
-        with _returning(self._decoder, self._output_type(last_hidden_state=row)):
-            tokens = torch.zeros(row.shape[:2], dtype=torch.int64, device=self.device)
-            logits = self._model(tokens).logits
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-
-    def _is_head_all(self) -> bool:
-        """Whether logits are the output embeddings' and nothing else: some models scale or cap them, or have
-        layers before.
-
-        Tried on random hidden states whose logits are so large (up to 1000) that a soft cap shows.
-        """
-        if isinstance(self._head, nn.Linear) and self._head.in_features != self.hidden_size:
-            return False
-        probe = torch.randn((1, 8, self.hidden_size), generator=torch.Generator().manual_seed(0)).to(
-            self.device
-        )
-        probe *= 1000 / self._head_logits(probe).float().abs().max().clamp_min(1e-3)
-        return torch.equal(self._head_logits(probe).float(), self._model_logits(probe).float())
+        return self._head(hidden)
 
     @contextmanager
     def session(self, rows: int, max_length: int) -> Iterator[DecodingSession]:
@@ -386,16 +351,3 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     if decoder is not model and any(module is blocks for module in decoder.modules()):
         return decoder
     return getattr(model, blocks_path.split(".")[0])
-
-
-@contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Inside, the module computes nothing and returns `output`."""
-    own = module.__dict__.get("forward")  # accelerate puts its hooks there
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own

@@ -1,0 +1,249 @@
+"""What a block keeps between the tokens of a generation, in tensors that somebody else allocated.
+
+Transformers' cache layers grow by concatenation, so that each token copies the whole past. These write in
+place: keys and values behind the tokens that are there already, windows and states over their old contents.
+The numbers are those of transformers' own layers, bit for bit.
+
+Source of the layers' interfaces: transformers/cache_utils.py (5.23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+Heads: TypeAlias = tuple[int, int]  # heads, numbers per head
+State: TypeAlias = tuple[str, int]  # "conv_states" or "recurrent_states", index in the layer
+
+_STATES = ("conv_states", "recurrent_states")
+
+
+class PlannedLayer(DynamicLayer):
+    """A cache of `past` tokens that holds none of them: enough to compute masks and positions."""
+
+    def __init__(self, past: int):
+        super().__init__()
+        self.past = past
+
+    def get_seq_length(self) -> int:
+        """Tokens before this chunk."""
+        return self.past
+
+
+class PlannedWindow(DynamicSlidingWindowLayer):
+    """The same with sliding attention."""
+
+    def __init__(self, past: int, window: int):
+        super().__init__(sliding_window=window)
+        self.cumulative_length = past
+
+
+class PlannedHybrid(LinearAttentionLayer, PlannedLayer):
+    """The same with states beside keys and values."""
+
+    is_compileable = False
+
+    def __init__(self, past: int, number_of_states: int):
+        PlannedLayer.__init__(self, past)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.has_previous_state = dict.fromkeys(range(number_of_states), past > 0)
+
+
+class PlannedStates(LinearAttentionLayer):
+    """Nothing but states."""
+
+    def __init__(self, past: int, number_of_states: int):
+        super().__init__(number_of_states=number_of_states)
+        self.has_previous_state = dict.fromkeys(range(number_of_states), past > 0)
+
+
+class _InPlace(PlannedLayer):
+    """Keys and values (B, heads, max_length, dim) of which the first `past` tokens are there."""
+
+    def __init__(self, keys: Tensor, values: Tensor, past: int):
+        super().__init__(past)
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stop = self.past + key_states.shape[-2]
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer[..., self.past : stop, :] = new
+        self.past = stop
+        return self.keys[..., :stop, :], self.values[..., :stop, :]
+
+
+class _InPlaceIndexed(_InPlace, DynamicIndexedLayer):
+    """With the indexer's keys (B, max_length, dim) of sparse attention (DeepSeek V3.2)."""
+
+    def __init__(self, keys: Tensor, values: Tensor, indexer_keys: Tensor, past: int):
+        super().__init__(keys, values, past)
+        self.indexer_keys, self.indexer_past = indexer_keys, past
+        self.indexer_position_ids = None
+        self.is_indexer_initialized = True
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        stop = self.indexer_past + indexer_key_states.shape[1]
+        self.indexer_keys[:, self.indexer_past : stop] = indexer_key_states
+        self.indexer_past = stop
+        return self.indexer_keys[:, :stop]
+
+
+class _InPlaceWindow(DynamicSlidingWindowLayer):
+    """Keys and values (B, heads, window - 1, dim) of the last tokens."""
+
+    def __init__(self, keys: Tensor, values: Tensor, past: int, window: int):
+        super().__init__(sliding_window=window)
+        self.buffers = keys, values
+        self.cumulative_length = past
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        held = min(self.cumulative_length, self.sliding_window - 1)
+        self.cumulative_length += key_states.shape[-2]
+        full = []
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            states = torch.cat([buffer[..., :held, :], new], dim=-2)
+            kept = states[..., max(0, states.shape[-2] - self.sliding_window + 1) :, :]
+            buffer[..., : kept.shape[-2], :] = kept
+            full.append(states)
+        return tuple(full)
+
+
+class _InPlaceHybrid(LinearAttentionLayer, _InPlace):
+    """States, and keys and values beside them, in one block (Falcon-H1)."""
+
+    is_compileable = False
+
+    def __init__(self, keys: Tensor, values: Tensor, past: int, number_of_states: int):
+        _InPlace.__init__(self, keys, values, past)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The tensors that one block keeps for each row of a generation."""
+
+    key: Heads | None = None
+
+    value: Heads | None = None
+    """Differs from `key` where attention keeps a latent (DeepSeek)."""
+
+    window: int | None = None
+    """Sliding attention: it looks at so many tokens, the newest included."""
+
+    indexer: int | None = None
+    """Numbers per token of the indexer's keys."""
+
+    states: Mapping[State, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    """Shape per row, dtype; their size does not depend on the number of tokens."""
+
+    number_of_states: int = 1
+
+    def tensors(
+        self, rows: int, max_length: int, dtype: torch.dtype
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the tensors for `rows` rows of up to `max_length` tokens, in the order that
+        `layer` takes them. Their contents may be anything.
+        """
+        length = max_length if self.window is None else min(max_length, self.window - 1)
+        found: list[tuple[tuple[int, ...], torch.dtype]] = []
+        for kind in (self.key, self.value):
+            if kind is not None:
+                found.append(((rows, kind[0], length, kind[1]), dtype))
+        if self.indexer is not None:
+            found.append(((rows, max_length, self.indexer), dtype))
+        found += [((rows, *shape), state_dtype) for shape, state_dtype in self.states.values()]
+        return found
+
+    def layer(self, tensors: Sequence[Tensor], past: int) -> Any:
+        """A cache layer over these tensors, which hold `past` tokens; using it writes into them."""
+        count = len(tensors) - len(self.states)
+        attention, states = tensors[:count], tensors[count:]
+        layer = self._attention_layer(attention, past)
+        if layer is None:
+            layer = LinearAttentionLayer(number_of_states=self.number_of_states) if states else DummyLayer()
+        for (name, index), state in zip(self.states, states, strict=True):
+            getattr(layer, name)[index] = state
+            getattr(layer, f"is_{name}_initialized")[index] = True
+            layer.has_previous_state[index] = past > 0
+            if name == "conv_states":
+                layer.conv_kernel_size[index] = state.shape[-1]
+            layer.dtype, layer.device = state.dtype, state.device
+        return layer
+
+    def _attention_layer(self, tensors: Sequence[Tensor], past: int) -> Any:
+        if not tensors:
+            return None
+        keys, values = tensors[:2]
+        if self.states:
+            return _InPlaceHybrid(keys, values, past, self.number_of_states)
+        if self.window is not None:
+            return _InPlaceWindow(keys, values, past, self.window)
+        if self.indexer is not None:
+            return _InPlaceIndexed(keys, values, tensors[2], past)
+        return _InPlace(keys, values, past)
+
+    @staticmethod
+    def of(template: Any, one: Any, two: Any) -> CacheSpec:
+        """Read from layers that `fresh(template)` made, after a block ran on one token and on two.
+
+        Raises:
+            ValueError: keys or values that do not grow by one entry per token.
+        """
+        key = value = indexer = None
+        if getattr(one, "keys", None) is not None:
+            key, value = (_per_token(getattr(one, name), getattr(two, name)) for name in ("keys", "values"))
+        if getattr(one, "indexer_keys", None) is not None:
+            indexer = one.indexer_keys.shape[-1]
+        states = {}
+        for name in _STATES:
+            for index, state in getattr(one, name, {}).items():
+                if state is not None:
+                    states[name, index] = tuple(state.shape[1:]), state.dtype
+        window = template.sliding_window if is_sliding(template) else None
+        return CacheSpec(key, value, window, indexer, states, getattr(template, "number_of_states", 1))
+
+
+def _per_token(one: Tensor, two: Tensor) -> Heads:
+    if one.shape[-2] != 1 or two.shape[-2] != 2:
+        raise ValueError(f"keys of one and of two tokens have the shapes {one.shape} and {two.shape}")
+    return one.shape[1], one.shape[3]
+
+
+def is_sliding(layer: Any) -> bool:
+    """Whether one of transformers' layers keeps a window of the last tokens."""
+    return bool(getattr(layer, "is_sliding", False))
+
+
+def fresh(template: Any) -> Any:
+    """An empty layer that keeps what one of transformers' own keeps (`DynamicCache(config=...).layers`), but
+    of a window all tokens.
+    """
+    if isinstance(template, LinearAttentionCacheLayerMixin):
+        options = {"sliding_window": template.sliding_window} if is_sliding(template) else {}
+        return type(template)(number_of_states=template.number_of_states, **options)
+    return DynamicLayer() if is_sliding(template) else type(template)()
+
+
+def planned(template: Any, past: int) -> Any:
+    """What stands for one of transformers' own layers while arguments are planned."""
+    if isinstance(template, LinearAttentionCacheLayerMixin):
+        kind = PlannedHybrid if isinstance(template, CacheLayerMixin) else PlannedStates
+        return kind(past, template.number_of_states)
+    if is_sliding(template):
+        return PlannedWindow(past, template.sliding_window)
+    return PlannedLayer(past)
