@@ -19,6 +19,7 @@ import torch
 import typer
 from architectures import character_tokenizer, tiny_model
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from textrl_swarm import cli
 from textrl_swarm.config import LoraSettings
@@ -115,8 +116,9 @@ def test_no_command_shows_the_help(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def not_bloom(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("gpt2")
-    tiny_model("gpt2").save_pretrained(directory)
+    directory = tmp_path_factory.mktemp("t5")
+    AutoConfig.for_model("t5").save_pretrained(directory)
+    (directory / "model.safetensors").touch()
     return directory
 
 
@@ -125,7 +127,7 @@ def not_bloom(tmp_path_factory) -> Path:
     [
         (["serve", "/no/such/model", "--new-swarm"], "/no/such/model"),
         (["serve", "/no/such/[/odd] one", "--new-swarm"], "/no/such/[/odd] one"),
-        (["serve", "NOT_BLOOM", "--new-swarm"], "is a gpt2 model"),
+        (["serve", "NOT_BLOOM", "--new-swarm"], "t5 is an encoder-decoder model"),
         (
             ["serve", "BLOOM", "--new-swarm", "--servers", "5"],
             "4 blocks can be split over 1 to 4 servers, not 5",

@@ -101,34 +101,6 @@ CHANGES = {
         "import hivemind.utils.nested; del hivemind.utils.nested.nested_pack",
         r"hivemind 1\.1\.12 has no hivemind\.utils\.nested\.nested_pack any more",
     ),
-    "transformers without layer_past": (
-        """
-        from transformers.models.bloom.modeling_bloom import BloomBlock
-        BloomBlock.forward = lambda self, hidden_states, alibi, attention_mask, use_cache=False: None
-        """,
-        r"transformers \S+ BloomBlock\.forward takes no \['layer_past'\] any more; "
-        ".* pip install 'transformers==",
-    ),
-    "transformers whose cache is wrong": (
-        """
-        from transformers.models.bloom.modeling_bloom import BloomBlock
-        original = BloomBlock.forward
-        def forward(self, hidden_states, alibi, attention_mask, layer_past=None, use_cache=False):
-            cache = dict(layer_past=layer_past, use_cache=use_cache)
-            return original(self, hidden_states, alibi=alibi, attention_mask=None, **cache)
-        BloomBlock.forward = forward
-        """,
-        r"transformers \S+ BloomBlock gives another result with its attention cache than without",
-    ),
-    "transformers whose block raises": (
-        """
-        from transformers.models.bloom.modeling_bloom import BloomBlock
-        def forward(self, hidden_states, alibi, attention_mask, layer_past=None, use_cache=False):
-            raise TypeError("cache_position is required")
-        BloomBlock.forward = forward
-        """,
-        r"transformers \S+ BloomBlock does not run as before \(TypeError\('cache_position is required'\)\)",
-    ),
     "transformers without build_alibi_tensor": (
         "import transformers.models.bloom.modeling_bloom as bloom; del bloom.build_alibi_tensor",
         r"transformers \S+ changed: cannot import name 'build_alibi_tensor' "

@@ -300,5 +300,5 @@ def test_a_missing_weight_and_nan_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"^1 weights are missing .* e\.g\. model.layers.0.mlp.up_proj"):
         Checkpoint(base, Skeleton(base.config, torch.float32)).load_block(0)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ModelError, match=rf"^{file} cannot be read"):
+    with pytest.raises(ModelError, match=r"^the weights of .*llama cannot be loaded: "):
         Checkpoint(base, Skeleton(base.config, torch.float32)).load_block(1)

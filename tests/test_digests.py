@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from textrl_swarm.models.digests import checkpoint_digests, digest_weights
+from textrl_swarm.models.digests import checkpoint_digests, digest_tensors
 
 BLOCKS = "transformer.h"
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.tensor(3)}
+
+
+def digest_of(weights: dict[str, torch.Tensor]) -> str:
+    return digest_tensors(sorted(weights.items()))
 
 
 def changed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -36,25 +40,25 @@ def changed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     ids=["shape", "one number", "an integer", "one more", "one less", "a name"],
 )
 def test_any_difference_changes_the_digest(weights):
-    assert digest_weights(weights) != digest_weights(WEIGHTS)
+    assert digest_of(weights) != digest_of(WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_numbers_count_and_not_how_they_are_stored(dtype):
     numbers = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     stored = {"b": numbers.float().t().contiguous().t(), "a": torch.ones(1)}
-    assert digest_weights({"a": torch.ones(1), "b": numbers}) == digest_weights(stored)
+    assert digest_of({"a": torch.ones(1), "b": numbers}) == digest_of(stored)
 
 
 def test_large_tensors_are_hashed_whole(monkeypatch):
     monkeypatch.setattr("textrl_swarm.models.digests._CHUNK_NUMBERS", 4)
     numbers = torch.arange(11.0)
-    in_parts = digest_weights({"a": numbers})
+    in_parts = digest_of({"a": numbers})
     numbers[10] = 0
-    assert digest_weights({"a": numbers}) != in_parts
+    assert digest_of({"a": numbers}) != in_parts
     monkeypatch.undo()
     numbers[10] = 10
-    assert digest_weights({"a": numbers}) == in_parts
+    assert digest_of({"a": numbers}) == in_parts
 
 
 @pytest.fixture

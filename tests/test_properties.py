@@ -23,14 +23,15 @@ targets = st.dictionaries(st.text(min_size=1, max_size=8), sizes, min_size=1, ma
 @given(
     st.integers(1, 64),
     st.floats(1e-3, 1e3),
-    targets,
+    st.lists(targets, min_size=1, max_size=3),
     st.dictionaries(st.integers(0, 99), st.text(), min_size=1),
 )
-def test_a_header_survives_the_wire_and_keeps_its_key(r, alpha, targets, digests):
-    header = AdapterHeader(r, alpha, targets, digests)
+def test_a_header_survives_the_wire_and_keeps_its_key(r, alpha, kinds, digests):
+    blocks = {block: (block % len(kinds), digest) for block, digest in digests.items()}
+    header = AdapterHeader(r, alpha, tuple(kinds), blocks)
     read = AdapterHeader.decode(header.encode())
     assert read == header and read.key == header.key
-    assert list(read.targets) == list(targets), "the order of the layout"
+    assert [list(kind) for kind in read.kinds] == [list(kind) for kind in kinds], "the order of the layout"
 
 
 @given(st.binary(max_size=80))

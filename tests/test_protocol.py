@@ -15,7 +15,14 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import split_for_streaming
 
 from textrl_swarm.config import Timeouts
-from textrl_swarm.errors import AdapterMissing, AdapterRejected, AddressError, ConfigError, RemoteFailure
+from textrl_swarm.errors import (
+    AdapterMissing,
+    AdapterRejected,
+    AddressError,
+    BlocksUnavailable,
+    ConfigError,
+    RemoteFailure,
+)
 from textrl_swarm.models.blocks import split_evenly
 from textrl_swarm.swarm.client.rpc import ServerCalls
 from textrl_swarm.swarm.protocol import (
@@ -23,6 +30,7 @@ from textrl_swarm.swarm.protocol import (
     AdapterHeader,
     AdapterLayout,
     AdapterSnapshot,
+    adapter_header,
     adapter_missing,
     adapter_rejected,
     digest,
@@ -42,9 +50,8 @@ def flat(seed: int = 0) -> torch.Tensor:
 
 
 def snapshot(seed: int = 0, blocks=(0, 1), r: int = R, alpha: float = 4.0) -> AdapterSnapshot:
-    return AdapterSnapshot.take(
-        AdapterLayout(r, TARGETS), alpha, {block: flat(seed + block) for block in blocks}
-    )
+    layouts = dict.fromkeys(blocks, AdapterLayout(r, TARGETS))
+    return AdapterSnapshot.take(layouts, alpha, {block: flat(seed + block) for block in blocks})
 
 
 # ------------------------------------------------------------------------------------------------- the header
@@ -52,10 +59,10 @@ def snapshot(seed: int = 0, blocks=(0, 1), r: int = R, alpha: float = 4.0) -> Ad
 
 def test_layout_by_hand():
     """A of the first target row by row, then its B, then the next target's."""
-    header = AdapterHeader(R, 4.0, TARGETS, {0: ""})
-    assert header.layout.block_numel == NUMEL
+    layout = AdapterHeader(R, 4.0, (TARGETS,), {0: (0, "")}).layout(0)
+    assert layout.block_numel == NUMEL
     numbers = torch.arange(float(NUMEL))
-    views = header.layout.views(numbers)
+    views = layout.views(numbers)
     assert list(views) == list(TARGETS)
     a, b = views["attention.dense"]
     assert a.tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -72,7 +79,16 @@ def test_header_survives_the_wire():
     again = AdapterHeader.decode(header.encode())
     assert again == header
     assert again.key == header.key
-    assert list(again.targets) == list(header.targets), "the order is part of the layout"
+    assert [list(kind) for kind in again.kinds] == [list(TARGETS)], "the order is part of the layout"
+
+
+def test_blocks_of_one_kind_share_a_layout():
+    other = {"mlp": (2, 4)}
+    layouts = {block: AdapterLayout(R, other if block == 1 else TARGETS) for block in range(4)}
+    header = adapter_header(layouts, 4.0, dict.fromkeys(layouts, ""))
+    assert header.kinds == (TARGETS, other)
+    assert {block: kind for block, (kind, _) in header.blocks.items()} == {0: 0, 1: 1, 2: 0, 3: 0}
+    assert AdapterHeader.decode(header.encode()).layout(1) == layouts[1]
 
 
 def test_same_numbers_same_key():
@@ -92,8 +108,8 @@ def test_anything_else_another_key(other):
 def test_swapped_targets_are_another_key():
     swapped = dict(reversed(TARGETS.items()))
     assert (
-        AdapterSnapshot.take(AdapterLayout(R, swapped), 4.0, {0: flat()}).key
-        != AdapterSnapshot.take(AdapterLayout(R, TARGETS), 4.0, {0: flat()}).key
+        AdapterSnapshot.take({0: AdapterLayout(R, swapped)}, 4.0, {0: flat()}).key
+        != AdapterSnapshot.take({0: AdapterLayout(R, TARGETS)}, 4.0, {0: flat()}).key
     )
 
 
@@ -124,21 +140,26 @@ GOOD = json.loads(snapshot().header.encode())
         (b"\xff\xfe", "malformed adapter header"),
         (b"[]", "malformed adapter header"),
         (b"null", "malformed adapter header"),
-        (json.dumps({**GOOD, "targets": None}).encode(), "malformed adapter header"),
-        (json.dumps({**GOOD, "targets": {"mlp": [1]}}).encode(), "malformed adapter header"),
-        (json.dumps({**GOOD, "targets": {"mlp": ["many", 1]}}).encode(), "malformed adapter header"),
-        (json.dumps({**GOOD, "digests": {"first": ""}}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "kinds": None}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "kinds": [None]}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": [1]}]}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": ["many", 1]}]}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "blocks": {"first": [0, ""]}}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "blocks": {"0": ""}}).encode(), "malformed adapter header"),
         (
-            json.dumps({name: GOOD[name] for name in ("r", "alpha", "targets")}).encode(),
+            json.dumps({name: GOOD[name] for name in ("r", "alpha", "kinds")}).encode(),
             "malformed adapter header",
         ),
         (json.dumps({**GOOD, "r": 0}).encode(), "impossible values: r=0"),
         (json.dumps({**GOOD, "alpha": -1}).encode(), "impossible values: r=2, alpha=-1.0"),
         (json.dumps({**GOOD, "alpha": float("nan")}).encode(), "impossible values: r=2, alpha=nan"),
         (json.dumps({**GOOD, "alpha": float("inf")}).encode(), "impossible values: r=2, alpha=inf"),
-        (json.dumps({**GOOD, "targets": {}}).encode(), "0 targets"),
-        (json.dumps({**GOOD, "targets": {"mlp": [-2, 4]}}).encode(), "impossible values"),
-        (json.dumps({**GOOD, "digests": {}}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "kinds": []}).encode(), "0 kinds of blocks"),
+        (json.dumps({**GOOD, "kinds": [{}]}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": [-2, 4]}]}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "blocks": {}}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "blocks": {"0": [1, ""]}}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "blocks": {"0": [-1, ""]}}).encode(), "impossible values"),
     ],
 )
 def test_headers_of_strangers(data, text):
@@ -370,7 +391,7 @@ def router(monkeypatch):
                 PeerID(name.encode()): ServerInfo(
                     ServerState.ONLINE,
                     throughput,
-                    adapters=(CAPABILITY,) if trains else (),
+                    adapters={True: (CAPABILITY,), False: ()}.get(trains, (trains,)),
                     torch_dtype="float32",
                 )
                 for name, start, stop, throughput, trains in dht.spans
@@ -401,6 +422,14 @@ def test_the_furthest_reaching_server_is_taken(router):
     assert route(router(("a", 0, 4), ("b", 0, 2)), start=1, stop=2) == [("a", 1, 2)]
 
 
+def test_servers_of_another_version_are_named_as_such(router):
+    made = router(("old", 0, 4, 1.0, "textrl-swarm/lora-v1"))
+    with pytest.raises(
+        BlocksUnavailable, match=r"another protocol than this client \(textrl-swarm/lora-v2\)"
+    ):
+        route(made)
+
+
 def test_among_equals_the_faster_is_taken(router):
     assert route(router(("slow", 0, 4, 1.0, True), ("fast", 0, 4, 9.0, True))) == [("fast", 0, 4)]
 
@@ -427,14 +456,12 @@ def test_servers_of_another_model_are_passed_over(router):
 
 
 def test_a_refused_server_is_no_reason_for_blocks_that_it_does_not_hold(router):
-    from textrl_swarm.errors import BlocksUnavailable
 
     with pytest.raises(BlocksUnavailable, match=r"no server holds blocks 2, 3|no server holds blocks 2\.\.3"):
         route(router(("liar", 0, 2), ("b", 0, 2), refuse=["liar"]))
 
 
 def test_missing_blocks_and_stock_servers_are_named(router):
-    from textrl_swarm.errors import BlocksUnavailable
 
     with pytest.raises(BlocksUnavailable, match=r"no server holds blocks 1, 3 of 'tiny'") as failure:
         route(router(("a", 0, 1), ("b", 2, 3)))
@@ -447,7 +474,6 @@ def test_missing_blocks_and_stock_servers_are_named(router):
 
 
 def test_a_client_that_knows_nobody_greets_the_initial_peers_again(router):
-    from textrl_swarm.errors import BlocksUnavailable
 
     made = router()
     with pytest.raises(BlocksUnavailable):

@@ -245,7 +245,7 @@ def test_an_impossible_device_is_told_before_anybody_is_asked(tiny_bloom):
 
 def test_the_blocks_are_not_in_the_clients_memory(two_servers):
     with connect(two_servers) as policy:
-        assert not any(".h." in name for name, _ in policy._model.named_parameters())
+        assert not any(".h." in name for name, _ in policy._parts.skeleton.model.named_parameters())
     with pytest.raises(BlocksUnavailable):
         load_policy(
             two_servers.model,

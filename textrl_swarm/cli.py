@@ -107,7 +107,7 @@ def train(
 )
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Directory or hub id of a BLOOM model.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a decoder-only model.")],
     servers: Annotated[
         int, typer.Option(min=1, help="Servers to start here, with the blocks split evenly.")
     ] = 1,

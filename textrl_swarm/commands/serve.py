@@ -58,7 +58,7 @@ def serve_command(
         from textrl_swarm.swarm.client.connection import check_addresses
 
         check_addresses(initial_peers)
-    num_blocks = base.config.num_hidden_layers
+    num_blocks = base.num_blocks
     group = ServerGroup(
         base.name,
         _spans(num_blocks, num_servers, petals_options),
@@ -127,13 +127,14 @@ def _check_adapters(base: BaseModel, options: Sequence[str]) -> list[str]:
 
 def _misfit(base: BaseModel, blocks: Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]) -> str | None:
     """What an adapter changes that the model does not have; None when it fits."""
-    linears = model_sizes(base.config).linears
-    layers = next(iter(blocks.values()))
-    for path, (a, b) in layers.items():
-        if linears.get(path) != (a.shape[1], b.shape[0]):
-            return f"{path} ({a.shape[1]} -> {b.shape[0]})"
-    num_blocks = base.config.num_hidden_layers
-    return f"block {max(blocks)} of {num_blocks}" if max(blocks) >= num_blocks else None
+    linears = model_sizes(base.config).block_linears
+    if max(blocks) >= len(linears):
+        return f"block {max(blocks)} of {len(linears)}"
+    for block, layers in blocks.items():
+        for path, (a, b) in layers.items():
+            if linears[block].get(path) != (a.shape[1], b.shape[0]):
+                return f"{path} ({a.shape[1]} -> {b.shape[0]}) in block {block}"
+    return None
 
 
 def _options(base: BaseModel, given: Sequence[str]) -> list[str]:

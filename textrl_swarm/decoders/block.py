@@ -94,7 +94,7 @@ def cache_spec(module: nn.Module, index: int, planner: Planner) -> CacheSpec:
         return CacheSpec()
     try:
         spec = CacheSpec.of(template, *seen)
-    except ValueError as error:
+    except ModelError as error:
         raise ModelError(f"block {index} keeps a cache of its own kind: {error}") from error
     if spec.key is None and not spec.states:
         raise ModelError(

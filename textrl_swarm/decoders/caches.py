@@ -9,7 +9,7 @@ Source of the layers' interfaces: transformers/cache_utils.py (5.23).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -24,6 +24,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
+
+from textrl_swarm.errors import ModelError
 
 Heads: TypeAlias = tuple[int, int]  # heads, numbers per head
 State: TypeAlias = tuple[str, int]  # "conv_states" or "recurrent_states", index in the layer
@@ -202,7 +204,7 @@ class CacheSpec:
         """Read from layers that `fresh(template)` made, after a block ran on one token and on two.
 
         Raises:
-            ValueError: keys or values that do not grow by one entry per token.
+            ModelError: keys or values that do not grow by one entry per token.
         """
         key = value = indexer = None
         if getattr(one, "keys", None) is not None:
@@ -218,9 +220,24 @@ class CacheSpec:
         return CacheSpec(key, value, window, indexer, states, getattr(template, "number_of_states", 1))
 
 
+def cache_bytes(specs: Iterable[CacheSpec], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that the caches of blocks take together per token, at least 1, and per row beside that."""
+    per_token = per_row = 0
+    for spec in specs:
+        one, two = (_bytes(spec.tensors(1, length, dtype)) for length in (1, 2))
+        per_token += two - one
+        per_row += 2 * one - two
+    return max(1, per_token), per_row
+
+
+def _bytes(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors)
+
+
 def _per_token(one: Tensor, two: Tensor) -> Heads:
     if one.shape[-2] != 1 or two.shape[-2] != 2:
-        raise ValueError(f"keys of one and of two tokens have the shapes {one.shape} and {two.shape}")
+        shapes = f"{tuple(one.shape)} and {tuple(two.shape)}"
+        raise ModelError(f"its keys or values of one and of two tokens have the shapes {shapes}")
     return one.shape[1], one.shape[3]
 
 

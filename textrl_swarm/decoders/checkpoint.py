@@ -7,6 +7,7 @@ renames them, fuses experts and casts. Knows nothing about servers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.utils.hub import cached_file
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ModelError
 from textrl_swarm.models.base_model import WEIGHT_FILES, BaseModel, reason_of
+from textrl_swarm.models.digests import digest_tensors
 
 
 class Checkpoint:
@@ -60,6 +62,21 @@ class Checkpoint:
         self._load(lambda name: name.startswith(prefix), f"block {block}")
         return self._skeleton.blocks[block]
 
+    def digest_block(self, block: int) -> str:
+        """Of a block's numbers, as models/digests.py has it for whole checkpoints."""
+        prefix = self._skeleton.block_prefix(block)
+        leaf = self._skeleton.blocks_path.rpartition(".")[2]
+        inside = re.compile(rf"(?:.*?\.)?{re.escape(leaf)}\.{block}\.(.+)")
+        names = {}
+        for raw, name in self._names.items():
+            if name.startswith(prefix):
+                match = inside.fullmatch(raw)
+                names[match[1] if match else raw] = raw
+        try:
+            return digest_tensors((name, self._tensor(names[name])) for name in sorted(names))
+        finally:
+            self._opened.clear()
+
     def load_outside(self) -> None:
         """Puts the weights outside of the blocks into the skeleton. Raises ModelError like `load_block`."""
         self._load(self._skeleton.is_outside, "what is outside of the blocks")
@@ -80,9 +97,8 @@ class Checkpoint:
         except ModelError:
             raise
         except Exception as error:  # a damaged file can fail in any way
-            raise ModelError(
-                f"{what} of {self._base} cannot be loaded: {reason_of(error, self._base.name)}"
-            ) from error
+            reason = reason_of(error, self._base.name)
+            raise ModelError(f"the weights of {self._base} cannot be loaded: {reason}") from error
         finally:
             self._opened.clear()
         if found.mismatched_keys or found.error_msgs:
@@ -121,7 +137,8 @@ class Checkpoint:
             try:
                 return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{path} cannot be read: {reason_of(error, path.parent)}") from error
+                reason = reason_of(error, path.parent)
+                raise ModelError(f"the weights of {self._base} cannot be loaded: {path}: {reason}") from error
         raise ModelError(f"{self._base} has no weights; expected one of {', '.join(WEIGHT_FILES)}")
 
     def _file(self, name: str, *, required: bool = True) -> Path | None:
@@ -147,8 +164,13 @@ class Checkpoint:
                 else:
                     self._opened[name] = _read_bin(path)
             except Exception as error:  # a damaged file can fail in any way
-                raise ModelError(f"{path} cannot be read: {reason_of(error, path.parent)}") from error
+                reason = reason_of(error, path.parent)
+                raise ModelError(f"the weights of {path.parent} cannot be loaded: {reason}") from error
         return self._opened[name]
+
+    def _tensor(self, raw: str) -> torch.Tensor:
+        opened = self._open(self._files[raw])
+        return opened[raw] if isinstance(opened, Mapping) else opened.get_tensor(raw)
 
     def _lazily(self, names: Iterable[str]) -> dict[str, Any]:
         tensors = {}
@@ -176,6 +198,9 @@ class Checkpoint:
 
 def _read_bin(path: Path) -> Mapping[str, torch.Tensor]:
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except RuntimeError:  # of a torch before 1.6: no zip file, to be read whole
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, Mapping):
+        raise ModelError(f"{path} holds a {type(tensors).__name__}, no tensors by name")
+    return tensors

@@ -18,7 +18,7 @@ from textrl_swarm.decoders.planner import cache_layers
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.decoders.stand_ins import StandIns
 from textrl_swarm.errors import ModelError
-from textrl_swarm.models.output_head import OutputHead
+from textrl_swarm.models.output_head import OutputHead, output_embeddings
 
 
 class Outside:
@@ -26,17 +26,19 @@ class Outside:
 
     Args:
         skeleton: with the weights outside of the blocks loaded; its blocks are replaced.
+        device: where these weights go.
 
     Raises:
         ModelError: a decoder that does not hand one hidden state from block to block.
     """
 
-    def __init__(self, skeleton: Skeleton):
+    def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu"):
         self.skeleton = skeleton
         self._templates = cache_layers(skeleton.config)
         self._output: Tensor | None = None  # of the last block, while the decoder's end runs
-        self.device = next(p.device for p in skeleton.model.parameters() if not p.is_meta)
+        self.device = torch.device(device)
         ports = StandIns(skeleton, self._port)
+        skeleton.move(self.device)
         problem = ports.choose_form(self._is_run)
         if problem is not None:
             raise ModelError(f"{skeleton.config.model_type} does not run without its blocks: {problem}")
@@ -44,6 +46,16 @@ class Outside:
             normed = self.finish(self._dummy())
         self.head_size = normed.shape[-1]
         self._head = OutputHead(skeleton.model, skeleton.decoder, self.head_size)
+
+    @property
+    def name(self) -> str:
+        """Of the model: directory or hub id."""
+        return str(self.skeleton.model.name_or_path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output embeddings."""
+        return output_embeddings(self.skeleton.model).weight.shape[0]
 
     def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
         """What the first block is given (B, S, H), for tokens (B, S) int64 behind `past` others."""

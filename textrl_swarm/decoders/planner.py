@@ -128,11 +128,11 @@ class Planner:
     def _require_one_hidden_state(self, shape: tuple[int, ...]) -> None:
         seen = [block for block, _, _ in self._records]
         if seen != list(range(self.num_blocks)):
-            raise ValueError(f"its decoder calls them in the order {seen}, not once each")
+            raise ModelError(f"its decoder calls them in the order {seen}, not once each")
         for block, _, hidden in self._records:
             if not isinstance(hidden, Tensor) or hidden.shape != shape:
                 got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-                raise ValueError(f"block {block} is given {got} where one hidden state is {shape}")
+                raise ModelError(f"block {block} is given {got} where one hidden state is {shape}")
 
     def _require_independence(self) -> None:
         """Whatever blocks are given must not depend on the embeddings, which servers do not have."""
@@ -183,7 +183,7 @@ class _ZeroEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        raise ValueError("its decoder reads the embeddings' matrix, which servers do not have")
+        raise ModelError("its decoder reads the embeddings' matrix, which servers do not have")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.get_buffer("zero")  # OPT looks positions up with a mask, which is longer than the chunk

@@ -77,6 +77,19 @@ class Skeleton:
             options["position_ids"] = torch.arange(past, past + given.shape[1], device=given.device)[None]
         return self.decoder(**inputs, **options)
 
+    def move(self, device: torch.device) -> None:
+        """Moves what is not on the meta device."""
+        for module in self.model.modules():
+            for name, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
+                if not tensor.is_meta and tensor.device != device:
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.data = tensor.data.to(device)
+                    else:
+                        setattr(module, name, tensor.to(device))
+
     def block_prefix(self, block: int) -> str:
         """What the names of a block's weights begin with in the model, e.g. "model.layers.3."."""
         return f"{self.blocks_path}.{block}."

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from textrl_swarm.decoders.skeleton import Skeleton
+from textrl_swarm.errors import ModelError
 
 Replacement: TypeAlias = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
@@ -36,7 +37,7 @@ class StandIns:
     def choose_form(self, attempt: Callable[[], bool]) -> str | None:
         """Finds the form of answers with which `attempt` returns True; else says why there is none.
 
-        A ValueError of the attempt is the reason; a decoder that is handed the wrong form fails in other
+        A ModelError of the attempt is the reason; a decoder that is handed the wrong form fails in other
         ways.
         """
         reason = failure = None
@@ -44,7 +45,7 @@ class StandIns:
             try:
                 if attempt():
                     return None
-            except ValueError as error:
+            except ModelError as error:
                 reason = reason or str(error)
             except Exception as error:
                 failure = failure or f"its decoder fails with {what} for a block's answer: {error!r}"

@@ -12,9 +12,9 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as LoraConfig
@@ -86,6 +86,17 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def as_linear(layer: Any) -> nn.Linear:
+    """A linear layer as nn.Linear; GPT-2's Conv1D is one with its weight transposed."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    fan_in, fan_out = layer.weight.shape
+    linear = nn.Linear(fan_in, fan_out, device="meta")
+    linear.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
+    linear.bias = layer.bias
+    return linear
+
+
 def choose_targets(
     linears: Mapping[str, LayerSizes], targets: tuple[str, ...] | None
 ) -> dict[str, LayerSizes]:
@@ -151,7 +162,10 @@ def lora_config(
 
 
 def model_lora_config(
-    settings: LoraSettings, model: PreTrainedModel, base_model: str, tokens: Tensor
+    settings: LoraSettings,
+    model: PreTrainedModel,
+    base_model: str,
+    find_unused: Callable[[Mapping[str, str]], set[str]],
 ) -> LoraConfig:
     """A configuration with which PEFT adapts the chosen linear layers of the last blocks and nothing else.
 
@@ -159,7 +173,8 @@ def model_lora_config(
     blocks that have it.
 
     Args:
-        tokens: (1, S) int64 to run the model on, which finds the layers that a forward never calls.
+        find_unused: see `never_called`; from path in the model -> path inside its block to those that no
+            forward calls.
 
     Raises:
         ConfigError: unknown targets, or more layers than there are.
@@ -175,7 +190,7 @@ def model_lora_config(
             linears[path] = sizes
     targets = choose_targets(linears, settings.targets)
     chosen = {module: path for module, path in paths.items() if path in targets}
-    unfit = _renamed_by_peft(chosen, model) | _never_called(chosen, model, tokens)
+    unfit = _renamed_by_peft(chosen, model) | find_unused(chosen)
     if unfit:
         targets = _leave_out(unfit, targets, settings, type(model).__name__)
     wanted = {module for module, path in paths.items() if path in targets}
@@ -186,11 +201,11 @@ def model_lora_config(
     config = lora_config(settings, targets, len(blocks), _leaf(blocks_path), base_model)
     # Else PEFT warns and sets it.
     config.fan_in_fan_out = any(_is_conv1d(model.get_submodule(path)) for path in wanted)
-    if _matched(config, model) != wanted:  # something outside the blocks has one of these names
+    if matched_modules(config, model) != wanted:  # something outside the blocks has one of these names
         config.target_modules = set(targets)
         config.layers_to_transform = list(range(first, len(blocks)))
         config.layers_pattern = blocks_path
-    if odd := _matched(config, model) ^ wanted:
+    if odd := matched_modules(config, model) ^ wanted:
         raise ModelError(
             f"PEFT cannot tell {sorted(odd)[0]} from layers of the same name; "
             "choose others with LoraSettings(targets=...)"
@@ -198,7 +213,8 @@ def model_lora_config(
     return config
 
 
-def _matched(config: LoraConfig, model: nn.Module) -> set[str]:
+def matched_modules(config: LoraConfig, model: nn.Module) -> set[str]:
+    """Paths of the modules that PEFT would adapt."""
     return {path for path, _ in model.named_modules() if check_target_module_exists(config, path)}
 
 
@@ -227,12 +243,15 @@ def _keeps_its_name(path: str, model: nn.Module) -> bool:
     return config.target_modules == {path}
 
 
-def _never_called(modules: Mapping[str, str], model: nn.Module, tokens: Tensor) -> set[str]:
-    """Paths inside a block whose layers no forward calls; the arguments are those of `_renamed_by_peft`.
+def never_called(modules: Mapping[str, str], model: nn.Module, run: Callable[[], object]) -> set[str]:
+    """Paths inside a block whose layers a forward (`run`) does not call.
 
     Examples are cross-attention without an encoder, and weights that the model's code reads as matrices
     (Mamba's dt_proj). LoRA would do nothing there, but would change the model when it is merged. If any
     expert of a layer is called, all count as called.
+
+    Args:
+        modules: path in the model -> path inside its block.
     """
     called: set[str] = set()
     hooks = []
@@ -242,7 +261,7 @@ def _never_called(modules: Mapping[str, str], model: nn.Module, tokens: Tensor) 
         )
         hooks.append(hook)
     try:
-        model(tokens)
+        run()
     finally:
         for hook in hooks:
             hook.remove()

@@ -52,6 +52,11 @@ class BaseModel:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks of its language model."""
+        return self.config.get_text_config(decoder=True).num_hidden_layers
+
 
 def resolve(model: str | Path | BaseModel) -> BaseModel:
     """Finds a model by directory or hub id and reads its configuration.

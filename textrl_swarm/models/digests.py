@@ -33,12 +33,8 @@ _Weight: TypeAlias = Callable[[], Tensor]
 _CHUNK_NUMBERS = 1 << 22  # hashed at a time, so that the fp32 copy stays small
 
 
-def digest_weights(weights: Mapping[str, Tensor]) -> str:
-    """sha256 of one block's weights (name inside the block -> tensor)."""
-    return _digest_tensors(sorted(weights.items()))
-
-
-def _digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of one block's weights: name inside the block and tensor, in the order of the names."""
     total = hashlib.sha256()
     for name, tensor in tensors:
         total.update(f"{name} {tuple(tensor.shape)} {_digest_numbers(tensor)}\n".encode())
@@ -77,7 +73,7 @@ def checkpoint_digests(model: str, blocks_path: str) -> dict[int, str]:
 
 
 def _digest_lazily(weights: Mapping[str, _Weight]) -> str:
-    return _digest_tensors((name, read()) for name, read in sorted(weights.items()))
+    return digest_tensors((name, read()) for name, read in sorted(weights.items()))
 
 
 def _tensors(model: str) -> Iterator[tuple[str, _Read | None]]:

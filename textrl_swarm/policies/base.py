@@ -59,6 +59,9 @@ class Policy(ABC):
     max_session_tokens: int | None = None
     """Most rows x tokens of one decoding session."""
 
+    session_row_tokens: int = 0
+    """Tokens that each row counts for beside its own: what takes memory however short a row is."""
+
     length_limit_reason: str = "the model"
     """What sets these limits, for messages."""
 

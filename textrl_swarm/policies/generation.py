@@ -55,6 +55,8 @@ class Decoder(Protocol):
     @property
     def max_session_tokens(self) -> int | None: ...
     @property
+    def session_row_tokens(self) -> int: ...
+    @property
     def length_limit_reason(self) -> str: ...
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -275,7 +277,8 @@ def _groups(decoder: Decoder, prompt_lengths: Sequence[int], max_new_tokens: int
     groups: list[list[int]] = []
     # Ascending, so that the row in hand is the longest of its group.
     for row in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
-        fits = bool(groups) and (len(groups[-1]) + 1) * (prompt_lengths[row] + max_new_tokens) <= most
+        tokens = prompt_lengths[row] + max_new_tokens + decoder.session_row_tokens
+        fits = bool(groups) and (len(groups[-1]) + 1) * tokens <= most
         if fits:
             groups[-1].append(row)
         else:

@@ -6,7 +6,7 @@ Any decoder-only Hugging Face model; PEFT applies the adapter. Knows nothing abo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from textrl_swarm.models.adapters import (
     has_adapter,
     initial_tensor,
     model_lora_config,
+    never_called,
     remove_adapter,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
@@ -237,7 +238,11 @@ class LocalPolicy(Policy):
 
     def _adapt(self, tokens: Tensor, seed: int) -> None:
         model = self._model
-        self.peft_config = model_lora_config(self.lora, model, self.base_model, tokens)
+
+        def find_unused(layers: Mapping[str, str]) -> set[str]:
+            return never_called(layers, model, lambda: model(tokens))
+
+        self.peft_config = model_lora_config(self.lora, model, self.base_model, find_unused)
         self._peft = add_adapter(model, self.peft_config).eval()
         self._parameters: dict[str, nn.Parameter] = {}
         for name, parameter in self._peft.named_parameters():

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from textrl_swarm.config import LoraSettings, Timeouts
+from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.models.adapters import (
-    choose_targets,
-    first_adapted_block,
     initial_tensor,
-    lora_config,
+    matched_modules,
+    model_lora_config,
     weight_name,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
@@ -34,12 +34,11 @@ from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.protocol import AdapterLayout, AdapterSnapshot, require_servable
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from textrl_swarm.decoders.outside import Outside
     from textrl_swarm.swarm.client.connection import SwarmClient
     from textrl_swarm.swarm.client.session import GenerationSession
-
-_BLOCKS_PATH = "transformer.h"  # of the list of blocks in BLOOM
 
 
 def load_remote_policy(
@@ -72,23 +71,24 @@ def load_remote_policy(
         )
     compat.require_petals()
     from textrl_swarm.swarm.client.connection import ModelFingerprint, SwarmClient, check_addresses, join
-    from textrl_swarm.swarm.client.parts import load_parts
+    from textrl_swarm.swarm.client.parts import load_parts, parts_of
 
     if base is not None:
         addresses = check_addresses([] if initial_peers is None else initial_peers)
-        parts: Any = load_parts(base, dtype, device)
-        config, prefix = base.config, dht_prefix or base.dht_prefix
+        parts = load_parts(base, dtype, device)
+        prefix = dht_prefix or base.dht_prefix
     else:
-        parts = model
-        config, prefix = parts.config, parts.config.dht_prefix
-    name = str(parts.name_or_path)
-    require_finite(parts, name)
-    tokenizer = tokenizer or find_tokenizer(name)
-    checkpoint = checkpoint_digests(name, _BLOCKS_PATH)
+        theirs: Any = model
+        parts = parts_of(theirs)
+        require_finite(theirs, theirs.name_or_path)
+        prefix = theirs.config.dht_prefix
+    config = parts.skeleton.config
+    tokenizer = tokenizer or find_tokenizer(parts.name)
+    checkpoint = checkpoint_digests(parts.name, parts.skeleton.blocks_path)
     if base is not None:
         dht, p2p = join(addresses, timeouts.connect_s)
     else:
-        manager = parts.transformer.h.sequence_manager
+        manager = theirs.transformer.h.sequence_manager
         dht, p2p = manager.dht, manager.state.p2p
     fingerprint = ModelFingerprint(
         config.model_type, config.hidden_size, config.vocab_size, config.num_hidden_layers
@@ -97,19 +97,17 @@ def load_remote_policy(
         dht, p2p, prefix, fingerprint, timeouts, checkpoint=checkpoint, owns_dht=base is not None
     )
     try:
-        return RemotePolicy(parts, config, client, lora, seed, tokenizer)
+        return RemotePolicy(parts, client, lora, seed, tokenizer)
     except BaseException:
         client.close()
         raise
 
 
 class RemotePolicy(Policy):
-    """BLOOM with its blocks in a swarm.
+    """A decoder with its blocks in a swarm.
 
     Args:
-        model: the client's own parts: a BLOOM model whose blocks are not used, or a petals
-            DistributedBloomForCausalLM.
-        config: of the whole model.
+        parts: what is outside of the blocks.
         client: the chain of remote blocks.
     """
 
@@ -117,54 +115,71 @@ class RemotePolicy(Policy):
 
     def __init__(
         self,
-        model: Any,
-        config: PretrainedConfig,
+        parts: Outside,
         client: SwarmClient,
         lora: LoraSettings,
         seed: int,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        self.base_model = str(model.name_or_path)
+        skeleton = parts.skeleton
+        self.base_model = parts.name
         self.tokenizer = tokenizer
-        self.generation_config = generation_config(model)
+        self.generation_config = generation_config(skeleton.model)
         self.lora = lora
-        self.hidden_size = config.hidden_size
-        self.vocab_size = config.vocab_size
-        self.device = model.transformer.word_embeddings.weight.device
-        self.max_length = client.chain.limits.max_length
-        self.max_session_tokens = client.chain.limits.cache_tokens
+        self.hidden_size = parts.head_size
+        self.vocab_size = parts.vocab_size
+        self.device = parts.device
+        limits = client.chain.limits
+        self.max_length = limits.max_length
+        self.max_session_tokens = limits.cache_tokens
+        self.session_row_tokens = limits.cache_row_tokens
         self.traffic = client.traffic
         self.num_servers = len(client.spans)
-        self._model = model.requires_grad_(False)
+        self._parts = parts
         self._client = client
-        self._num_blocks = config.num_hidden_layers
-        self._first = first_adapted_block(self._num_blocks, lora.layers)
-        self._layout = AdapterLayout(lora.r, choose_targets(client.linears, lora.targets))
-        self.peft_config = lora_config(
-            lora, self._layout.targets, self._num_blocks, _BLOCKS_PATH.rsplit(".", 1)[-1], self.base_model
-        )
+        self._num_blocks = skeleton.num_blocks
+        blueprint = Skeleton(skeleton.model.config, skeleton.dtype)
+        self.peft_config = model_lora_config(lora, blueprint.model, self.base_model, self._find_unused)
+        self._layouts = self._choose_layouts(blueprint)
+        self._first = min(self._layouts)
         self._parameters = self._initial_parameters(seed)
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
         self._snapshot: AdapterSnapshot | None = None
 
+    def _find_unused(self, layers: Mapping[str, str]) -> set[str]:
+        """Layers that the servers have found to be without a use; see `never_called`."""
+        used = {path for linears in self._client.linears.values() for path in linears}
+        return {path for path in layers.values() if path not in used}
+
+    def _choose_layouts(self, blueprint: Skeleton) -> dict[int, AdapterLayout]:
+        """Block -> its adapted layers, as PEFT will find them by `peft_config`."""
+        adapted = matched_modules(self.peft_config, blueprint.model)
+        layouts = {}
+        for block in range(self._num_blocks):
+            prefix, linears = blueprint.block_prefix(block), self._client.linears[block]
+            # In the order of the layers: a set's own differs from run to run, and rounding with it.
+            targets = {path: sizes for path, sizes in linears.items() if f"{prefix}{path}" in adapted}
+            if targets:
+                layouts[block] = AdapterLayout(self.lora.r, targets)
+        return layouts
+
     def _initial_parameters(self, seed: int) -> dict[str, nn.Parameter]:
         parameters = {}
-        for block in self._adapted_blocks:
-            for path, (fan_in, fan_out) in self._layout.targets.items():
-                shapes = {"A": (self._layout.r, fan_in), "B": (fan_out, self._layout.r)}
+        for block, layout in self._layouts.items():
+            for path, (fan_in, fan_out) in layout.targets.items():
+                shapes = {"A": (layout.r, fan_in), "B": (fan_out, layout.r)}
                 for part, shape in shapes.items():
-                    name = _name(block, path, part)
+                    name = self._name(block, path, part)
                     parameters[name] = nn.Parameter(initial_tensor(name, shape, seed).to(self.device))
         return parameters
 
-    @property
-    def _adapted_blocks(self) -> range:
-        return range(self._first, self._num_blocks)
+    def _name(self, block: int, path: str, part: str) -> str:
+        return weight_name(f"{self._parts.skeleton.block_prefix(block)}{path}", part)
 
     def features(self, tokens: Tensor) -> Tensor:
         """The output (B, S, H) of the blocks below the adapted ones."""
         with torch.no_grad():
-            return self._client.blocks(self._embed(tokens), 0, self._first)
+            return self._client.blocks(self._parts.embed(tokens), 0, self._first)
 
     def hidden_states(self, features: Tensor) -> Tensor:
         """See Policy."""
@@ -174,18 +189,18 @@ class RemotePolicy(Policy):
             flats = self._flats()
             snapshot = self._take_snapshot(flats)
             hidden = self._client.blocks(features, self._first, self._num_blocks, snapshot, flats)
-        return self._model.transformer.ln_f(hidden)
+        return self._parts.finish(hidden)
 
     def project(self, hidden: Tensor) -> Tensor:
         """See Policy."""
-        return self._model.lm_head(hidden.to(self._model.lm_head.weight.dtype))
+        return self._parts.logits(hidden)
 
     @contextmanager
     def session(self, rows: int, max_length: int) -> Iterator[_RemoteSession]:
         """See Policy; the caches are on the servers."""
         snapshot = self._take_snapshot(self._flats()) if self._adapter_on else None
         with self._client.session(snapshot, max_length=max_length) as session:
-            yield _RemoteSession(self, session)
+            yield _RemoteSession(self._parts, session)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """See Policy."""
@@ -195,22 +210,18 @@ class RemotePolicy(Policy):
         """Leaves the swarm."""
         self._client.close()
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        transformer = self._model.transformer
-        return transformer.word_embeddings_layernorm(transformer.word_embeddings(tokens))
-
     def _flats(self) -> dict[int, Tensor]:
         """Block index -> its adapter tensors as one flat fp32 vector in the protocol's layout,
         differentiable.
         """
         flats = {}
-        for block in self._adapted_blocks:
+        for block, layout in self._layouts.items():
             matrices = {}
-            for path in self._layout.targets:
-                a = self._parameters[_name(block, path, "A")]
-                b = self._parameters[_name(block, path, "B")]
+            for path in layout.targets:
+                a = self._parameters[self._name(block, path, "A")]
+                b = self._parameters[self._name(block, path, "B")]
                 matrices[path] = (a, b)
-            flats[block] = self._layout.flatten(matrices)
+            flats[block] = layout.flatten(matrices)
         return flats
 
     def _take_snapshot(self, flats: Mapping[int, Tensor]) -> AdapterSnapshot:
@@ -218,20 +229,18 @@ class RemotePolicy(Policy):
         blocks = {block: flat.detach().float().cpu() for block, flat in flats.items()}
         last = self._snapshot
         if last is None or not all(torch.equal(flat, last.blocks[block]) for block, flat in blocks.items()):
-            last = self._snapshot = AdapterSnapshot.take(self._layout, float(self.lora.alpha), blocks)
+            last = self._snapshot = AdapterSnapshot.take(self._layouts, float(self.lora.alpha), blocks)
         return last
 
 
 class _RemoteSession:
-    def __init__(self, policy: RemotePolicy, session: GenerationSession):
-        self._policy = policy
+    def __init__(self, parts: Outside, session: GenerationSession):
+        self._parts = parts
         self._session = session
+        self._past = 0
 
     def step(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden = self._session.step(self._policy._embed(tokens))
-            return self._policy._model.transformer.ln_f(hidden)
-
-
-def _name(block: int, path: str, part: str) -> str:
-    return weight_name(f"{_BLOCKS_PATH}.{block}.{path}", part)
+            hidden = self._session.step(self._parts.embed(tokens, self._past))
+            self._past += tokens.shape[1]
+            return self._parts.finish(hidden)

@@ -16,13 +16,12 @@ import importlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
-import inspect
 import logging
 import os
 import sys
 from types import ModuleType
 
-from textrl_swarm.errors import IncompatibleLibrary, ModelError, PetalsMissing
+from textrl_swarm.errors import IncompatibleLibrary, PetalsMissing
 from textrl_swarm.swarm.sockets import socket_directory
 
 TESTED = {
@@ -244,14 +243,11 @@ def _after_petals() -> None:
     import petals.client.lm_head as lm_head
     import petals.client.remote_generation as remote_generation
     import petals.client.remote_sequential as remote_sequential
-    import petals.models.bloom.block as bloom_block
     import petals.models.bloom.config as bloom_config
     import petals.models.bloom.model as bloom_model
     import petals.utils.auto_config as auto_config
     import petals.utils.version as version
 
-    bloom_block.WrappedBloomBlock.forward = _bloom_block_forward
-    _check_bloom_block(bloom_block.WrappedBloomBlock)
     lm_head.LMHead.__init__ = _lm_head_init
     remote_sequential.RemoteSequential.__init__ = _outside_meta_device(
         remote_sequential.RemoteSequential.__init__
@@ -268,65 +264,29 @@ def _after_petals() -> None:
     version.validate_version = lambda: None  # an HTTP request without a time limit
 
 
-def mend_server_modules() -> None:
-    """What only servers import: reads checkpoints whose blocks are called `transformer.h.3.` as well as
-    `h.3.`.
+def use_server_classes(
+    *, server: type, backend: type, handler: type, container: type, read_config, load_block, convert_block
+) -> None:
+    """Petals' command line and Server build their parts from module globals; ours take their places.
+
+    Args:
+        server, backend, handler, container: subclasses of the stock ones.
+        read_config: name of a model -> the configuration of its decoder.
+        load_block, convert_block: in the places of petals' `load_pretrained_block` and `convert_block`.
     """
     require_petals()
-    import petals.server.from_pretrained as from_pretrained
-
-    original = _need("petals", from_pretrained, "_load_state_dict_from_repo")
-    if getattr(original, "mended", False):
-        return
-
-    def load(model_name: str, block_prefix: str, **kwargs):
-        with contextlib.suppress(RuntimeError):  # a sharded checkpoint without such keys
-            state = original(model_name, block_prefix, **kwargs)
-            if state:
-                return state
-        return original(model_name, f"transformer.{block_prefix}", **kwargs)
-
-    load.mended = True
-    from_pretrained._load_state_dict_from_repo = load
-    _need("petals", from_pretrained, "_load_state_dict_from_local_file")
-    from_hub = _need("petals", from_pretrained, "_load_state_dict_from_repo_file")
-
-    def load_file(model_name: str, filename: str, *, block_prefix: str | None = None, **kwargs):
-        # petals takes a damaged file for a broken download and tries again for ever.
-        if os.path.isdir(model_name):
-            path = os.path.join(model_name, filename)
-            try:
-                return from_pretrained._load_state_dict_from_local_file(path, block_prefix=block_prefix)
-            except Exception as error:
-                raise ModelError(f"{path} cannot be read: {error}") from error
-        return from_hub(model_name, filename, block_prefix=block_prefix, **kwargs)
-
-    from_pretrained._load_state_dict_from_repo_file = load_file
-
-
-def use_server_classes(
-    *, server: type, backend: type, handler: type, convert_block, container: type, on_block_read
-) -> None:
-    """Petals' command line and Server build their parts from module globals; ours are subclasses of the stock
-    ones. `on_block_read` is called with a block's prefix and its weights as they are in the checkpoint.
-    """
     import petals.cli.run_server as run_server
-    import petals.server.from_pretrained as from_pretrained
     import petals.server.server as server_module
 
-    read_block = _need("petals", from_pretrained, "_load_state_dict_from_repo")
-
-    def read_and_tell(model_name: str, block_prefix: str, **kwargs):
-        weights = read_block(model_name, block_prefix, **kwargs)
-        on_block_read(block_prefix, weights)
-        return weights
-
-    from_pretrained._load_state_dict_from_repo = read_and_tell
+    class AnyConfig:
+        from_pretrained = staticmethod(read_config)
 
     replacements = {
         server_module: {
+            "AutoDistributedConfig": AnyConfig,
             "TransformerBackend": backend,
             "TransformerConnectionHandler": handler,
+            "load_pretrained_block": load_block,
             "convert_block": convert_block,
             "ModuleContainer": container,
         },
@@ -336,91 +296,6 @@ def use_server_classes(
         for name, replacement in names.items():
             _need("petals", module, name)
             setattr(module, name, replacement)
-
-
-class _OneLayerCache:
-    """One block's attention cache as transformers 5 wants it, over the pair of tensors that petals keeps.
-
-    petals keeps key (batch * heads, head_dim, length) and value (batch * heads, length, head_dim);
-    transformers wants both as (batch, heads, length, head_dim).
-    """
-
-    def __init__(self, layer_past):
-        self.layer_past = layer_past
-
-    def update(self, key, value, layer_idx=None, *args, **kwargs):
-        import torch
-
-        batch, heads, _, head_dim = key.shape
-        if self.layer_past is not None:
-            past_key, past_value = self.layer_past
-            key = torch.cat([past_key.view(batch, heads, head_dim, -1).transpose(2, 3), key], dim=2)
-            value = torch.cat([past_value.view(batch, heads, -1, head_dim), value], dim=2)
-        length = key.shape[2]
-        self.layer_past = (
-            key.transpose(2, 3).reshape(batch * heads, head_dim, length),
-            value.reshape(batch * heads, length, head_dim),
-        )
-        return key, value
-
-
-def _bloom_block_forward(
-    self, hidden_states, *args, attention_mask=None, alibi=None, layer_past=None, use_cache=False, **kwargs
-):
-    """petals' BLOOM block on transformers 5: an additive 4-d mask, a cache object, and a plain tensor or pair
-    coming back.
-    """
-    import torch
-    from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
-
-    assert attention_mask is None, "non-causal attention masks are not supported by petals"
-    batch, length = hidden_states.shape[:2]
-    past_length = 0 if layer_past is None else layer_past[0].shape[-1]
-    total = past_length + length
-    if alibi is None:
-        ones = torch.ones((batch, total), device=hidden_states.device)
-        alibi = build_alibi_tensor(ones, num_heads=self.num_heads, dtype=hidden_states.dtype)
-    query_at = torch.arange(past_length, total, device=hidden_states.device)
-    positions = torch.arange(total, device=hidden_states.device)
-    hidden_from_query = positions[None, :] > query_at[:, None]  # (length, total)
-    mask = torch.zeros((1, 1, length, total), dtype=hidden_states.dtype, device=hidden_states.device)
-    mask.masked_fill_(hidden_from_query, torch.finfo(hidden_states.dtype).min)
-    cache = _OneLayerCache(layer_past) if use_cache or layer_past is not None else None
-    outputs = BloomBlock.forward(
-        self, hidden_states, alibi=alibi, attention_mask=mask, layer_past=cache, use_cache=use_cache
-    )
-    return (outputs[0], cache.layer_past) if cache is not None else (outputs[0],)
-
-
-def _check_bloom_block(block_class: type) -> None:
-    """Eight tokens at once and in two cached pieces must give the same: what the mended block relies on in
-    transformers.
-    """
-    import torch
-    from transformers.models.bloom.modeling_bloom import BloomBlock, BloomConfig
-
-    missing = {"alibi", "attention_mask", "layer_past", "use_cache"} - set(
-        inspect.signature(BloomBlock.forward).parameters
-    )
-    if missing:
-        raise _changed("transformers", f"BloomBlock.forward takes no {sorted(missing)} any more")
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"), torch.no_grad():
-        block = block_class(BloomConfig(hidden_size=8, n_head=2, num_hidden_layers=1), 0).eval()
-        for parameter in block.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-        hidden = torch.randn((2, 8, 8), generator=generator)
-        try:
-            (whole,) = block(hidden)
-            first, past = block(hidden[:, :5], use_cache=True)
-            second, _ = block(hidden[:, 5:], layer_past=past, use_cache=True)
-            same = torch.allclose(whole, torch.cat([first, second], dim=1), atol=1e-5)
-        except Exception as error:
-            raise _changed("transformers", f"BloomBlock does not run as before ({error!r})") from error
-    if not same:
-        raise _changed(
-            "transformers", "BloomBlock gives another result with its attention cache than without"
-        )
 
 
 def _lm_head_init(self, config) -> None:

@@ -197,7 +197,7 @@ class ServerGroup:
     """Servers of one model, started side by side and ended together. Context manager.
 
     Args:
-        model: directory or hub id of a BLOOM model.
+        model: directory or hub id of a decoder-only model.
         spans: half-open block spans, one per server; None = one server that chooses its blocks itself, as
             petals' options say.
         options: petals' run_server options for all of them.

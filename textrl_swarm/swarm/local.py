@@ -19,7 +19,7 @@ class LocalSwarm(ServerGroup):
     """A new swarm of fp32 CPU servers on loopback, with the blocks split evenly. Context manager.
 
     Args:
-        model: directory or hub id of a BLOOM model.
+        model: directory or hub id of a decoder-only model.
         num_servers: 1 to the number of blocks.
         quantization: None, "8bit" or "4bit" (the servers hold quantized blocks).
         dht_prefix: name under which the blocks are announced; None = made from `model`.
@@ -51,7 +51,7 @@ class LocalSwarm(ServerGroup):
             raise ConfigError(f"quantization must be None, '8bit' or '4bit', got {quantization!r}")
         base = resolve(model)
         require_servable(base)
-        num_blocks = base.config.num_hidden_layers
+        num_blocks = base.num_blocks
         self.dht_prefix = dht_prefix or base.dht_prefix
         options = {
             "--dht_prefix": self.dht_prefix,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ModelError, ShapeError
 from textrl_swarm.models.adapters import LayerSizes
 from textrl_swarm.models.base_model import BaseModel
@@ -27,8 +28,10 @@ from textrl_swarm.models.quantization import saved_quantization
 
 # ----------------------------------------------------------------------------------- names and sizes
 
-# Announced among a server's adapters, so that routing can tell who can train.
-CAPABILITY = "textrl-swarm/lora-v1"
+# Announced among a server's adapters, so that routing can tell who can train, and how. v1 had one layout for
+# all blocks.
+CAPABILITY_PREFIX = "textrl-swarm/lora-v"
+CAPABILITY = f"{CAPABILITY_PREFIX}2"
 INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients ignore it
 # Metadata key of a request: tell how the answer ended. Of an answer's last message: "" = complete, else the
 # error.
@@ -43,22 +46,18 @@ ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of a
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
 ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
 
-_SERVABLE = ("bloom",)  # model types
 
-
-def require_servable(model: BaseModel) -> None:
-    """Raises ModelError for a model whose blocks cannot be trained through a swarm, e.g. a quantised one."""
-    if model.config.model_type not in _SERVABLE:
-        raise ModelError(
-            f"{model} is a {model.config.model_type} model; the swarm parts train BLOOM models "
-            "(train it on this machine: leave initial_peers out)"
-        )
-    saved = saved_quantization(model)
+def require_servable(base: BaseModel) -> None:
+    """Raises ModelError, before anything is loaded, for a model whose blocks cannot be served one by one, or
+    whose weights are quantised on the disk.
+    """
+    saved = saved_quantization(base)
     if saved is not None:
         raise ModelError(
-            f"the weights of {model} are saved in {saved}, which servers cannot cut into blocks: "
+            f"the weights of {base} are saved in {saved}, which servers cannot cut into blocks: "
             f"serve the model they were made from with --quant_type {'int8' if saved == '8bit' else 'nf4'}"
         )
+    Planner(base.config, torch.float32, "cpu", str(base))
 
 
 # -------------------------------------------------------------------------------- errors on the wire
@@ -173,11 +172,13 @@ class AdapterHeader:
     r: int
     alpha: float
 
-    targets: dict[str, LayerSizes]
-    """Path of a linear layer inside a block -> (in_features, out_features), in layout order."""
+    kinds: tuple[dict[str, LayerSizes], ...]
+    """The targets of each kind of block: path of a linear layer inside a block -> (in_features,
+    out_features), in layout order.
+    """
 
-    digests: dict[int, str]
-    """Block index -> sha256 of its flat tensor."""
+    blocks: dict[int, tuple[int, str]]
+    """Block index -> its kind, sha256 of its flat tensor."""
 
     def encode(self) -> bytes:
         """The header as it travels; `decode` reads it."""
@@ -188,9 +189,9 @@ class AdapterHeader:
         """Reads a stranger's bytes. Raises ShapeError when they are not a header."""
         try:
             raw = json.loads(data)
-            targets = {str(path): (int(sizes[0]), int(sizes[1])) for path, sizes in raw["targets"].items()}
-            digests = {int(block): str(digest) for block, digest in raw["digests"].items()}
-            header = AdapterHeader(int(raw["r"]), float(raw["alpha"]), targets, digests)
+            kinds = tuple(_read_targets(kind) for kind in raw["kinds"])
+            blocks = {int(block): (int(kind), str(digest)) for block, (kind, digest) in raw["blocks"].items()}
+            header = AdapterHeader(int(raw["r"]), float(raw["alpha"]), kinds, blocks)
         except (
             KeyError,
             TypeError,
@@ -201,11 +202,13 @@ class AdapterHeader:
             RecursionError,
         ) as error:
             raise ShapeError(f"malformed adapter header: {error!r}") from error
-        sizes_fit = all(fan_in > 0 and fan_out > 0 for fan_in, fan_out in targets.values())
-        if header.r < 1 or not 0 < header.alpha < float("inf") or not targets or not sizes_fit or not digests:
+        numbers_fit = header.r >= 1 and 0 < header.alpha < float("inf")
+        kinds_fit = all(kinds) and all(kind in range(len(kinds)) for kind, _ in blocks.values())
+        sizes_fit = all(fan_in > 0 and fan_out > 0 for kind in kinds for fan_in, fan_out in kind.values())
+        if not (numbers_fit and kinds_fit and sizes_fit and blocks):
             raise ShapeError(
                 f"adapter header with impossible values: r={header.r}, alpha={header.alpha}, "
-                f"{len(targets)} targets"
+                f"{len(kinds)} kinds of blocks, {len(blocks)} blocks"
             )
         return header
 
@@ -214,15 +217,35 @@ class AdapterHeader:
         """The name by which requests refer to the adapter."""
         return "lora-" + hashlib.sha256(self.encode()).hexdigest()[:40]
 
-    @property
-    def layout(self) -> AdapterLayout:
+    def layout(self, block: int) -> AdapterLayout:
         """How a block's flat tensor is to be read."""
-        return AdapterLayout(self.r, self.targets)
+        return AdapterLayout(self.r, self.kinds[self.blocks[block][0]])
 
     @property
     def scale(self) -> float:
         """The factor of the low-rank update, alpha / r."""
         return self.alpha / self.r
+
+
+def _read_targets(raw: Mapping[str, Any]) -> dict[str, LayerSizes]:
+    return {str(path): (int(sizes[0]), int(sizes[1])) for path, sizes in raw.items()}
+
+
+def adapter_header(
+    layouts: Mapping[int, AdapterLayout], alpha: float, digests: Mapping[int, str]
+) -> AdapterHeader:
+    """The header of an adapter (block index -> layout, digest); blocks with equal layouts are of one kind."""
+    kinds: list[dict[str, LayerSizes]] = []
+    blocks = {}
+    for block, layout in layouts.items():
+        # Dicts of equal contents in another order are equal, but not the same layout.
+        known = [list(kind.items()) for kind in kinds]
+        if list(layout.targets.items()) not in known:
+            kinds.append(layout.targets)
+            known.append(list(layout.targets.items()))
+        blocks[block] = known.index(list(layout.targets.items())), digests[block]
+    (r,) = {layout.r for layout in layouts.values()}
+    return AdapterHeader(r, alpha, tuple(kinds), blocks)
 
 
 @dataclass(frozen=True)
@@ -240,10 +263,12 @@ class AdapterSnapshot:
         object.__setattr__(self, "key", self.header.key)
 
     @staticmethod
-    def take(layout: AdapterLayout, alpha: float, blocks: Mapping[int, Tensor]) -> AdapterSnapshot:
-        """Names the contents of these flat tensors (block index -> tensor)."""
+    def take(
+        layouts: Mapping[int, AdapterLayout], alpha: float, blocks: Mapping[int, Tensor]
+    ) -> AdapterSnapshot:
+        """Names the contents of these flat tensors (block index -> layout, tensor)."""
         digests = {block: digest(flat) for block, flat in blocks.items()}
-        return AdapterSnapshot(AdapterHeader(layout.r, alpha, layout.targets, digests), blocks)
+        return AdapterSnapshot(adapter_header(layouts, alpha, digests), blocks)
 
     def blocks_within(self, blocks: Iterable[int]) -> list[int]:
         """Those of these blocks that the adapter changes."""

@@ -99,6 +99,18 @@ class ChainLimits:
     cache_tokens: int = 1 << 40
     """Rows x tokens of all sessions together, per block."""
 
+    cache_row_tokens: int = 0
+    """Tokens that each row counts for beside its own: the states of linear attention."""
+
+    def within(self, info: Mapping[str, Any]) -> ChainLimits:
+        """What these and one more server's, as its rpc_info tells them, allow together."""
+        return ChainLimits(
+            max_batch_tokens=min(self.max_batch_tokens, info["max_batch_tokens"]),
+            max_length=min(self.max_length, info["max_length"]),
+            cache_tokens=min(self.cache_tokens, info["cache_tokens"]),
+            cache_row_tokens=max(self.cache_row_tokens, info["cache_row_tokens"]),
+        )
+
 
 class BlockChain:
     """Blocks 0..num_blocks of one model, wherever they are.

@@ -24,7 +24,7 @@ from textrl_swarm.config import Timeouts
 from textrl_swarm.errors import AddressError
 from textrl_swarm.models.adapters import LayerSizes
 from textrl_swarm.models.blocks import blocks_text
-from textrl_swarm.swarm.client.chain import BlockChain, ChainLimits, run_in_background
+from textrl_swarm.swarm.client.chain import BlockChain, run_in_background
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
 from textrl_swarm.swarm.client.session import GenerationSession
@@ -146,8 +146,8 @@ class SwarmClient:
         self._calls = ServerCalls(p2p, timeouts, self.traffic)
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
         self.chain = BlockChain(self.router, self._calls)
-        # Path of a layer -> (in_features, out_features), as servers have it.
-        self.linears: dict[str, LayerSizes] = {}
+        self.linears: dict[int, dict[str, LayerSizes]] = {}
+        """Block index -> path of a layer inside it -> (in_features, out_features), as servers have it."""
         route = self.router.route(0, fingerprint.num_blocks, timeout_s=timeouts.discovery_s)
         try:
             self.spans: list[Span] = run_in_background(route)
@@ -180,9 +180,10 @@ class SwarmClient:
             return misfit
         self._calls.expect(span.peer, {self.router.uids[block]: held for block, held in weights.items()})
         self._tell_mixture(span, weights)
-        limits = {name: min(value, info[name]) for name, value in vars(self.chain.limits).items()}
-        self.chain.limits = ChainLimits(**limits)
-        self.linears = {path: (sizes[0], sizes[1]) for path, sizes in info["linears"].items()}
+        self.chain.limits = self.chain.limits.within(info)
+        for block in range(span.start, span.stop):
+            layers = info["linears"][str(block)]
+            self.linears[block] = {path: (sizes[0], sizes[1]) for path, sizes in layers.items()}
         return None
 
     def _other_weights(self, span: Span, weights: Mapping[int, ServedWeights]) -> str | None:

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
-import copy
+from contextlib import suppress
+from typing import Any
 
 import torch
-from petals.client.from_pretrained import ignore_keys
-from transformers import BloomForCausalLM, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig
 
+from textrl_swarm.decoders.checkpoint import Checkpoint
+from textrl_swarm.decoders.outside import Outside
+from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.models.base_model import BaseModel
-from textrl_swarm.models.pretrained import load_weights, usable_device
-
-
-class _WithoutBlocks(BloomForCausalLM):
-    _keys_to_ignore_on_load_unexpected = (r"^(transformer\.)?h\.",)
+from textrl_swarm.models.pretrained import usable_device
 
 
 def load_parts(
     base: BaseModel, dtype: torch.dtype | str | None, device: torch.device | str | None
-) -> PreTrainedModel:
+) -> Outside:
     """The model without its blocks; weight files that hold nothing but blocks are not downloaded.
+
+    Args:
+        dtype: None or "auto" = that of the checkpoint.
 
     Raises:
         ModelError: a weight is missing, or its file cannot be read.
         ConfigError: this machine has no such device.
     """
     place = usable_device("cpu" if device is None else device)
-    config = copy.deepcopy(base.config)
-    config.num_hidden_layers = 0
-    with ignore_keys(_WithoutBlocks._keys_to_ignore_on_load_unexpected):
-        parts = load_weights(_WithoutBlocks, base, config=config, dtype=dtype or "auto")
-    return parts.to(place)
+    skeleton = Skeleton(base.config, _dtype(base, dtype))
+    Checkpoint(base, skeleton).load_outside()
+    skeleton.model.name_or_path = base.name
+    with suppress(OSError):  # there need not be a generation_config.json
+        skeleton.model.generation_config = GenerationConfig.from_pretrained(base.name)
+    return Outside(skeleton, place)
+
+
+def parts_of(model: Any) -> Outside:
+    """Those of a user's petals model (DistributedBloomForCausalLM), which go on belonging to it."""
+    config = AutoConfig.for_model(**model.config.to_dict())
+    skeleton = Skeleton(config, model.dtype)
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    for name, _ in list(skeleton.model.named_parameters(remove_duplicate=False)):
+        if skeleton.is_outside(name):
+            path, _, leaf = name.rpartition(".")
+            setattr(skeleton.model.get_submodule(path), leaf, theirs[name])
+    skeleton.model.name_or_path = model.name_or_path
+    skeleton.model.generation_config = model.generation_config
+    return Outside(skeleton, model.device)
+
+
+def _dtype(base: BaseModel, dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = base.config.dtype if dtype in (None, "auto") else dtype
+    return getattr(torch, str(name or "float32").removeprefix("torch."))

@@ -26,7 +26,7 @@ from petals.utils.dht import compute_spans, get_remote_module_infos
 from textrl_swarm.errors import BlocksUnavailable, ServerFailed, ServerMismatch
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.rpc import short_id
-from textrl_swarm.swarm.protocol import CAPABILITY
+from textrl_swarm.swarm.protocol import CAPABILITY, CAPABILITY_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class Router:
         self._failures: dict[PeerID, _Failures] = {}
         self._spans: list[Span] = []
         self._untrainable: list[Span] = []
+        self._other_version: list[Span] = []
         self._salt = str(dht.peer_id)  # clients break ties differently, so that replicas share the load
 
     async def route(self, start: int, stop: int, *, timeout_s: float) -> list[Span]:
@@ -209,6 +210,7 @@ class Router:
         infos = await loop.run_in_executor(None, self._ask)
         self._spans = []
         self._untrainable = []
+        self._other_version = []
         for span in compute_spans(infos, min_state=ServerState.ONLINE).values():
             info = span.server_info
             dtype = DTYPE_MAP.get(info.torch_dtype, torch.float32)
@@ -219,7 +221,12 @@ class Router:
                 dtype if dtype != "auto" else torch.float32,
                 info.throughput,
             )
-            (self._spans if CAPABILITY in info.adapters else self._untrainable).append(ours)
+            if CAPABILITY in info.adapters:
+                self._spans.append(ours)
+            elif any(name.startswith(CAPABILITY_PREFIX) for name in info.adapters):
+                self._other_version.append(ours)
+            else:
+                self._untrainable.append(ours)
         known = {span.peer for span in self._spans}
         if known:  # failures of servers that nobody lists any more need not be remembered
             self._failures = {peer: failure for peer, failure in self._failures.items() if peer in known}
@@ -235,8 +242,16 @@ class Router:
 
     def _unavailable(self, missing: Sequence[int], waited_s: float) -> BlocksUnavailable:
         message = f"no server holds {blocks_text(missing)} of {self.dht_prefix!r} (waited {waited_s:.0f} s); "
-        stock = [span for span in self._untrainable if span.start <= missing[0] < span.stop]
-        if stock:
+        stock, other_version = (
+            [span for span in spans if span.start <= missing[0] < span.stop]
+            for spans in (self._untrainable, self._other_version)
+        )
+        if other_version:
+            message += (
+                f"{other_version[0]} runs another version of textrl-swarm, which speaks another protocol "
+                f"than this client ({CAPABILITY}): install the same version on both"
+            )
+        elif stock:
             message += (
                 f"stock petals servers hold {stock[0]}, but they cannot train LoRA: "
                 "start servers with `textrl-swarm serve`"

@@ -30,7 +30,7 @@ from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.connection import join, shut_down
 from textrl_swarm.swarm.client.routing import announced_models
 from textrl_swarm.swarm.client.rpc import ServerCalls
-from textrl_swarm.swarm.protocol import CAPABILITY, read_weights
+from textrl_swarm.swarm.protocol import CAPABILITY, CAPABILITY_PREFIX, read_weights
 from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_BLOCKS = 1000  # of one model; an announcement of more is malformed
@@ -230,8 +230,9 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
             held = read_weights(about, range(span.start, span.end)) or {}
             weights = {block: _printable(str(one.digest)) for block, one in held.items()}
             token_ms = await _token_ms(calls, span, uids, about) if can_train else None
-    if info.cache_tokens_left is not None:  # petals counts numbers of one block's keys or values
-        cache_tokens_left = info.cache_tokens_left // (2 * span.length)
+    if info.cache_tokens_left is not None:
+        # Of our servers, tokens in all their blocks; petals counts numbers of one block's keys or values.
+        cache_tokens_left = info.cache_tokens_left // (1 if can_train else 2 * span.length)
     return ServerReport(
         peer_id=str(span.peer_id),
         name=_printable_or_none(info.public_name),
@@ -250,7 +251,7 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
         network_rps=info.network_rps,
         version=_printable_or_none(info.version),
         weights=weights,
-        adapters=tuple(_printable(name) for name in info.adapters if name != CAPABILITY),
+        adapters=tuple(_printable(name) for name in info.adapters if not name.startswith(CAPABILITY_PREFIX)),
     )
 
 

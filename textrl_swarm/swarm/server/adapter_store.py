@@ -58,7 +58,7 @@ class AdapterStore:
             AdapterRejected: the adapter does not fit even after evicting everything that may be evicted.
         """
         held = self._entries[header.key].blocks.keys() if header.key in self._entries else ()
-        total = 4 * header.layout.block_numel * len({*held, *blocks})
+        total = 4 * sum(header.layout(block).block_numel for block in {*held, *blocks})
         limit = min(self.max_bytes, self.max_bytes_per_client)
         if total > limit:
             raise adapter_rejected(
@@ -84,7 +84,7 @@ class AdapterStore:
             AdapterMissing: the adapter changes this block, and is not here.
         """
         entry = self._entries.get(key)
-        if entry is None or (block in entry.header.digests and block not in entry.blocks):
+        if entry is None or (block in entry.header.blocks and block not in entry.blocks):
             raise adapter_missing(key, block)
         self._entries.move_to_end(key)
         return entry.header, entry.blocks.get(block)

@@ -10,39 +10,34 @@ Knows nothing about sockets or where adapters come from.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from hivemind import BatchTensorDescriptor, TensorDescriptor
+from hivemind.moe.server.module_backend import ModuleBackend
 from petals.server.backend import TransformerBackend
+from petals.server.memory_cache import MemoryCache
 from petals.server.task_pool import PrioritizedTaskPool
-from petals.utils.convert_block import convert_block
+from petals.utils.misc import is_dummy
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from textrl_swarm.decoders.block import DecoderBlock
+from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.models.adapters import LayerSizes
-from textrl_swarm.models.digests import digest_weights
-from textrl_swarm.models.quantization import keep_differentiable
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
+from textrl_swarm.swarm.server.served_model import ServedBlock
 
 # What the hooks add at this moment: target path -> (A, B, alpha / r). Petals' Runtime is one thread, one
 # request at a time.
 _ACTIVE: dict[str, tuple[Tensor, Tensor, float]] = {}
-
-HOOKED = "textrl_swarm_linears"  # attribute of a block: path of a layer -> (in_features, out_features)
-
-
-_LOADED: dict[int, str] = {}  # block index -> digest of what was read from the checkpoint
-
-
-def note_loaded(block_prefix: str, weights: Mapping[str, Tensor]) -> None:
-    """Keeps the digest of a block's weights as petals read them from the checkpoint ("transformer.h.3.")."""
-    _LOADED[int(block_prefix.rstrip(".").rsplit(".", 1)[1])] = digest_weights(weights)
 
 
 def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -52,30 +47,12 @@ def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output
     return (output + F.linear(F.linear(args[0].to(a.dtype), a), b) * scale).to(output.dtype)
 
 
-def convert_and_hook_block(*args: Any, **kwargs: Any) -> nn.Module:
-    """Petals' convert_block, then a hook on every linear layer.
-
-    Blocks split over several devices get no hooks: their layers are slices. petals' own way to apply
-    `adapters` knows only old versions of peft; the hooks apply them instead.
-    """
-    converted = convert_block(*args, **{**kwargs, "adapters": ()})
-    keep_differentiable(converted)
-    converted.eval()  # petals leaves blocks in training mode, where dropout would make answers random
-    linears: dict[str, LayerSizes] = {}
-    if len(converted.module_shards) == 1:
-        for path, module in converted.module_shards[0].named_modules():
-            if isinstance(module, nn.Linear):  # bitsandbytes' layers are nn.Linear too
-                linears[path] = (module.in_features, module.out_features)
-                module.register_forward_hook(partial(_add_low_rank, path))
-    setattr(converted, HOOKED, linears)
-    return converted
-
-
 @contextmanager
-def _applied(header: AdapterHeader, flat: Tensor) -> Iterator[None]:
+def _applied(header: AdapterHeader, block: int, flat: Tensor) -> Iterator[None]:
     global _ACTIVE
     previous = _ACTIVE
-    _ACTIVE = {path: (a, b, header.scale) for path, (a, b) in header.layout.views(flat).items()}
+    views = header.layout(block).views(flat)
+    _ACTIVE = {path: (a, b, header.scale) for path, (a, b) in views.items()}
     try:
         yield
     finally:
@@ -83,7 +60,8 @@ def _applied(header: AdapterHeader, flat: Tensor) -> Iterator[None]:
 
 
 class LoraBackend(TransformerBackend):
-    """TransformerBackend whose forward, generation and backward obey a pushed adapter.
+    """TransformerBackend for a block of any kind, whose forward, generation and backward obey a pushed
+    adapter.
 
     All blocks of a server share the class attributes, which are set before the first block is made.
     """
@@ -97,54 +75,115 @@ class LoraBackend(TransformerBackend):
     preloaded: ClassVar[Mapping[str, tuple[AdapterHeader, Mapping[int, Tensor]]]] = {}
     """Adapters of --adapters by the name that requests give: header, block index -> flat tensor."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.block_index = int(self.name.rsplit(".", 1)[1])
-        self.linears: dict[str, LayerSizes] = getattr(self.module, HOOKED)
+    def __init__(
+        self,
+        name: str,
+        module: ServedBlock,
+        *,
+        config: PretrainedConfig,
+        memory_cache: MemoryCache,
+        backend_dtype: torch.dtype,
+        max_chunk_size_bytes: int,
+        **kwargs: Any,
+    ):
+        # Not TransformerBackend's own, which knows blocks of one kind.
+        ModuleBackend.__init__(self, name, module, **kwargs)
+        self.config = config
+        self.memory_cache = memory_cache
+        self.max_chunk_size_bytes = max_chunk_size_bytes
+        self.dtype = backend_dtype
+        self.block: DecoderBlock = module.block
+        self.block_index = module.block.index
+        self.cache_spec: CacheSpec = module.cache_spec
+        self.takes_chunks: bool = module.takes_chunks
+        self.device: torch.device = module.device
+        self.linears: dict[str, LayerSizes] = module.linears
+        for path in self.linears:
+            layer = self.block.module.get_submodule(path)
+            layer.register_forward_hook(partial(_add_low_rank, path))
         dtype = str(self.dtype).removeprefix("torch.")
-        self.weights = ServedWeights(_LOADED[self.block_index], dtype, self.quantization)
-        self.lora_backward_pool = PrioritizedTaskPool(
-            self.lora_backward,
-            max_batch_size=self.forward_pool.max_batch_size,
-            device=self.forward_pool.device,
-            name=f"{self.name}_lora_backward",
+        self.weights = ServedWeights(module.digest, dtype, self.quantization)
+        self.inference_pool = self._pool(self.inference_step, "inference")
+        self.forward_pool = self._pool(self.forward, "forward")
+        self.backward_pool = self._pool(self.backward, "backward")
+        self.lora_backward_pool = self._pool(self.lora_backward, "lora_backward")
+        own = BatchTensorDescriptor((), dtype=self.dtype), BatchTensorDescriptor((), dtype=torch.int64)
+        self.inference_schema = (*self.args_schema, *own), self.kwargs_schema
+        per_token, _ = cache_bytes([self.cache_spec], self.dtype)
+        self.cache_bytes_per_token = Counter({self.device: per_token})
+
+    def _pool(self, compute: Any, what: str) -> PrioritizedTaskPool:
+        size = self.forward_pool.max_batch_size
+        return PrioritizedTaskPool(
+            compute, max_batch_size=size, device=self.device, name=f"{self.name}_{what}"
         )
 
     def get_pools(self) -> tuple[PrioritizedTaskPool, ...]:
         return (*super().get_pools(), self.lora_backward_pool, self.store_pool)
 
+    def get_inference_cache_descriptors(self, batch_size: int, max_length: int) -> list[TensorDescriptor]:
+        """The tensors of one session, in the order in which `inference_step` finds them."""
+        return [
+            TensorDescriptor(shape, dtype=dtype, device=self.device)
+            for shape, dtype in self.cache_spec.tensors(batch_size, max_length, self.dtype)
+        ]
+
     @contextmanager
-    def _adapter(self, name: str | None) -> Iterator[str | None]:
-        """Applies a pushed adapter, or one that was loaded at start; yields the name to hand to petals
-        instead.
-        """
+    def _adapter(self, name: str | None) -> Iterator[None]:
+        """Applies a pushed adapter, or one that was loaded at start; "" or None = none."""
         if name is not None and name in self.preloaded:
             header, flats = self.preloaded[name]
             flat = flats.get(self.block_index)
         elif name is not None and is_adapter_key(name):
             header, flat = self.store.get(name, self.block_index)
         else:
-            yield name
+            yield
             return
-        with _applied(header, flat) if flat is not None else nullcontext():
-            yield ""
+        with _applied(header, self.block_index, flat) if flat is not None else nullcontext():
+            yield
 
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, name = inputs
-        with self._adapter(name) as stock_name:
-            return super().forward(*tensors, stock_name)
+        hidden, name = inputs
+        with torch.no_grad(), self._adapter(name):
+            return (self.block(hidden),)
 
     def backward(self, *inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, name = inputs
-        with self._adapter(name) as stock_name:
-            return super().backward(*tensors, stock_name)
+        """Gradient (B, S, H) of a block's input (B, S, H), re-running its forward."""
+        hidden, grad_outputs, name = inputs
+        with torch.inference_mode(False), torch.enable_grad(), self._adapter(name):
+            hidden = hidden.detach().clone().requires_grad_(True)
+            outputs = self.block(hidden)
+            return torch.autograd.grad(outputs, hidden, grad_outputs.to(outputs.dtype))
 
+    @torch.inference_mode()
     def inference_step(
         self, hidden_states: Tensor, hypo_ids: Tensor, inference_info: Any
     ) -> tuple[Tensor, ...]:
-        with self._adapter(inference_info.active_adapter) as stock_name:
-            stock_info = dataclasses.replace(inference_info, active_adapter=stock_name)
-            return super().inference_step(hidden_states, hypo_ids, stock_info)
+        """Output (B, S, H) for the next S tokens of each row."""
+        past = inference_info.prefix_length
+        with (
+            self.memory_cache.use_cache(*inference_info.cache_handles) as tensors,
+            self._adapter(inference_info.active_adapter),
+        ):
+            if not is_dummy(hypo_ids):  # beams
+                for tensor in tensors:
+                    tensor[...] = tensor[hypo_ids.to(tensor.device)]
+            outputs = []
+            for chunk in self._chunks(hidden_states, past):
+                outputs.append(self.block.step(chunk, self.cache_spec, tensors, past))
+                past += chunk.shape[1]
+            return (torch.cat(outputs, dim=1),)
+
+    def _chunks(self, hidden: Tensor, past: int) -> Iterable[Tensor]:
+        """A long prompt in parts whose attention matrices fit into what the server leaves free for them."""
+        rows, length, _ = hidden.shape
+        heads = getattr(self.config, "num_attention_heads", None) or 1
+        bytes_per_token = heads * rows * self.dtype.itemsize * (past + length)
+        most = max(1, self.max_chunk_size_bytes // bytes_per_token)
+        if self.takes_chunks:
+            return hidden.split(most, dim=1)
+        first = min(most, length) if past == 0 else 1
+        return hidden.split([first, *[1] * (length - first)], dim=1)
 
     def lora_backward(
         self, inputs: Tensor, grad_outputs: Tensor, key: str, need_input_grad: bool
@@ -168,8 +207,8 @@ class LoraBackend(TransformerBackend):
         with torch.inference_mode(False), torch.enable_grad():
             inputs = inputs.detach().clone().requires_grad_(need_input_grad)
             leaf = flat.detach().requires_grad_(True)
-            with _applied(header, leaf), self._peft_module.using_adapter(""):
-                (outputs,) = self.module(inputs)
+            with _applied(header, self.block_index, leaf):
+                outputs = self.block(inputs)
             wanted = (inputs, leaf) if need_input_grad else (leaf,)
             *grad_inputs, grad_leaf = torch.autograd.grad(outputs, wanted, grad_outputs.to(outputs.dtype))
         return (grad_inputs[0] if need_input_grad else torch.empty(0), grad_leaf)

@@ -24,6 +24,7 @@ from hivemind.utils.streaming import split_for_streaming
 from petals.server.handler import TransformerConnectionHandler
 from torch import Tensor
 
+from textrl_swarm.decoders.caches import cache_bytes
 from textrl_swarm.errors import ServerMismatch, ShapeError
 from textrl_swarm.swarm.protocol import (
     ENDING,
@@ -175,17 +176,20 @@ class LoraHandler(TransformerConnectionHandler):
         backends = self.module_backends
         backend = backends[request.uid] if request.uid else next(iter(backends.values()))
         config = backend.config
-        cache_bytes_per_token = max(backend.cache_bytes_per_token.values()) * len(backends)
+        bytes_per_token, bytes_per_row = cache_bytes(
+            [other.cache_spec for other in backends.values()], backend.dtype
+        )
         info[INFO_KEY] = {
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "num_blocks": config.num_hidden_layers,
-            "linears": {path: list(sizes) for path, sizes in backend.linears.items()},
+            "linears": {str(other.block_index): other.linears for other in backends.values()},
             "weights": {str(other.block_index): asdict(other.weights) for other in backends.values()},
             "max_batch_tokens": backend.forward_pool.max_batch_size,
             "max_length": self.inference_max_length,
-            "cache_tokens": backend.memory_cache.max_size_bytes // cache_bytes_per_token,
+            "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
+            "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
         }
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
@@ -214,8 +218,12 @@ def _checked_header(
     if len(flats) != len(backends):
         raise adapter_rejected(f"{len(flats)} tensors for {len(backends)} blocks")
     for backend, flat in zip(backends, flats, strict=True):
-        block, numel = backend.block_index, header.layout.block_numel
-        for path, sizes in header.targets.items():
+        block = backend.block_index
+        if block not in header.blocks:
+            raise adapter_rejected(f"block {block}: the header does not name it")
+        layout = header.layout(block)
+        numel = layout.block_numel
+        for path, sizes in layout.targets.items():
             if backend.linears.get(path) != sizes:
                 raise adapter_rejected(
                     f"target {path!r} has sizes {sizes}, but {backend.linears.get(path)} in block {block}"
@@ -226,7 +234,7 @@ def _checked_header(
             )
         if not torch.isfinite(flat).all():
             raise adapter_rejected(f"block {block}: the adapter has NaN or infinite numbers")
-        if digest(flat) != header.digests.get(block):
+        if digest(flat) != header.blocks[block][1]:
             raise adapter_rejected(f"block {block}: the tensor is not the one the header names")
     return header
 

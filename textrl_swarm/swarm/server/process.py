@@ -18,14 +18,12 @@ import signal
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from textrl_swarm.swarm import compat
 
 compat.require_petals()
-compat.mend_server_modules()
 
 import petals.cli.run_server as run_server  # noqa: E402
 import torch  # noqa: E402
@@ -33,19 +31,30 @@ from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
 from petals.constants import PUBLIC_INITIAL_PEERS  # noqa: E402
 from petals.server.server import ModuleContainer, Server  # noqa: E402
 from petals.server.task_pool import PrioritizedTaskPool  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from textrl_swarm.errors import ConfigError, ModelError  # noqa: E402
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks  # noqa: E402
+from textrl_swarm.models.base_model import resolve  # noqa: E402
 from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
     ADAPTER_STORE_BYTES,
     ADAPTER_STORE_BYTES_PER_CLIENT,
+    ATTENTION_CACHE_TOKENS,
     CAPABILITY,
     AdapterHeader,
+    AdapterLayout,
+    adapter_header,
 )
 from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
-from textrl_swarm.swarm.server.backend import LoraBackend, convert_and_hook_block, note_loaded  # noqa: E402
+from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
+from textrl_swarm.swarm.server.served_model import ServedModel, block_config  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+_MIN_ROWS = 16  # whose states fit into the caches at least
+_TOKENS_PER_ROW = 64  # and else one row for so many tokens
 
 
 def tell_parent(event: str, **facts: Any) -> None:
@@ -61,10 +70,12 @@ def _preload(
     for name in names:
         directory, announced = find_adapter(name)
         settings, blocks = read_blocks(directory)
-        any_block = next(iter(blocks.values()))
-        targets = {path: (a.shape[1], b.shape[0]) for path, (a, b) in any_block.items()}
-        header = AdapterHeader(settings.r, float(settings.alpha), targets, {})
-        flats = {block: header.layout.flatten(matrices).to(device) for block, matrices in blocks.items()}
+        layouts, flats = {}, {}
+        for block, matrices in blocks.items():
+            targets = {path: (a.shape[1], b.shape[0]) for path, (a, b) in matrices.items()}
+            layouts[block] = AdapterLayout(settings.r, targets)
+            flats[block] = layouts[block].flatten(matrices).to(device)
+        header = adapter_header(layouts, float(settings.alpha), dict.fromkeys(blocks, ""))
         loaded[announced] = (header, flats)
     return loaded
 
@@ -89,6 +100,8 @@ class LoraContainer(ModuleContainer):
             put, max_batch_size=1 << 62, name="lora_store", device=torch.device("cpu")
         )
         container = super().create(dht=dht, block_indices=block_indices, device=device, **kwargs)
+        # petals' own formula knows one kind of attention.
+        container.dht_announcer.bytes_per_token = LoraServer.model.cache_bytes(block_indices)[0]
         tell_parent("online", span=[min(block_indices), max(block_indices) + 1])
         return container
 
@@ -97,6 +110,7 @@ class LoraServer(Server):
     """Petals' Server with a bounded adapter store, announcing that it can train."""
 
     store: ClassVar[AdapterStore]
+    model: ClassVar[ServedModel]
     adapter_bytes: ClassVar[int]
     adapter_bytes_per_client: ClassVar[int]
     adapter_sources: ClassVar[Sequence[str]] = ()
@@ -106,6 +120,7 @@ class LoraServer(Server):
         if initial_peers != PUBLIC_INITIAL_PEERS:
             # Spares petals' reachability check, a second p2p daemon.
             kwargs.setdefault("reachable_via_relay", False)
+        self._download = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         super().__init__(initial_peers=initial_peers, **kwargs)
         config = self.block_config
         if getattr(config, "pretraining_tp", 1) > 1 and getattr(config, "slow_but_exact", False):
@@ -113,16 +128,58 @@ class LoraServer(Server):
                 "this model computes its linear layers in slices (slow_but_exact): LoRA cannot be applied "
                 "to them"
             )
-        if len(self.tensor_parallel_devices) == 1:
-            self.server_info.adapters = (*(find_adapter(name)[1] for name in adapters), CAPABILITY)
-        elif adapters:
-            raise ConfigError("--adapters needs a server on one device")
+        if len(self.tensor_parallel_devices) > 1:
+            raise ConfigError(
+                "--tensor_parallel_devices is not supported: start one server per device, with --device and "
+                "--block_indices"
+            )
+        self.server_info.adapters = (*(find_adapter(name)[1] for name in adapters), CAPABILITY)
+        tokens = kwargs.get("attn_cache_tokens") or _default_cache_tokens(config)
+        self.attn_cache_bytes = self._cache_bytes(tokens)
         tell_parent(
             "listening",
             peer_id=self.dht.peer_id.to_base58(),
             addresses=[str(address) for address in self.dht.get_visible_maddrs()],
             dht_prefix=self.dht_prefix,
         )
+
+    def _cache_bytes(self, tokens: int) -> int:
+        """For so many tokens in all blocks of this server, and the states of as many rows as may hold
+        them.
+        """
+        model = self._served_model()
+        if self.strict_block_indices is not None:
+            per_token, per_row = model.cache_bytes(self.strict_block_indices)
+        else:  # petals chooses among all
+            every = [model.cache_bytes([block]) for block in range(model.skeleton.num_blocks)]
+            per_token, per_row = (self.num_blocks * max(kind) for kind in zip(*every, strict=True))
+        return tokens * per_token + max(_MIN_ROWS, tokens // _TOKENS_PER_ROW) * per_row
+
+    def _served_model(self) -> ServedModel:
+        base = resolve(self.converted_model_name_or_path)
+        if not hasattr(LoraServer, "model"):
+            download = {name: value for name, value in self._download.items() if value is not None}
+            LoraServer.model = ServedModel(base, self.torch_dtype, self.device, **download)
+        return LoraServer.model
+
+
+def _default_cache_tokens(config: Any) -> int:
+    return 16384 if config.num_key_value_groups > 1 else ATTENTION_CACHE_TOKENS  # petals' own
+
+
+def _read_config(name: str, **options: Any) -> Any:
+    return block_config(resolve(name))
+
+
+def _load_block(name: str, index: int, **options: Any) -> Any:
+    block = LoraServer.model.load(index)
+    logger.info("loaded block %d of %s", index, name)
+    return block
+
+
+def _make_ready(block: Any, index: int, *args: Any, **options: Any) -> Any:
+    quant_type = options["quant_type"] if "quant_type" in options else args[3]
+    return LoraServer.model.make_ready(block, index, quant_type)
 
 
 def _take_own_options(argv: list[str]) -> list[str]:
@@ -154,10 +211,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     options = _take_own_options(sys.argv[1:])
     use_hivemind_log_handler("in_root_logger")
-    # petals loads blocks twice.
-    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-    # transformers asks for a layer_idx, which a lone block does not need.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # one per block
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if PEERS_FROM_PARENT in options:
         tell_parent("imported")
@@ -168,9 +222,10 @@ def main() -> None:
         server=LoraServer,
         backend=LoraBackend,
         handler=LoraHandler,
-        convert_block=convert_and_hook_block,
         container=LoraContainer,
-        on_block_read=note_loaded,
+        read_config=_read_config,
+        load_block=_load_block,
+        convert_block=_make_ready,
     )
     sys.argv[1:] = options
     run_server.main()

@@ -1,0 +1,132 @@
+"""The model that a server serves: what its blocks need is known before their weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from petals.utils.convert_block import QuantType, quantize_module
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from textrl_swarm.decoders.block import DecoderBlock, cache_spec, chunks_are_exact
+from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
+from textrl_swarm.decoders.checkpoint import Checkpoint
+from textrl_swarm.decoders.planner import Planner
+from textrl_swarm.decoders.skeleton import Skeleton
+from textrl_swarm.models.adapters import LayerSizes, as_linear, linear_layers, never_called
+from textrl_swarm.models.base_model import BaseModel
+from textrl_swarm.models.quantization import keep_differentiable
+
+
+def block_config(base: BaseModel) -> PretrainedConfig:
+    """The configuration of the model's decoder, with what petals' server asks of its own configurations."""
+    config = base.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    config.dht_prefix = base.dht_prefix
+    config.num_key_value_groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    config.torch_dtype = config.dtype
+    return config
+
+
+class ServedBlock(nn.Module):
+    """A block ready for requests.
+
+    Attributes:
+        linears: the layers that LoRA can adapt.
+        digest: of the checkpoint's numbers.
+        takes_chunks: False = behind the first tokens of a row, the others come one by one.
+    """
+
+    def __init__(
+        self,
+        block: DecoderBlock,
+        spec: CacheSpec,
+        device: torch.device,
+        *,
+        digest: str,
+        linears: dict[str, LayerSizes],
+        takes_chunks: bool,
+    ):
+        super().__init__()
+        self.block, self.cache_spec, self.device = block, spec, device
+        self.digest, self.linears, self.takes_chunks = digest, linears, takes_chunks
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.block(hidden)
+
+
+class ServedModel:
+    """Makes blocks.
+
+    Args:
+        base: the model.
+        dtype, device: of the blocks' arithmetic.
+        download: see Checkpoint.
+
+    Raises:
+        ModelError: its blocks cannot be served one by one, or its weights cannot be found.
+    """
+
+    def __init__(self, base: BaseModel, dtype: torch.dtype, device: torch.device, **download: Any):
+        self.dtype, self.device = dtype, device
+        self.skeleton = Skeleton(base.config, dtype)
+        self.planner = Planner(base.config, dtype, device, str(base))
+        self._checkpoint = Checkpoint(base, self.skeleton, **download)
+
+    @cached_property
+    def cache_specs(self) -> list[CacheSpec]:
+        """What each block of the model keeps per row of a generation."""
+        return [cache_spec(block, i, self.planner) for i, block in enumerate(self.skeleton.blocks)]
+
+    def cache_bytes(self, blocks: Iterable[int]) -> tuple[int, int]:
+        """See `caches.cache_bytes`."""
+        return cache_bytes([self.cache_specs[block] for block in blocks], self.dtype)
+
+    def load(self, index: int) -> nn.Module:
+        """A block of transformers' own with its weights, on the CPU. Raises ModelError."""
+        spare = copy.deepcopy(self.skeleton.blocks[index])
+        block = self._checkpoint.load_block(index)
+        self.skeleton.blocks[index] = spare  # a block that a server gives up again leaves the memory
+        return block
+
+    def make_ready(self, block: nn.Module, index: int, quant_type: QuantType) -> ServedBlock:
+        """Quantises a block that `load` returned, moves it to its device and tries it.
+
+        Raises:
+            ModelError: it computes something else with a cache than without.
+        """
+        linears = linear_layers(block)
+        if quant_type != QuantType.NONE:
+            for path in linears:
+                _quantize(block, path, quant_type)
+        block.requires_grad_(False)
+        block.to(self.device)
+        keep_differentiable(block)
+        block.eval()
+        decoder_block = DecoderBlock(block, index, self.planner)
+        unused = never_called(
+            {path: path for path in linears}, block, lambda: decoder_block(self._trial_tokens())
+        )
+        return ServedBlock(
+            decoder_block,
+            self.cache_specs[index],
+            self.device,
+            digest=self._checkpoint.digest_block(index),
+            linears={path: sizes for path, sizes in linears.items() if path not in unused},
+            takes_chunks=chunks_are_exact(decoder_block, self.cache_specs[index]),
+        )
+
+    def _trial_tokens(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn((1, 16, self.planner.hidden_size), generator=generator)
+        return hidden.to(self.device, self.dtype)
+
+
+def _quantize(block: nn.Module, path: str, quant_type: QuantType) -> None:
+    """Replaces one linear layer by bitsandbytes' of the same numbers, rounded."""
+    holder = nn.ModuleDict({"layer": as_linear(block.get_submodule(path))})
+    block.set_submodule(path, quantize_module(holder, quant_type=quant_type)["layer"])
