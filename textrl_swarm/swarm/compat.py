@@ -265,18 +265,28 @@ def _after_petals() -> None:
 
 
 def use_server_classes(
-    *, server: type, backend: type, handler: type, container: type, read_config, load_block, convert_block
+    *,
+    server: type,
+    backend: type,
+    handler: type,
+    container: type,
+    read_config,
+    load_block,
+    convert_block,
+    measure_speed,
 ) -> None:
     """Petals' command line and Server build their parts from module globals; ours take their places.
 
     Args:
         server, backend, handler, container: subclasses of the stock ones.
         read_config: name of a model -> the configuration of its decoder.
-        load_block, convert_block: in the places of petals' `load_pretrained_block` and `convert_block`.
+        load_block, convert_block, measure_speed: in the places of petals' `load_pretrained_block`,
+            `convert_block` and `measure_compute_rps`.
     """
     require_petals()
     import petals.cli.run_server as run_server
     import petals.server.server as server_module
+    import petals.server.throughput as throughput
 
     class AnyConfig:
         from_pretrained = staticmethod(read_config)
@@ -290,6 +300,7 @@ def use_server_classes(
             "convert_block": convert_block,
             "ModuleContainer": container,
         },
+        throughput: {"measure_compute_rps": measure_speed},
         run_server: {"Server": server, "validate_version": lambda: None},
     }
     for module, names in replacements.items():

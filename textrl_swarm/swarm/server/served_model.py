@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,12 @@ from textrl_swarm.models.adapters import LayerSizes, as_linear, linear_layers, n
 from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.quantization import keep_differentiable
 
+_MIN_ROWS = 16  # whose states fit into the caches at least
+_TOKENS_PER_ROW = 64  # and else one row for so many tokens
+_NF4_BYTES = (
+    4.25 / 8
+)  # per number, with petals' compressed scales; measured by petals (server/block_utils.py)
+
 
 def block_config(base: BaseModel) -> PretrainedConfig:
     """The configuration of the model's decoder, with what petals' server asks of its own configurations."""
@@ -30,6 +37,11 @@ def block_config(base: BaseModel) -> PretrainedConfig:
     config.num_key_value_groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
     config.torch_dtype = config.dtype
     return config
+
+
+def cache_bytes_of(tokens: int, per_token: int, per_row: int) -> int:
+    """For so many tokens, and the states of as many rows as may hold them."""
+    return tokens * per_token + max(_MIN_ROWS, tokens // _TOKENS_PER_ROW) * per_row
 
 
 class ServedBlock(nn.Module):
@@ -85,6 +97,59 @@ class ServedModel:
     def cache_bytes(self, blocks: Iterable[int]) -> tuple[int, int]:
         """See `caches.cache_bytes`."""
         return cache_bytes([self.cache_specs[block] for block in blocks], self.dtype)
+
+    def block_bytes(self, index: int, quant_type: QuantType) -> int:
+        """Of a block's weights on the device."""
+        block = self.skeleton.blocks[index]
+        numbers = sum(parameter.numel() for parameter in block.parameters())
+        linear = sum(fan_in * fan_out for fan_in, fan_out in linear_layers(block).values())
+        sizes = {QuantType.NONE: self.dtype.itemsize, QuantType.INT8: 1, QuantType.NF4: _NF4_BYTES}
+        return round((numbers - linear) * self.dtype.itemsize + linear * sizes[quant_type])
+
+    def blocks_within(self, memory: int, quant_type: QuantType, cache_tokens: int) -> int:
+        """How many blocks fit into so many bytes, whichever they are: counted by the largest.
+
+        Room is left for one backward: petals measured 2 GiB for BLOOM-176B (H = 14336) and scales by H
+        (server/server.py).
+        """
+        most = 0
+        for index in range(self.skeleton.num_blocks):
+            per_token, per_row = self.cache_bytes([index])
+            cache = cache_bytes_of(cache_tokens, per_token, per_row)
+            most = max(most, self.block_bytes(index, quant_type) + cache)
+        backward = 2 * (1 << 30) * self.planner.hidden_size // 14336
+        return max(0, min((memory - backward) // most, self.skeleton.num_blocks))
+
+    def tokens_per_second(
+        self, index: int, quant_type: QuantType, *, tokens: int, steps: int, inference: bool
+    ) -> float:
+        """The measured speed of a block, on one row, `tokens` at a time.
+
+        Args:
+            inference: with a cache, each step behind the others; else each from the first token on.
+        """
+        served = self.make_ready(self.load(index), index, quant_type)
+        spec = served.cache_spec
+        hidden = self._trial_tokens()[:, :1].expand(1, tokens, -1).contiguous()
+        caches = []
+        for shape, dtype in spec.tensors(1, (steps + 1) * tokens, self.dtype):
+            caches.append(torch.zeros(shape, dtype=dtype, device=self.device))
+        started_s = 0.0
+        with torch.inference_mode():
+            for step in range(steps + 1):
+                if step == 1:  # the first one warms up
+                    self._synchronize()
+                    started_s = time.perf_counter()
+                if inference:
+                    served.block.step(hidden, spec, caches, step * tokens)
+                else:
+                    served.block(hidden)
+            self._synchronize()
+        return steps * tokens / (time.perf_counter() - started_s)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def load(self, index: int) -> nn.Module:
         """A block of transformers' own with its weights, on the CPU. Raises ModelError."""
