@@ -63,16 +63,17 @@ class Parts:
         return self.outside.finish(hidden)
 
 
-def cut(directory: Path, dtype: torch.dtype = torch.float32) -> Parts:
+def cut(directory: Path, dtype: torch.dtype = torch.float32, blocks: int = BLOCKS) -> Parts:
     base = resolve(directory)
     planner = Planner(base.config, dtype, "cpu", str(base))
     skeleton = Skeleton(base.config, dtype)
     checkpoint = Checkpoint(base, skeleton)
-    specs = [cache_spec(skeleton.blocks[i], i, planner) for i in range(BLOCKS)]  # before the weights are here
-    blocks = [DecoderBlock(checkpoint.load_block(i), i, planner) for i in range(BLOCKS)]
+    # Before the weights are here.
+    specs = [cache_spec(skeleton.blocks[i], i, planner) for i in range(blocks)]
+    loaded = [DecoderBlock(checkpoint.load_block(i), i, planner) for i in range(blocks)]
     rest = Skeleton(base.config, dtype)
     Checkpoint(base, rest).load_outside()
-    return Parts(directory, planner, blocks, specs, Outside(rest))
+    return Parts(directory, planner, loaded, specs, Outside(rest))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,17 @@ def test_logits_and_gradients_are_those_of_the_whole_model(parts, family):
     (wanted,) = torch.autograd.grad((expected * probe).sum(), given)
     (gradient,) = torch.autograd.grad((found * probe).sum(), leaf)
     assert (gradient - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@torch.no_grad()
+def test_few_blocks_are_no_other_case(tmp_path, count):
+    """With few of them, a decoder that takes tuples runs on tensors, too, and loses a dimension per block."""
+    for family, name in (("bloom", "n_layer"), ("llama", "num_hidden_layers"), ("gpt2", "n_layer")):
+        directory = random_checkpoint(family, tmp_path / family, **{name: count})
+        cut_up = cut(directory, blocks=count)
+        found = cut_up.outside.logits(cut_up.outside.finish(cut_up.through(cut_up.outside.embed(tokens()))))
+        assert torch.equal(found, whole(cut_up)(tokens(), use_cache=False).logits)
 
 
 @pytest.mark.parametrize("family", MODELS)
