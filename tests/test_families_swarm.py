@@ -85,10 +85,10 @@ def test_a_replica_takes_over_in_the_middle_of_a_generation(tmp_path, family):
     spans = [(0, 2), (2, BLOCKS), (2, BLOCKS)]
     with LocalSwarm(directory, spans=spans) as swarm, connect(swarm, filled=3) as policy:
         undisturbed = greedy(policy, PROMPTS, 12)
-        used = {str(span.peer) for span in policy._client.spans}
         with policy.session(1, 40) as session:
             first = [session.step(tokens(1, length)) for length in (6, 1, 1)]
-            lost = next(i for i in (1, 2) if swarm.servers[i].peer_id in used)
+            used = {str(leg.span.peer) for leg in session._session._legs}
+            (lost,) = (i for i in (1, 2) if swarm.servers[i].addresses[0].rsplit("/", 1)[1] in used)
             swarm.kill(lost)
             rest = [session.step(tokens(1, 1)) for _ in range(3)]
         with policy.session(1, 40) as session:
