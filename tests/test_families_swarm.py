@@ -22,7 +22,13 @@ pytestmark = [pytest.mark.swarm, pytest.mark.filterwarnings("ignore::UserWarning
 
 # Dense, sliding windows and experts, a latent cache, states. The others are `slow`.
 KINDS = ("llama", "gpt_oss", "deepseek_v3", "qwen3_next")
-MODELS = [family if family in KINDS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+# The indexer of DeepSeek V3.2 gets no gradient: plain PEFT gives None where servers give zeros.
+NOT_COMPARED = ("deepseek_v32",)
+MODELS = [
+    family if family in KINDS else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES
+    if family not in NOT_COMPARED
+]
 
 # PEFT refuses the output projection of Mamba's layers.
 NO_OUT_PROJ = LoraSettings(r=4, targets=("in_proj",))

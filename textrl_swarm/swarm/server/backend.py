@@ -29,7 +29,6 @@ from transformers import PretrainedConfig
 
 from textrl_swarm.decoders.block import DecoderBlock
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
-from textrl_swarm.errors import ShapeError
 from textrl_swarm.models.adapters import LayerSizes
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
@@ -192,18 +191,16 @@ class LoraBackend(TransformerBackend):
 
         Args:
             inputs, grad_outputs: (B, S, H).
-            key: of a pushed adapter.
+            key: of a pushed adapter; "" = none changes this block.
             need_input_grad: False spares the pass through the layers below the first adapted one.
 
         Returns:
             Gradient of the inputs (B, S, H), or an empty tensor; gradient of the block's flat adapter tensor,
-            fp32 (block_numel,).
+            fp32 (block_numel,), or an empty tensor for a block that the adapter does not change.
         """
-        header, flat = self.store.get(key, self.block_index)
-        if flat is None:
-            raise ShapeError(
-                f"adapter {key} does not change block {self.block_index}, so it has no gradient there"
-            )
+        header, flat = self.store.get(key, self.block_index) if key else (None, None)
+        if header is None or flat is None:
+            return self._input_grad(inputs, grad_outputs, need_input_grad), torch.empty(0)
         with torch.inference_mode(False), torch.enable_grad():
             inputs = inputs.detach().clone().requires_grad_(need_input_grad)
             leaf = flat.detach().requires_grad_(True)
@@ -212,6 +209,9 @@ class LoraBackend(TransformerBackend):
             wanted = (inputs, leaf) if need_input_grad else (leaf,)
             *grad_inputs, grad_leaf = torch.autograd.grad(outputs, wanted, grad_outputs.to(outputs.dtype))
         return (grad_inputs[0] if need_input_grad else torch.empty(0), grad_leaf)
+
+    def _input_grad(self, inputs: Tensor, grad_outputs: Tensor, needed: bool) -> Tensor:
+        return self.backward(inputs, grad_outputs, "")[0] if needed else torch.empty(0)
 
     def shutdown(self) -> None:
         self.lora_backward_pool = None

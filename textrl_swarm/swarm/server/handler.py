@@ -162,7 +162,7 @@ class LoraHandler(TransformerConnectionHandler):
             backends = self._backends(uids)
             self._log_request("rpc_lora_backward", uids.split(), context)
             key = self._get_active_adapter(metadata)
-            if not is_adapter_key(key):
+            if key and not is_adapter_key(key):
                 raise ShapeError("rpc_lora_backward needs the key of a pushed adapter as active_adapter")
             need_input_grad = bool(metadata.get("need_input_grad", True))
             grads = await _run_backward(backends, inputs, grad_outputs, key, need_input_grad)
