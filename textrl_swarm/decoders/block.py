@@ -66,9 +66,8 @@ def cache_spec(module: nn.Module, index: int, planner: Planner) -> CacheSpec:
     template = planner.templates[index]
     device = next(module.parameters()).device
     if device.type == "meta":
-        module = copy.deepcopy(module).to(
-            "meta"
-        )  # its buffers, too; some replace their buffers while running
+        # Its buffers, too; some blocks replace their buffers while they run.
+        module = copy.deepcopy(module).to("meta")
     seen = []
     for length in (1, 2):
         plan = planner.plan(1, length, 0)
