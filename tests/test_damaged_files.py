@@ -82,6 +82,11 @@ def test_weights_in_a_damaged_pickle(pickled_bloom, tmp_path, damage):
             load(model)
 
 
+def test_a_dtype_that_torch_does_not_know(tiny_bloom):
+    with pytest.raises(ConfigError, match="dtype must be a torch dtype or its name.*got 'floaty'"):
+        load_parts(resolve(tiny_bloom(seed=1)), "floaty", None)
+
+
 @pytest.mark.parametrize("file", ["model-2.bin", "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize("damage", ["empty", "a git-lfs pointer", "a web page", "a list"])
 def test_a_damaged_shard_or_index(pickled_bloom, tmp_path, file, damage):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, GenerationConfig
 from textrl_swarm.decoders.checkpoint import Checkpoint
 from textrl_swarm.decoders.outside import Outside
 from textrl_swarm.decoders.skeleton import Skeleton
+from textrl_swarm.errors import ConfigError
 from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.pretrained import usable_device
 
@@ -25,7 +26,7 @@ def load_parts(
 
     Raises:
         ModelError: a weight is missing, or its file cannot be read.
-        ConfigError: this machine has no such device.
+        ConfigError: this machine has no such device, or torch no such dtype.
     """
     place = usable_device("cpu" if device is None else device)
     skeleton = Skeleton(base.config, _dtype(base, dtype))
@@ -54,4 +55,7 @@ def _dtype(base: BaseModel, dtype: torch.dtype | str | None) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     name = base.config.dtype if dtype in (None, "auto") else dtype
-    return getattr(torch, str(name or "float32").removeprefix("torch."))
+    found = getattr(torch, str(name or "float32").removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype must be a torch dtype or its name, e.g. 'bfloat16', got {dtype!r}")
+    return found
