@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from textrl_swarm import LoraSettings, load_policy
-from textrl_swarm.errors import AdapterError, CheckpointError, ModelError
+from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from textrl_swarm.export.source import find_source
 from textrl_swarm.learning.learner import LEARNER_STATE, Learner
 from textrl_swarm.models.adapter_files import read_tensors
@@ -83,7 +83,7 @@ def test_weights_in_a_damaged_pickle(pickled_bloom, tmp_path, damage):
 
 
 def test_a_dtype_that_torch_does_not_know(tiny_bloom):
-    with pytest.raises(ConfigError, match="dtype must be a torch dtype or its name.*got 'floaty'"):
+    with pytest.raises(ConfigError, match=r"dtype must be a torch dtype or its name.*got 'floaty'"):
         load_parts(resolve(tiny_bloom(seed=1)), "floaty", None)
 
 
