@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError, ConfigError
 from textrl_swarm.models import adapter_files, adapters
+from textrl_swarm.models.layers import LayerSizes, linear_layers
 from textrl_swarm.policies.loading import load_policy
 
 BLOOM = tiny_model("bloom")
@@ -344,10 +345,10 @@ def test_the_right_one_after_wrong_ones(tmp_path):
 # Names and starts, by hand
 
 LINEARS = {
-    "self_attention.query_key_value": (8, 24),
-    "self_attention.dense": (8, 8),
-    "mlp.dense_h_to_4h": (8, 32),
-    "mlp.dense_4h_to_h": (32, 8),
+    "self_attention.query_key_value": LayerSizes(8, 24),
+    "self_attention.dense": LayerSizes(8, 8),
+    "mlp.dense_h_to_4h": LayerSizes(8, 32),
+    "mlp.dense_4h_to_h": LayerSizes(32, 8),
 }
 
 
@@ -418,4 +419,4 @@ def test_subclasses_that_compute_something_else_are_no_linear_layers():
     block = torch.nn.ModuleDict(
         {"router": TopKRouter(4, 2), "grouped": GroupedLinear(4, 2), "dense": torch.nn.Linear(4, 3)}
     )
-    assert adapters.linear_layers(block) == {"dense": (4, 3)}
+    assert linear_layers(block) == {"dense": LayerSizes(4, 3)}

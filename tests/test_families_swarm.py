@@ -11,10 +11,11 @@ import pytest
 import torch
 from families import BLOCKS, FAMILIES, REFUSED, VOCAB, random_checkpoint
 from plain_peft import PlainPeft, assert_same, connect, difference, greedy, run
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ModelError
+from textrl_swarm.models.layers import expert_layers
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.local import LocalSwarm
 
@@ -32,7 +33,9 @@ MODELS = [
 
 # PEFT refuses the output projection of Mamba's layers.
 NO_OUT_PROJ = LoraSettings(r=4, targets=("in_proj",))
-TARGETS = dict.fromkeys(("mamba", "mamba2", "falcon_h1", "bamba", "granitemoehybrid", "jamba"), NO_OUT_PROJ)
+TARGETS = dict.fromkeys(
+    ("mamba", "mamba2", "falcon_h1", "bamba", "granitemoehybrid", "jamba", "nemotron_h"), NO_OUT_PROJ
+)
 
 PROMPTS = [[5, 17, 60, 7, 8, 9, 30, 31, 32, 33, 34], [40, 41, 42]]
 
@@ -63,7 +66,20 @@ def swarm_of(tmp_path_factory) -> Iterator[Callable[[str], LocalSwarm]]:
 @pytest.mark.parametrize("family", MODELS)
 def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path):
     swarm = swarm_of(family)
-    lora = TARGETS.get(family, LoraSettings(r=4))
+    assert_swarm_equals_plain(swarm, TARGETS.get(family, LoraSettings(r=4)), tmp_path)
+    matrices = experts_of(swarm.model)
+    if matrices:
+        assert_swarm_equals_plain(swarm, LoraSettings(r=2, targets=tuple(sorted(matrices))), tmp_path)
+
+
+def experts_of(directory: Path) -> set[str]:
+    """The targets that stand for a model's routed experts."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    return {".".join(path.split(".")[-2:]) for path in expert_layers(model)}
+
+
+def assert_swarm_equals_plain(swarm: LocalSwarm, lora: LoraSettings, tmp_path: Path) -> None:
     with connect(swarm, lora, filled=3) as policy:
         plain = PlainPeft(policy, tmp_path / "adapter")
         assert_same(run(policy, tokens()), plain.run(tokens()))

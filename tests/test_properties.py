@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.maths.returns import estimate_advantages
 from textrl_swarm.maths.sampling import choose_tokens
+from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.runs.config import load_config
 from textrl_swarm.swarm.protocol import AdapterHeader, AdapterLayout
 from textrl_swarm.types import RolloutBatch, Trajectory
 
-sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))
+sizes = st.builds(LayerSizes, st.integers(1, 5), st.integers(1, 5), st.none() | st.integers(1, 4))
 targets = st.dictionaries(st.text(min_size=1, max_size=8), sizes, min_size=1, max_size=4)
 
 
@@ -45,7 +46,9 @@ def test_a_layout_puts_together_what_it_took_apart(r, targets, seed):
     layout = AdapterLayout(r, targets)
     flat = torch.randn(layout.block_numel, generator=torch.Generator().manual_seed(seed))
     views = layout.views(flat)
-    assert {path: (a.shape[1], b.shape[0]) for path, (a, b) in views.items()} == targets
+    assert {path: (a.shape, b.shape) for path, (a, b) in views.items()} == {
+        path: own.shapes(r) for path, own in targets.items()
+    }
     assert torch.equal(layout.flatten(views), flat)
 
 

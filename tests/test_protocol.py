@@ -24,6 +24,7 @@ from textrl_swarm.errors import (
     RemoteFailure,
 )
 from textrl_swarm.models.blocks import split_evenly
+from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.swarm.client.rpc import ServerCalls
 from textrl_swarm.swarm.protocol import (
     ENDING,
@@ -40,9 +41,9 @@ from textrl_swarm.swarm.server.adapter_store import AdapterStore
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
-TARGETS = {"attention.dense": (3, 2), "mlp": (2, 4)}  # path -> (in, out)
+TARGETS = {"attention.dense": LayerSizes(3, 2), "mlp.experts.down_proj": LayerSizes(2, 4, experts=5)}
 R = 2
-NUMEL = R * (3 + 2) + R * (2 + 4)
+NUMEL = R * (3 + 2) + 5 * R * (2 + 4)
 
 
 def flat(seed: int = 0) -> torch.Tensor:
@@ -67,11 +68,12 @@ def test_layout_by_hand():
     a, b = views["attention.dense"]
     assert a.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert b.tolist() == [[6, 7], [8, 9]]
-    a, b = views["mlp"]
-    assert a.tolist() == [[10, 11], [12, 13]]
-    assert b.tolist() == [[14, 15], [16, 17], [18, 19], [20, 21]]
-    views["mlp"][1][0, 0] = -1
-    assert numbers[14] == -1, "views share the memory"
+    a, b = views["mlp.experts.down_proj"]
+    assert a.shape == (5 * R, 2) and b.shape == (4, 5 * R), "of five experts"
+    assert a[:2].tolist() == [[10, 11], [12, 13]]
+    assert b[0, :2].tolist() == [30, 31]
+    b[0, 0] = -1
+    assert numbers[30] == -1, "views share the memory"
 
 
 def test_header_survives_the_wire():
@@ -83,7 +85,7 @@ def test_header_survives_the_wire():
 
 
 def test_blocks_of_one_kind_share_a_layout():
-    other = {"mlp": (2, 4)}
+    other = {"mlp": LayerSizes(2, 4)}
     layouts = {block: AdapterLayout(R, other if block == 1 else TARGETS) for block in range(4)}
     header = adapter_header(layouts, 4.0, dict.fromkeys(layouts, ""))
     assert header.kinds == (TARGETS, other)
@@ -142,8 +144,8 @@ GOOD = json.loads(snapshot().header.encode())
         (b"null", "malformed adapter header"),
         (json.dumps({**GOOD, "kinds": None}).encode(), "malformed adapter header"),
         (json.dumps({**GOOD, "kinds": [None]}).encode(), "malformed adapter header"),
-        (json.dumps({**GOOD, "kinds": [{"mlp": [1]}]}).encode(), "malformed adapter header"),
-        (json.dumps({**GOOD, "kinds": [{"mlp": ["many", 1]}]}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": [1, 2]}]}).encode(), "malformed adapter header"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": ["many", 1, None]}]}).encode(), "malformed adapter header"),
         (json.dumps({**GOOD, "blocks": {"first": [0, ""]}}).encode(), "malformed adapter header"),
         (json.dumps({**GOOD, "blocks": {"0": ""}}).encode(), "malformed adapter header"),
         (
@@ -156,7 +158,9 @@ GOOD = json.loads(snapshot().header.encode())
         (json.dumps({**GOOD, "alpha": float("inf")}).encode(), "impossible values: r=2, alpha=inf"),
         (json.dumps({**GOOD, "kinds": []}).encode(), "0 kinds of blocks"),
         (json.dumps({**GOOD, "kinds": [{}]}).encode(), "impossible values"),
-        (json.dumps({**GOOD, "kinds": [{"mlp": [-2, 4]}]}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": [-2, 4, None]}]}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": [-2, -4, None]}]}).encode(), "impossible values"),
+        (json.dumps({**GOOD, "kinds": [{"mlp": [2, 4, -1]}]}).encode(), "impossible values"),
         (json.dumps({**GOOD, "blocks": {}}).encode(), "impossible values"),
         (json.dumps({**GOOD, "blocks": {"0": [1, ""]}}).encode(), "impossible values"),
         (json.dumps({**GOOD, "blocks": {"0": [-1, ""]}}).encode(), "impossible values"),

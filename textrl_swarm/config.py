@@ -122,7 +122,9 @@ class LoraSettings:
     """The update is scaled by alpha / r."""
 
     targets: tuple[str, ...] | None = None
-    """Names of linear layers, e.g. ("query_key_value", "dense"); None = all linear layers of a block."""
+    """Names of linear layers, e.g. ("query_key_value", "dense"); None = all linear layers of a block. The
+    routed experts of a mixture are adapted only by name, e.g. "experts.gate_up_proj" and
+    "experts.down_proj": each expert has matrices of its own, so the adapter is large."""
 
     layers: int | None = None
     """Adapt only the last k blocks; None = all. Through a swarm, the blocks below run once per rollout and

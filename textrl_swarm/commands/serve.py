@@ -8,18 +8,18 @@ import itertools
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
-from torch import Tensor
 
+from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.display import spinner
 from textrl_swarm.errors import AdapterError, ConfigError, LaunchError, ServerMismatch, SwarmError
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks
 from textrl_swarm.models.base_model import BaseModel, resolve
 from textrl_swarm.models.blocks import BlockSpan, blocks_text, split_evenly
-from textrl_swarm.models.sizes import model_sizes
 from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.launch import ServerGroup
 from textrl_swarm.swarm.protocol import require_servable
@@ -95,8 +95,6 @@ def _spans(num_blocks: int, num_servers: int, options: Sequence[str]) -> list[Bl
         if chosen:
             raise ConfigError(f"--servers {num_servers} splits the blocks itself; leave out {chosen[0]}")
         return split_evenly(num_blocks, num_servers)
-    import torch
-
     if chosen or torch.cuda.is_available():
         return None  # petals fills the GPU
     return [(0, num_blocks)]
@@ -111,30 +109,18 @@ def _check_adapters(base: BaseModel, options: Sequence[str]) -> list[str]:
     given = list(options[options.index("--adapters") + 1 :]) if "--adapters" in options else []
     sources = list(itertools.takewhile(lambda option: not option.startswith("--"), given))
     names: list[str] = []
+    if not sources:
+        return names
+    model = Skeleton(base.config, torch.float32).model
     for source in sources:
         directory, name = find_adapter(source)
-        _, blocks = read_blocks(directory)
-        misfit = _misfit(base, blocks)
-        if misfit is not None:
-            raise AdapterError(f"the adapter {source} does not fit {base}: it changes {misfit}")
+        read_blocks(directory, model)
         if name in names:
             raise AdapterError(
                 f"two adapters would both be announced as {name!r}; rename one of the directories"
             )
         names.append(name)
     return names
-
-
-def _misfit(base: BaseModel, blocks: Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]) -> str | None:
-    """What an adapter changes that the model does not have; None when it fits."""
-    linears = model_sizes(base.config).block_linears
-    if max(blocks) >= len(linears):
-        return f"block {max(blocks)} of {len(linears)}"
-    for block, layers in blocks.items():
-        for path, (a, b) in layers.items():
-            if linears[block].get(path) != (a.shape[1], b.shape[0]):
-                return f"{path} ({a.shape[1]} -> {b.shape[0]}) in block {block}"
-    return None
 
 
 def _options(base: BaseModel, given: Sequence[str]) -> list[str]:

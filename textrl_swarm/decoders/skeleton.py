@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.cache_utils import Cache
 
 from textrl_swarm.errors import ModelError
-from textrl_swarm.models.adapters import find_blocks
+from textrl_swarm.models.layers import find_blocks
 
 
 class Skeleton:

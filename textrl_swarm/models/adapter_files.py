@@ -19,8 +19,9 @@ from torch import Tensor
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import AdapterError
-from textrl_swarm.models.adapters import without_peft_notices
+from textrl_swarm.models.adapters import adapted_paths, matched_layers, without_peft_notices
 from textrl_swarm.models.base_model import WEIGHT_FILES, BaseModel, damage_in
+from textrl_swarm.models.layers import LayerSizes, find_blocks, layers_of
 from textrl_swarm.models.quantization import load_plain_weights
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _OTHER_FUNCTIONS = (
     "monteclora_config",
 )
 _IN_BLOCK = re.compile(r"\.(\d+)\.(.+)\.lora_([AB])\.weight")  # ....h.3.self_attention.dense.lora_A.weight
+_IN_MODEL = re.compile(r"\.(\d+)\..*?([^.]+\.[^.]+)$")  # model.layers.3.mlp.experts.down_proj
 
 
 # ------------------------------------------------------------------------------------------- writing
@@ -115,18 +117,22 @@ def read_settings(directory: str | Path) -> LoraSettings:
     """The settings with which a policy can take over an adapter. Raises AdapterError."""
     config = _read_config(Path(directory))
     targets, blocks = config.target_modules, config.layers_to_transform
-    if not targets or isinstance(targets, str):
+    if isinstance(targets, str) or not (targets or config.target_parameters):
         raise AdapterError(
             f"the adapter in {directory} has target_modules={targets!r}; "
             "only a list of names of linear layers is supported"
         )
     if isinstance(blocks, int):
         blocks = [blocks]
+    # Of some blocks only, parameters are named by whole paths.
+    whole = [match for name in config.target_parameters or () if (match := _IN_MODEL.search(name))]
+    experts = {match[2] for match in whole} or config.target_parameters or ()
+    adapted = blocks or {match[1] for match in whole}
     return LoraSettings(
         r=config.r,
         alpha=config.lora_alpha,
-        targets=tuple(sorted(targets)),
-        layers=len(blocks) if blocks else None,
+        targets=tuple(sorted({*(targets or ()), *experts})),
+        layers=len(adapted) or None,
     )
 
 
@@ -149,43 +155,66 @@ def find_adapter(name: str) -> tuple[Path, str]:
         raise AdapterError(f"{name!r} is neither a directory nor an adapter on the hub: {error}") from error
 
 
-def read_blocks(directory: Path) -> tuple[LoraSettings, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
-    """An adapter block by block: index -> path of a linear layer inside the block -> A (r, in), B (out, r),
-    both fp32.
+def read_blocks(
+    directory: Path, model: PreTrainedModel
+) -> tuple[LoraSettings, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
+    """An adapter block by block: index -> path of an adapted layer inside the block -> A and B, both fp32.
+
+    Args:
+        model: that it is for; its weights are not looked at.
 
     Raises:
-        AdapterError: no adapter there, or one with parts that servers cannot apply.
+        AdapterError: no adapter there, one with parts that servers cannot apply, or one for another model.
     """
     settings = read_settings(directory)
     _require_adapter(directory)
-    found: dict[int, dict[str, dict[str, Tensor]]] = {}
+    expected = _expected_parts(_read_config(directory), model)
+    tensors: dict[tuple[int, str, str], Tensor] = {}
     for name, tensor in read_tensors(directory / ADAPTER_WEIGHTS).items():
         match = _IN_BLOCK.search(name)
         if match is None or not name.endswith(match.group()):
             raise AdapterError(
                 f"the adapter in {directory} has {name}, which is no LoRA weight inside a block"
             )
-        block, path, part = int(match[1]), match[2], match[3]
-        found.setdefault(block, {}).setdefault(path, {})[part] = tensor.float()
+        block, own_path, part = int(match[1]), match[2], match[3]
+        if (block, own_path) not in expected:
+            raise AdapterError(
+                f"the adapter in {directory} does not fit the model: it changes {own_path} in block {block}"
+            )
+        tensors[block, own_path, part] = tensor.float()
     blocks: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
-    for block, layers in found.items():
-        if any(pair.keys() != {"A", "B"} for pair in layers.values()):
-            raise _incomplete(directory)
-        blocks[block] = {path: (pair["A"], pair["B"]) for path, pair in sorted(layers.items())}
-    shapes = [{path: (a.shape, b.shape) for path, (a, b) in layers.items()} for layers in blocks.values()]
-    if not shapes or any(shape != shapes[0] for shape in shapes):
-        raise _incomplete(directory)
-    if any(a.shape[0] != settings.r for layers in blocks.values() for a, _ in layers.values()):
-        raise AdapterError(
-            f"the adapter in {directory} has ranks other than the r={settings.r} of its {ADAPTER_CONFIG}"
-        )
+    for (block, own_path), (path, sizes) in expected.items():
+        pair: list[Tensor] = []
+        for part, shape in zip("AB", sizes.shapes(settings.r), strict=True):
+            found = tensors.get((block, own_path, part))
+            if found is None:
+                raise AdapterError(
+                    f"the adapter in {directory} is incomplete: its {ADAPTER_CONFIG} also adapts {path} in "
+                    f"block {block}"
+                )
+            if found.shape != shape:
+                raise AdapterError(
+                    f"the adapter in {directory} does not fit the model: {path} in block {block} has the "
+                    f"shape {tuple(found.shape)}, expected {shape}"
+                )
+            pair.append(found)
+        blocks.setdefault(block, {})[path] = pair[0], pair[1]
     return settings, blocks
 
 
-def _incomplete(directory: Path) -> AdapterError:
-    return AdapterError(
-        f"the adapter in {directory} is incomplete: every adapted block needs A and B of the same layers"
-    )
+def _expected_parts(
+    config: LoraConfig, model: PreTrainedModel
+) -> dict[tuple[int, str], tuple[str, LayerSizes]]:
+    """Block, path of PEFT's layer inside it -> path and sizes of the adapted layer."""
+    adapted = matched_layers(config, model)
+    blocks_path, blocks = find_blocks(model)
+    expected = {}
+    for i, block in enumerate(blocks):
+        layers = layers_of(block)
+        own = [path for path in layers if f"{blocks_path}.{i}.{path}" in adapted]
+        for path, peft_path in adapted_paths(block, own).items():
+            expected[i, peft_path] = path, layers[path]
+    return expected
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -268,7 +297,11 @@ def _summary(config: LoraConfig) -> str:
         else sorted(config.target_modules or ())
     )
     blocks = "all" if config.layers_to_transform is None else config.layers_to_transform
-    return f"base model {config.base_model_name_or_path!r}, r={config.r}, targets {targets}, blocks {blocks}"
+    experts = f" and {sorted(config.target_parameters)}" if config.target_parameters else ""
+    return (
+        f"base model {config.base_model_name_or_path!r}, r={config.r}, targets {targets}{experts}, "
+        f"blocks {blocks}"
+    )
 
 
 def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

@@ -7,19 +7,22 @@ processes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig as LoraConfig
 from peft import PeftModel as PeftModel
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -29,95 +32,52 @@ from torch import Tensor, nn
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ConfigError, ModelError, closest
+from textrl_swarm.models import experts
+from textrl_swarm.models.layers import (
+    LayerSizes,
+    expert_layers,
+    find_blocks,
+    is_conv1d,
+    layers_of,
+    routed_experts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-LayerSizes = tuple[int, int]  # (in_features, out_features)
-
-# Subclasses of nn.Linear that compute something else: the routers of Llama 4 and PhiMoE return pairs,
-# DeepSeek V4 has a matrix for each group.
-_OTHER_LINEARS = ("Router", "GroupedLinear")
-
-
 # -------------------------------------------------------------------------------------- which layers
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the language model's transformer blocks, and its path in the whole model (which may see
-    images too).
-
-    Raises:
-        ModelError: the model has no such list.
-    """
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if found:
-        decoder_modules = set(model.get_decoder().modules())  # in ModernBERT the decoder is called head
-        return next(((path, module) for path, module in found if module in decoder_modules), found[0])
-    if count is None:
-        reason = "its configuration has no num_hidden_layers"
-    else:
-        reason = f"it has no list of {count} transformer blocks"
-    raise ModelError(
-        f"{type(model).__name__} (model type {model.config.model_type}) is not supported: {reason}"
-    )
-
-
-def linear_layers(block: nn.Module) -> dict[str, LayerSizes]:
-    """Path inside the block -> (in_features, out_features); GPT-2's Conv1D counts as linear."""
-    layers: dict[str, LayerSizes] = {}
-    for path, module in block.named_modules():
-        if isinstance(module, nn.Linear) and not type(module).__name__.endswith(_OTHER_LINEARS):
-            layers[path] = (module.in_features, module.out_features)
-        elif _is_conv1d(module):
-            fan_in, fan_out = module.weight.shape
-            layers[path] = (fan_in, fan_out)
-    return layers
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
-def as_linear(layer: Any) -> nn.Linear:
-    """A linear layer as nn.Linear; GPT-2's Conv1D is one with its weight transposed."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    fan_in, fan_out = layer.weight.shape
-    linear = nn.Linear(fan_in, fan_out, device="meta")
-    linear.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
-    linear.bias = layer.bias
-    return linear
-
-
 def choose_targets(
-    linears: Mapping[str, LayerSizes], targets: tuple[str, ...] | None
+    layers: Mapping[str, LayerSizes], targets: tuple[str, ...] | None
 ) -> dict[str, LayerSizes]:
-    """The linear layers of a block to adapt.
+    """The layers of a block to adapt.
 
     Args:
-        linears: path inside a block, e.g. "self_attention.dense" -> (in_features, out_features).
-        targets: last parts of paths ("dense") or whole paths; None = all.
+        layers: path inside a block, e.g. "self_attention.dense" -> sizes.
+        targets: last parts of paths ("dense", of routed experts with their module's name:
+            "experts.down_proj") or whole paths; None = all linear layers, and no routed experts.
 
     Raises:
         ConfigError: a target that no layer matches, with the closest that exists.
     """
     if targets is None:
-        return dict(linears)
-    leaves = {_leaf(path) for path in linears}
+        return {path: sizes for path, sizes in layers.items() if sizes.experts is None}
+    names = {path: _short_name(path, sizes) for path, sizes in layers.items()}
     for target in targets:
-        if target not in leaves and target not in linears:
+        if target not in names and target not in names.values():
             raise ConfigError(
-                f"LoRA target {target!r} is no linear layer of this model's blocks; {closest(target, leaves)}"
+                f"LoRA target {target!r} is no linear layer of this model's blocks; "
+                f"{closest(target, set(names.values()))}"
             )
-    return {path: sizes for path, sizes in linears.items() if path in targets or _leaf(path) in targets}
+    return {path: sizes for path, sizes in layers.items() if {path, names[path]} & set(targets)}
+
+
+def _short_name(path: str, sizes: LayerSizes) -> str:
+    """What PEFT matches paths with when they end in it."""
+    return ".".join(path.split(".")[-1 if sizes.experts is None else -2 :])
 
 
 def _leaf(path: str) -> str:
@@ -136,43 +96,19 @@ def first_adapted_block(num_blocks: int, layers: int | None) -> int:
     return num_blocks - layers
 
 
-def lora_config(
-    settings: LoraSettings, targets: Iterable[str], num_blocks: int, blocks_name: str, base_model: str
-) -> LoraConfig:
-    """What PEFT needs to rebuild the adapter on the base model.
-
-    Args:
-        targets: paths of the adapted layers inside a block.
-        blocks_name: the last part of the path of the list of blocks, e.g. "h".
-        base_model: directory or hub id; "" when the model came as an object without a name.
-    """
-    first = first_adapted_block(num_blocks, settings.layers)
-    leaves = {_leaf(path) for path in targets} if settings.targets is None else set(settings.targets)
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=sorted(leaves),
-        layers_to_transform=list(range(first, num_blocks)) if first > 0 else None,
-        layers_pattern=blocks_name if first > 0 else None,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model or None,
-        inference_mode=False,
-    )
-
-
 def model_lora_config(
     settings: LoraSettings,
     model: PreTrainedModel,
     base_model: str,
     find_unused: Callable[[Mapping[str, str]], set[str]],
 ) -> LoraConfig:
-    """A configuration with which PEFT adapts the chosen linear layers of the last blocks and nothing else.
+    """A configuration with which PEFT adapts the chosen layers of the last blocks and nothing else.
 
     Blocks may differ (attention in every fourth, experts in all but the first): a name is adapted in the
     blocks that have it.
 
     Args:
+        base_model: directory or hub id; "" when the model came as an object without a name.
         find_unused: see `never_called`; from path in the model -> path inside its block to those that no
             forward calls.
 
@@ -183,13 +119,14 @@ def model_lora_config(
     blocks_path, blocks = find_blocks(model)
     first = first_adapted_block(len(blocks), settings.layers)
     paths: dict[str, str] = {}  # path in the model -> path inside its block
-    linears: dict[str, LayerSizes] = {}
+    layers: dict[str, LayerSizes] = {}
     for i in range(first, len(blocks)):
-        for path, sizes in linear_layers(blocks[i]).items():
+        for path, sizes in layers_of(blocks[i]).items():
             paths[f"{blocks_path}.{i}.{path}"] = path
-            linears[path] = sizes
-    targets = choose_targets(linears, settings.targets)
-    chosen = {module: path for module, path in paths.items() if path in targets}
+            layers[path] = sizes
+    targets = choose_targets(layers, settings.targets)
+    linears = {module: path for module, path in paths.items() if layers[path].experts is None}
+    chosen = {module: path for module, path in linears.items() if path in targets}
     unfit = _renamed_by_peft(chosen, model) | find_unused(chosen)
     if unfit:
         targets = _leave_out(unfit, targets, settings, type(model).__name__)
@@ -198,14 +135,27 @@ def model_lora_config(
         raise ModelError(
             f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to"
         )
-    config = lora_config(settings, targets, len(blocks), _leaf(blocks_path), base_model)
+    wanted_linears = wanted & linears.keys()
+    # With layers_to_transform, PEFT needs the name of the list of blocks, e.g. "h".
+    only_last = {"layers_to_transform": list(range(first, len(blocks))), "layers_pattern": _leaf(blocks_path)}
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=sorted({_leaf(path) for path in wanted_linears}),
+        target_parameters=_expert_names(wanted - wanted_linears, paths, first) or None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model or None,
+        inference_mode=False,
+        **(only_last if first > 0 and wanted_linears else {}),
+    )
     # Else PEFT warns and sets it.
-    config.fan_in_fan_out = any(_is_conv1d(model.get_submodule(path)) for path in wanted)
-    if matched_modules(config, model) != wanted:  # something outside the blocks has one of these names
-        config.target_modules = set(targets)
+    config.fan_in_fan_out = any(is_conv1d(model.get_submodule(path)) for path in wanted_linears)
+    if _matched_modules(config, model) != wanted_linears:  # others outside the blocks have one of these names
+        config.target_modules = {paths[module] for module in wanted_linears}
         config.layers_to_transform = list(range(first, len(blocks)))
         config.layers_pattern = blocks_path
-    if odd := matched_modules(config, model) ^ wanted:
+    if odd := matched_layers(config, model) ^ wanted:
         raise ModelError(
             f"PEFT cannot tell {sorted(odd)[0]} from layers of the same name; "
             "choose others with LoraSettings(targets=...)"
@@ -213,9 +163,29 @@ def model_lora_config(
     return config
 
 
-def matched_modules(config: LoraConfig, model: nn.Module) -> set[str]:
-    """Paths of the modules that PEFT would adapt."""
+def _expert_names(modules: Iterable[str], paths: Mapping[str, str], first: int) -> list[str]:
+    """What PEFT finds these parameters by: the ends of their paths, or of some blocks only, whole paths."""
+    return sorted({module if first > 0 else ".".join(module.split(".")[-2:]) for module in modules})
+
+
+def matched_layers(config: LoraConfig, model: nn.Module) -> set[str]:
+    """Paths of the linear layers and of the experts' parameters that PEFT would adapt."""
+    return _matched_modules(config, model) | _matched_parameters(config, model)
+
+
+def _matched_modules(config: LoraConfig, model: nn.Module) -> set[str]:
+    if not config.target_modules:
+        return set()
     return {path for path, _ in model.named_modules() if check_target_module_exists(config, path)}
+
+
+def _matched_parameters(config: LoraConfig, model: nn.Module) -> set[str]:
+    names = config.target_parameters or ()
+    return {
+        path
+        for path in expert_layers(model)
+        if any(path == name or path.endswith(f".{name}") for name in names)
+    }
 
 
 def _renamed_by_peft(modules: Mapping[str, str], model: nn.Module) -> set[str]:
@@ -297,6 +267,33 @@ def weight_name(module: str, part: str) -> str:
     return f"base_model.model.{module}.lora_{part}.weight"
 
 
+def adapted_paths(block: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Path of an adapted layer inside a block -> path of PEFT's own layer there, which names the tensors.
+
+    They are the same for linear layers. Of a module of experts, one of PEFT's layers wraps the other; which,
+    is asked of PEFT itself.
+
+    Args:
+        block: on the meta device, or with weights.
+        layers: paths of all its adapted layers.
+    """
+    found = {path: path for path in layers}
+    for experts_path, module in routed_experts(block):
+        inside = expert_layers(module)
+        wanted = [name for name in inside if f"{experts_path}.{name}" in found]
+        if not wanted:
+            continue
+        holder = nn.ModuleDict({"experts": copy.deepcopy(module).to("meta")})
+        config = LoraConfig(r=1, target_modules=[], target_parameters=[f"experts.{name}" for name in wanted])
+        with torch.random.fork_rng(devices=[]), without_peft_notices():
+            inject_adapter_in_model(config, holder)
+        for path, wrapper in holder.named_modules():
+            if isinstance(wrapper, ParamWrapper):
+                inner = path.removeprefix("experts")  # "" or ".base_layer"
+                found[f"{experts_path}.{wrapper.parameter_name}"] = f"{experts_path}{inner}"
+    return found
+
+
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """First value of one adapter tensor: A uniform as in nn.Linear, B zero, so that the policy begins as the
     base model.
@@ -326,14 +323,42 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
     """
     try:
         # PEFT's first values are replaced by ours: the random numbers that it draws must not count.
-        with torch.random.fork_rng(devices=[]), without_peft_notices():
-            return get_peft_model(model, config)
+        with (
+            torch.random.fork_rng(devices=[]),
+            without_peft_notices(),
+            experts.shown_as_parameters(model),
+        ):
+            adapted = get_peft_model(model, config)
+        _route_experts(adapted)
+        return adapted
     except Exception as error:  # PEFT checks names, types of layers and types of models, in many places
         raise ModelError(
             f"PEFT cannot adapt {type(model).__name__}: {error} Choose layers with "
             "LoraSettings(targets=...), "
-            f"tried: {', '.join(sorted(config.target_modules))}"
+            f"tried: {', '.join(sorted({*(config.target_modules or ()), *(config.target_parameters or ())}))}"
         ) from error
+
+
+def _route_experts(model: PeftModel) -> None:
+    """Lets tokens pass through the low-rank matrices of their experts; PEFT's wrappers would make new
+    matrices of all experts at every forward, and only hold the tensors now.
+    """
+    wrappers: dict[nn.Module, dict[str, ParamWrapper]] = {}
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            module._activate_lora = lambda _: nullcontext()
+            wrappers.setdefault(module.get_base_layer(), {})[module.parameter_name] = module
+    for layer, own in wrappers.items():
+        experts.route(layer, partial(_update, own))
+
+
+def _update(wrappers: Mapping[str, ParamWrapper], name: str) -> experts.LowRank | None:
+    wrapper = wrappers.get(name)
+    if wrapper is None or wrapper.disable_adapters:
+        return None
+    (adapter,) = wrapper.active_adapters
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    return experts.LowRank(a, b, wrapper.scaling[adapter])
 
 
 @contextmanager
@@ -358,6 +383,7 @@ def has_adapter(model: nn.Module) -> bool:
 def remove_adapter(model: nn.Module) -> None:
     """Puts back the layers that PEFT wrapped, even if it stopped half-way."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and not path.endswith(".base_layer"):
             model.set_submodule(path, module.get_base_layer())
+    experts.restore(model)
     vars(model).pop("peft_config", None)

@@ -11,8 +11,16 @@ from torch import nn
 
 from textrl_swarm.config import QUANTIZATIONS
 from textrl_swarm.errors import ConfigError, ModelError
-from textrl_swarm.models.adapters import find_blocks
+from textrl_swarm.models import experts
 from textrl_swarm.models.base_model import BaseModel
+from textrl_swarm.models.layers import (
+    as_linear,
+    expert_parameters,
+    find_blocks,
+    linear_layers,
+    linear_of,
+    routed_experts,
+)
 from textrl_swarm.models.pretrained import load_weights
 
 if TYPE_CHECKING:
@@ -89,6 +97,41 @@ def quantization_config(quantization: str, device: torch.device) -> BitsAndBytes
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
     )
+
+
+def quantize_linears(block: nn.Module, kind: str) -> None:
+    """Puts bitsandbytes' layers in the place of a block's linear layers. They are rounded when they are moved
+    to their device.
+
+    Args:
+        kind: "int8" or "nf4", as petals' servers have them (utils/convert_block.py).
+    """
+    for path in linear_layers(block):
+        block.set_submodule(path, _quantized(as_linear(block.get_submodule(path)), kind))
+
+
+def quantize_experts(block: nn.Module, kind: str) -> None:
+    """The same with routed experts, which transformers and petals leave as they are."""
+    for _, module in list(routed_experts(block)):
+        for name in expert_parameters(module):
+            experts.quantize(module, name, lambda weight: _quantized(linear_of(weight), kind))
+
+
+def _quantized(linear: nn.Linear, kind: str) -> nn.Module:
+    import bitsandbytes as bnb
+
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    layer: nn.Module
+    if kind == "int8":  # the threshold is that of Dettmers et al. 2022, arXiv 2208.07339
+        layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
+        layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.LinearNF4(*sizes, compress_statistics=True, device="meta")
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics=True
+        )
+    layer.bias = linear.bias
+    return layer
 
 
 def _is_no_cast_notice(record: logging.LogRecord) -> bool:

@@ -14,13 +14,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ConfigError, ModelError, closest
-from textrl_swarm.models.adapters import (
-    LayerSizes,
-    choose_targets,
-    find_blocks,
-    first_adapted_block,
-    linear_layers,
-)
+from textrl_swarm.models.adapters import choose_targets, first_adapted_block
+from textrl_swarm.models.layers import LayerSizes, find_blocks, layers_of
 
 FP32_BYTES = 4
 
@@ -60,10 +55,10 @@ class ModelSizes:
     only these.
     """
 
-    linears: Mapping[str, LayerSizes]
-    """Path of a linear layer inside a block -> (in_features, out_features), over all blocks."""
+    layers: Mapping[str, LayerSizes]
+    """Path inside a block -> sizes of its linear layers and routed experts, over all blocks."""
 
-    block_linears: tuple[Mapping[str, LayerSizes], ...]
+    block_layers: tuple[Mapping[str, LayerSizes], ...]
     """The same for each block."""
 
     @property
@@ -73,10 +68,8 @@ class ModelSizes:
 
     @property
     def block_linear(self) -> int:
-        """Parameters of one block that quantization reaches: the weights of its linear layers."""
-        weights = 0
-        for layers in self.block_linears:
-            weights += sum(fan_in * fan_out for fan_in, fan_out in layers.values())
+        """Parameters of one block that quantization reaches: the weights of its linear layers and experts."""
+        weights = sum(sizes.weights for layers in self.block_layers for sizes in layers.values())
         return weights // self.num_blocks
 
 
@@ -92,7 +85,7 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
     blocks = find_blocks(model)[1]
     block = sum(p.numel() for p in blocks.parameters()) // len(blocks)
     text = config.get_text_config(decoder=True)  # of models that see images too
-    block_linears = tuple(linear_layers(one) for one in blocks)
+    block_layers = tuple(layers_of(one) for one in blocks)
     return ModelSizes(
         num_blocks=len(blocks),
         hidden_size=text.hidden_size,
@@ -102,8 +95,8 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
         key_size=_key_size(text),
         block=block,
         outside=sum(p.numel() for p in model.parameters()) - len(blocks) * block,
-        linears={path: sizes for layers in block_linears for path, sizes in layers.items()},
-        block_linears=block_linears,
+        layers={path: sizes for layers in block_layers for path, sizes in layers.items()},
+        block_layers=block_layers,
     )
 
 
@@ -118,10 +111,10 @@ def _key_size(config: PretrainedConfig) -> int:
 
 
 def adapted_layers(sizes: ModelSizes, lora: LoraSettings) -> list[LayerSizes]:
-    """(in_features, out_features) of every linear layer that is adapted."""
-    targets = choose_targets(sizes.linears, lora.targets)
-    adapted_blocks = sizes.block_linears[first_adapted(sizes, lora) :]
-    return [fans for layers in adapted_blocks for path, fans in layers.items() if path in targets]
+    """The sizes of every layer that is adapted."""
+    targets = choose_targets(sizes.layers, lora.targets)
+    adapted_blocks = sizes.block_layers[first_adapted(sizes, lora) :]
+    return [own for layers in adapted_blocks for path, own in layers.items() if path in targets]
 
 
 def first_adapted(sizes: ModelSizes, lora: LoraSettings) -> int:
@@ -130,11 +123,11 @@ def first_adapted(sizes: ModelSizes, lora: LoraSettings) -> int:
 
 
 def adapter_parameters(sizes: ModelSizes, lora: LoraSettings) -> int:
-    """Numbers in the LoRA tensors: sum over adapted layers of r (in + out).
+    """Numbers in the LoRA tensors: sum over adapted layers of r (in + out), of routed experts for each.
 
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
-    return sum(lora.r * (fan_in + fan_out) for fan_in, fan_out in adapted_layers(sizes, lora))
+    return sum(lora.r * own.low_rank for own in adapted_layers(sizes, lora))
 
 
 def value_head_parameters(sizes: ModelSizes) -> int:
@@ -157,7 +150,9 @@ def block_bytes(sizes: ModelSizes, precision: str, rest: str = "bfloat16") -> in
         return int(sizes.block * per_number)
     scales = 0
     if precision == "8bit":
-        rows = sum(fan_out for layers in sizes.block_linears for _, fan_out in layers.values())
+        rows = 0
+        for layers in sizes.block_layers:
+            rows += sum(own.fan_out * (own.experts or 1) for own in layers.values())
         scales = FP32_BYTES * (rows // sizes.num_blocks)
     unquantized = sizes.block - sizes.block_linear
     return int(sizes.block_linear * per_number) + scales + int(unquantized * PRECISIONS[rest])

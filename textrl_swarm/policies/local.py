@@ -19,7 +19,6 @@ from textrl_swarm.config import QUANTIZATIONS, LoraSettings
 from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError
 from textrl_swarm.models.adapters import (
     add_adapter,
-    find_blocks,
     has_adapter,
     initial_tensor,
     model_lora_config,
@@ -27,12 +26,14 @@ from textrl_swarm.models.adapters import (
     remove_adapter,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
+from textrl_swarm.models.layers import find_blocks
 from textrl_swarm.models.output_head import OutputHead, output_embeddings
 from textrl_swarm.models.pretrained import find_tokenizer, load_weights, usable_device
 from textrl_swarm.models.quantization import (
     check_quantized,
     keep_differentiable,
     quantization_config,
+    quantize_experts,
     require_bitsandbytes,
     saved_quantization,
     silence_8bit_casts,
@@ -107,6 +108,10 @@ def _load(
     if found is not None:
         options["device_map"] = {"": device}
     model = load_weights(AutoModelForCausalLM, base, **options)
+    if saved is None and quantization is not None:
+        for block in find_blocks(model)[1]:
+            quantize_experts(block, "int8" if quantization == "8bit" else "nf4")
+            block.to(device)  # rounds them
     if found is not None:
         check_quantized(model, found)
     else:

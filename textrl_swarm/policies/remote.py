@@ -19,8 +19,9 @@ from textrl_swarm.config import LoraSettings, Timeouts
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.models.adapters import (
+    adapted_paths,
     initial_tensor,
-    matched_modules,
+    matched_layers,
     model_lora_config,
     weight_name,
 )
@@ -141,6 +142,7 @@ class RemotePolicy(Policy):
         blueprint = Skeleton(skeleton.model.config, skeleton.dtype)
         self.peft_config = model_lora_config(lora, blueprint.model, self.base_model, self._find_unused)
         self._layouts = self._choose_layouts(blueprint)
+        self._names = self._choose_names(blueprint)
         self._first = min(self._layouts)
         self._parameters = self._initial_parameters(seed)
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
@@ -153,7 +155,7 @@ class RemotePolicy(Policy):
 
     def _choose_layouts(self, blueprint: Skeleton) -> dict[int, AdapterLayout]:
         """Block -> its adapted layers, as PEFT will find them by `peft_config`."""
-        adapted = matched_modules(self.peft_config, blueprint.model)
+        adapted = matched_layers(self.peft_config, blueprint.model)
         layouts = {}
         for block in range(self._num_blocks):
             prefix, linears = blueprint.block_prefix(block), self._client.linears[block]
@@ -165,16 +167,20 @@ class RemotePolicy(Policy):
 
     def _initial_parameters(self, seed: int) -> dict[str, nn.Parameter]:
         parameters = {}
-        for block, layout in self._layouts.items():
-            for path, (fan_in, fan_out) in layout.targets.items():
-                shapes = {"A": (layout.r, fan_in), "B": (fan_out, layout.r)}
-                for part, shape in shapes.items():
-                    name = self._name(block, path, part)
-                    parameters[name] = nn.Parameter(initial_tensor(name, shape, seed).to(self.device))
+        for (block, path), names in self._names.items():
+            shapes = self._layouts[block].targets[path].shapes(self.lora.r)
+            for name, shape in zip(names, shapes, strict=True):
+                parameters[name] = nn.Parameter(initial_tensor(name, shape, seed).to(self.device))
         return parameters
 
-    def _name(self, block: int, path: str, part: str) -> str:
-        return weight_name(f"{self._parts.skeleton.block_prefix(block)}{path}", part)
+    def _choose_names(self, blueprint: Skeleton) -> dict[tuple[int, str], tuple[str, str]]:
+        """Block, path of an adapted layer -> PEFT's names of A and B."""
+        names = {}
+        for block, layout in self._layouts.items():
+            prefix = blueprint.block_prefix(block)
+            for path, own in adapted_paths(blueprint.blocks[block], layout.targets).items():
+                names[block, path] = weight_name(f"{prefix}{own}", "A"), weight_name(f"{prefix}{own}", "B")
+        return names
 
     def features(self, tokens: Tensor) -> Tensor:
         """The output (B, S, H) of the blocks below the adapted ones."""
@@ -218,9 +224,8 @@ class RemotePolicy(Policy):
         for block, layout in self._layouts.items():
             matrices = {}
             for path in layout.targets:
-                a = self._parameters[self._name(block, path, "A")]
-                b = self._parameters[self._name(block, path, "B")]
-                matrices[path] = (a, b)
+                a, b = self._names[block, path]
+                matrices[path] = self._parameters[a], self._parameters[b]
             flats[block] = layout.flatten(matrices)
         return flats
 

@@ -232,7 +232,7 @@ def activation_bytes(sizes: ModelSizes, lora: LoraSettings, rows: int, length: i
     blocks = sizes.num_blocks - first_adapted(sizes, lora)
     copies = 0
     if number_bytes < FP32_BYTES:
-        copies = FP32_BYTES * sum(fan_in for fan_in, _ in adapted_layers(sizes, lora))
+        copies = FP32_BYTES * sum(own.fan_in for own in adapted_layers(sizes, lora))
     per_block = (16 * sizes.hidden_size + 2 * sizes.num_heads * length) * number_bytes
     return rows * length * (blocks * per_block + copies)
 

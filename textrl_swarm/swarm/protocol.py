@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ModelError, ShapeError
-from textrl_swarm.models.adapters import LayerSizes
 from textrl_swarm.models.base_model import BaseModel
+from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.models.quantization import saved_quantization
 
 # ----------------------------------------------------------------------------------- names and sizes
@@ -130,29 +131,29 @@ _KEY = re.compile(r"lora-[0-9a-f]{40}")
 class AdapterLayout:
     """How the LoRA matrices of one block lie in one flat fp32 tensor.
 
-    For each target in order: A (r, in) row by row, then B (out, r) row by row.
+    For each target in order: A (r, in) row by row, then B (out, r) row by row; of E routed experts, A is
+    (r E, in) and B (out, r E), as PEFT has them.
     """
 
     r: int
 
     targets: dict[str, LayerSizes]
-    """Path of a linear layer inside a block -> (in_features, out_features)."""
+    """Path inside a block -> sizes."""
 
     @property
     def block_numel(self) -> int:
         """Numbers in one block's flat tensor."""
-        return sum(self.r * (fan_in + fan_out) for fan_in, fan_out in self.targets.values())
+        return sum(self.r * sizes.low_rank for sizes in self.targets.values())
 
     def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Target path -> (A (r, in), B (out, r)), sharing the memory of a block's flat tensor
-        (block_numel,).
-        """
+        """Target path -> (A, B), sharing the memory of a block's flat tensor (block_numel,)."""
         views: dict[str, tuple[Tensor, Tensor]] = {}
         start = 0
-        for path, (fan_in, fan_out) in self.targets.items():
-            a_end = start + self.r * fan_in
-            b_end = a_end + self.r * fan_out
-            views[path] = (flat[start:a_end].view(self.r, fan_in), flat[a_end:b_end].view(fan_out, self.r))
+        for path, sizes in self.targets.items():
+            a, b = sizes.shapes(self.r)
+            a_end = start + math.prod(a)
+            b_end = a_end + math.prod(b)
+            views[path] = (flat[start:a_end].view(a), flat[a_end:b_end].view(b))
             start = b_end
         return views
 
@@ -173,9 +174,7 @@ class AdapterHeader:
     alpha: float
 
     kinds: tuple[dict[str, LayerSizes], ...]
-    """The targets of each kind of block: path of a linear layer inside a block -> (in_features,
-    out_features), in layout order.
-    """
+    """The targets of each kind of block: path inside a block -> sizes, in layout order."""
 
     blocks: dict[int, tuple[int, str]]
     """Block index -> its kind, sha256 of its flat tensor."""
@@ -204,7 +203,7 @@ class AdapterHeader:
             raise ShapeError(f"malformed adapter header: {error!r}") from error
         numbers_fit = header.r >= 1 and 0 < header.alpha < float("inf")
         kinds_fit = all(kinds) and all(kind in range(len(kinds)) for kind, _ in blocks.values())
-        sizes_fit = all(fan_in > 0 and fan_out > 0 for kind in kinds for fan_in, fan_out in kind.values())
+        sizes_fit = all(min(sizes.weights, *sizes[:2]) > 0 for kind in kinds for sizes in kind.values())
         if not (numbers_fit and kinds_fit and sizes_fit and blocks):
             raise ShapeError(
                 f"adapter header with impossible values: r={header.r}, alpha={header.alpha}, "
@@ -228,7 +227,13 @@ class AdapterHeader:
 
 
 def _read_targets(raw: Mapping[str, Any]) -> dict[str, LayerSizes]:
-    return {str(path): (int(sizes[0]), int(sizes[1])) for path, sizes in raw.items()}
+    return {str(path): read_sizes(sizes) for path, sizes in raw.items()}
+
+
+def read_sizes(raw: Sequence[Any]) -> LayerSizes:
+    """As they travel: [in, out, number of experts or null]."""
+    fan_in, fan_out, experts = raw
+    return LayerSizes(int(fan_in), int(fan_out), None if experts is None else int(experts))
 
 
 def adapter_header(

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from textrl_swarm.config import Timeouts
 from textrl_swarm.errors import AddressError
-from textrl_swarm.models.adapters import LayerSizes
 from textrl_swarm.models.blocks import blocks_text
+from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.swarm.client.chain import BlockChain, run_in_background
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
 from textrl_swarm.swarm.client.session import GenerationSession
-from textrl_swarm.swarm.protocol import AdapterSnapshot, ServedWeights, read_weights
+from textrl_swarm.swarm.protocol import AdapterSnapshot, ServedWeights, read_sizes, read_weights
 from textrl_swarm.swarm.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class SwarmClient:
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
         self.chain = BlockChain(self.router, self._calls)
         self.linears: dict[int, dict[str, LayerSizes]] = {}
-        """Block index -> path of a layer inside it -> (in_features, out_features), as servers have it."""
+        """Block index -> path of a layer inside it -> sizes, as servers have it."""
         route = self.router.route(0, fingerprint.num_blocks, timeout_s=timeouts.discovery_s)
         try:
             self.spans: list[Span] = run_in_background(route)
@@ -183,7 +183,7 @@ class SwarmClient:
         self.chain.limits = self.chain.limits.within(info)
         for block in range(span.start, span.stop):
             layers = info["linears"][str(block)]
-            self.linears[block] = {path: (sizes[0], sizes[1]) for path, sizes in layers.items()}
+            self.linears[block] = {path: read_sizes(sizes) for path, sizes in layers.items()}
         return None
 
     def _other_weights(self, span: Span, weights: Mapping[int, ServedWeights]) -> str | None:

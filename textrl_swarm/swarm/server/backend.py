@@ -1,7 +1,7 @@
 """One transformer block of a server, with LoRA applied per request. Runs in the server's compute process.
 
-Forward hooks on the linear layers add the low-rank update, so fp32, bf16, int8 and nf4 blocks are served
-alike and no weight is wrapped or copied:
+Forward hooks on the linear layers, and the forward of routed experts (models/experts.py), add the low-rank
+update, so fp32, bf16, int8 and nf4 blocks are served alike and no weight is wrapped or copied:
 
     out + (x A^T) B^T * alpha / r
 
@@ -29,14 +29,14 @@ from transformers import PretrainedConfig
 
 from textrl_swarm.decoders.block import DecoderBlock
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
-from textrl_swarm.models.adapters import LayerSizes
+from textrl_swarm.models.experts import LowRank, route
+from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
 from textrl_swarm.swarm.server.served_model import ServedBlock
 
-# What the hooks add at this moment: target path -> (A, B, alpha / r). Petals' Runtime is one thread, one
-# request at a time.
-_ACTIVE: dict[str, tuple[Tensor, Tensor, float]] = {}
+# What is added at this moment, by target path. Petals' Runtime is one thread, one request at a time.
+_ACTIVE: dict[str, LowRank] = {}
 
 
 def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -46,12 +46,16 @@ def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output
     return (output + F.linear(F.linear(args[0].to(a.dtype), a), b) * scale).to(output.dtype)
 
 
+def _active_in(experts_path: str, parameter: str) -> LowRank | None:
+    return _ACTIVE.get(f"{experts_path}.{parameter}")
+
+
 @contextmanager
 def _applied(header: AdapterHeader, block: int, flat: Tensor) -> Iterator[None]:
     global _ACTIVE
     previous = _ACTIVE
     views = header.layout(block).views(flat)
-    _ACTIVE = {path: (a, b, header.scale) for path, (a, b) in views.items()}
+    _ACTIVE = {path: LowRank(a, b, header.scale) for path, (a, b) in views.items()}
     try:
         yield
     finally:
@@ -97,9 +101,7 @@ class LoraBackend(TransformerBackend):
         self.takes_chunks: bool = module.takes_chunks
         self.device: torch.device = module.device
         self.linears: dict[str, LayerSizes] = module.linears
-        for path in self.linears:
-            layer = self.block.module.get_submodule(path)
-            layer.register_forward_hook(partial(_add_low_rank, path))
+        self._add_hooks(self.block.module)
         dtype = str(self.dtype).removeprefix("torch.")
         self.weights = ServedWeights(module.digest, dtype, self.quantization)
         self.inference_pool = self._pool(self.inference_step, "inference")
@@ -110,6 +112,14 @@ class LoraBackend(TransformerBackend):
         self.inference_schema = (*self.args_schema, *own), self.kwargs_schema
         per_token, _ = cache_bytes([self.cache_spec], self.dtype)
         self.cache_bytes_per_token = Counter({self.device: per_token})
+
+    def _add_hooks(self, block: nn.Module) -> None:
+        for path, sizes in self.linears.items():
+            if sizes.experts is None:
+                block.get_submodule(path).register_forward_hook(partial(_add_low_rank, path))
+            else:  # one for all parameters of a module
+                experts_path = path.rpartition(".")[0]
+                route(block.get_submodule(experts_path), partial(_active_in, experts_path))
 
     def _pool(self, compute: Any, what: str) -> PrioritizedTaskPool:
         size = self.forward_pool.max_batch_size

@@ -179,12 +179,15 @@ class LoraHandler(TransformerConnectionHandler):
         bytes_per_token, bytes_per_row = cache_bytes(
             [other.cache_spec for other in backends.values()], backend.dtype
         )
+        layers = {}
+        for other in backends.values():
+            layers[str(other.block_index)] = {path: list(sizes) for path, sizes in other.linears.items()}
         info[INFO_KEY] = {
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "num_blocks": config.num_hidden_layers,
-            "linears": {str(other.block_index): other.linears for other in backends.values()},
+            "linears": layers,
             "weights": {str(other.block_index): asdict(other.weights) for other in backends.values()},
             "max_batch_tokens": backend.forward_pool.max_batch_size,
             "max_length": self.inference_max_length,

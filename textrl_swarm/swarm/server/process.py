@@ -36,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from textrl_swarm.errors import ConfigError, ModelError  # noqa: E402
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks  # noqa: E402
 from textrl_swarm.models.base_model import resolve  # noqa: E402
+from textrl_swarm.models.layers import layers_of  # noqa: E402
 from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
     ADAPTER_STORE_BYTES,
@@ -64,13 +65,14 @@ def _preload(
 ) -> dict[str, tuple[AdapterHeader, Mapping[int, torch.Tensor]]]:
     """Adapters of --adapters by the name they are announced under, laid out like pushed ones."""
     loaded: dict[str, tuple[AdapterHeader, Mapping[int, torch.Tensor]]] = {}
+    skeleton = LoraServer.model.skeleton
     for name in names:
         directory, announced = find_adapter(name)
-        settings, blocks = read_blocks(directory)
+        settings, blocks = read_blocks(directory, skeleton.model)
         layouts, flats = {}, {}
         for block, matrices in blocks.items():
-            targets = {path: (a.shape[1], b.shape[0]) for path, (a, b) in matrices.items()}
-            layouts[block] = AdapterLayout(settings.r, targets)
+            sizes = layers_of(skeleton.blocks[block])
+            layouts[block] = AdapterLayout(settings.r, {path: sizes[path] for path in matrices})
             flats[block] = layouts[block].flatten(matrices).to(device)
         header = adapter_header(layouts, float(settings.alpha), dict.fromkeys(blocks, ""))
         loaded[announced] = (header, flats)

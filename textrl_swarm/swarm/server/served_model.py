@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from petals.utils.convert_block import QuantType, quantize_module
+from petals.utils.convert_block import QuantType
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -18,9 +18,10 @@ from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
 from textrl_swarm.decoders.checkpoint import Checkpoint
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
-from textrl_swarm.models.adapters import LayerSizes, as_linear, linear_layers, never_called
+from textrl_swarm.models.adapters import never_called
 from textrl_swarm.models.base_model import BaseModel
-from textrl_swarm.models.quantization import keep_differentiable
+from textrl_swarm.models.layers import LayerSizes, layers_of
+from textrl_swarm.models.quantization import keep_differentiable, quantize_experts, quantize_linears
 
 _MIN_ROWS = 16  # whose states fit into the caches at least
 _TOKENS_PER_ROW = 64  # and else one row for so many tokens
@@ -48,7 +49,7 @@ class ServedBlock(nn.Module):
     """A block ready for requests.
 
     Attributes:
-        linears: the layers that LoRA can adapt.
+        linears: the layers that LoRA can adapt, routed experts among them.
         digest: of the checkpoint's numbers.
         takes_chunks: False = behind the first tokens of a row, the others come one by one.
     """
@@ -102,7 +103,7 @@ class ServedModel:
         """Of a block's weights on the device."""
         block = self.skeleton.blocks[index]
         numbers = sum(parameter.numel() for parameter in block.parameters())
-        linear = sum(fan_in * fan_out for fan_in, fan_out in linear_layers(block).values())
+        linear = sum(sizes.weights for sizes in layers_of(block).values())
         sizes = {QuantType.NONE: self.dtype.itemsize, QuantType.INT8: 1, QuantType.NF4: _NF4_BYTES}
         return round((numbers - linear) * self.dtype.itemsize + linear * sizes[quant_type])
 
@@ -164,18 +165,17 @@ class ServedModel:
         Raises:
             ModelError: it computes something else with a cache than without.
         """
-        linears = linear_layers(block)
+        linears = layers_of(block)
         if quant_type != QuantType.NONE:
-            for path in linears:
-                _quantize(block, path, quant_type)
+            quantize_linears(block, quant_type.name.lower())
+            quantize_experts(block, quant_type.name.lower())
         block.requires_grad_(False)
         block.to(self.device)
         keep_differentiable(block)
         block.eval()
         decoder_block = DecoderBlock(block, index, self.planner)
-        unused = never_called(
-            {path: path for path in linears}, block, lambda: decoder_block(self._trial_tokens())
-        )
+        modules = {path: path for path, sizes in linears.items() if sizes.experts is None}
+        unused = never_called(modules, block, lambda: decoder_block(self._trial_tokens()))
         return ServedBlock(
             decoder_block,
             self.cache_specs[index],
@@ -189,9 +189,3 @@ class ServedModel:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn((1, 16, self.planner.hidden_size), generator=generator)
         return hidden.to(self.device, self.dtype)
-
-
-def _quantize(block: nn.Module, path: str, quant_type: QuantType) -> None:
-    """Replaces one linear layer by bitsandbytes' of the same numbers, rounded."""
-    holder = nn.ModuleDict({"layer": as_linear(block.get_submodule(path))})
-    block.set_submodule(path, quantize_module(holder, quant_type=quant_type)["layer"])
