@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
-from textrl_swarm.decoders.caches import CacheSpec, fresh, planned
+from textrl_swarm.decoders.caches import CacheSpec, DummyLayer, fresh, planned
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.errors import ModelError
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -26,6 +25,16 @@ from transformers.cache_utils import (
 )
 
 from textrl_swarm.errors import ModelError
+
+try:
+    from transformers.cache_utils import DummyLayer
+except (
+    ImportError
+):  # before transformers 5.21, the last for Python 3.10: every block has a cache of some kind
+
+    class DummyLayer:  # type: ignore[no-redef]
+        """Of a block that keeps nothing."""
+
 
 Heads: TypeAlias = tuple[int, int]  # heads, numbers per head
 State: TypeAlias = tuple[str, int]  # "conv_states" or "recurrent_states", index in the layer
