@@ -192,6 +192,11 @@ def mixture(module: torch.nn.Module) -> list[torch.Tensor]:
 def test_a_policy_quantises_and_adapts_the_same_experts(checkpoint_of, quantization):
     lora = LoraSettings(r=2, targets=("q_proj", *BOTH))
     with (
+        load_policy(checkpoint_of("mixtral")) as plain,
+        load_policy(checkpoint_of("mixtral"), quantization=quantization) as policy,
+    ):
+        assert policy.adapter_parameters().keys() == plain.adapter_parameters().keys()
+    with (
         load_policy(checkpoint_of("mixtral"), lora=lora) as plain,
         load_policy(checkpoint_of("mixtral"), lora=lora, quantization=quantization) as policy,
     ):

@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 from textrl_swarm.errors import ModelError
 
 try:
-    from transformers.cache_utils import DummyLayer
+    from transformers.cache_utils import DummyLayer as DummyLayer
 except (
     ImportError
 ):  # before transformers 5.21, the last for Python 3.10: every block has a cache of some kind

@@ -1,7 +1,7 @@
 """The weights of a checkpoint, read by the part: one block, or what is outside of the blocks.
 
 Only the files that hold the part are downloaded, and only its tensors are read. Transformers' own conversion
-renames them, fuses experts and casts. Knows nothing about servers.
+renames them, fuses experts, dequantises MXFP4 and FP8, and casts. Knows nothing about servers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ModelError
 from textrl_swarm.models.base_model import WEIGHT_FILES, BaseModel, reason_of
 from textrl_swarm.models.digests import digest_tensors
+from textrl_swarm.models.quantization import dequantizing_config
 
 
 class Checkpoint:
@@ -49,7 +51,9 @@ class Checkpoint:
         self._download = download
         self._opened: dict[str, Any] = {}
         self._files = self._find_files()
-        self._mapping = get_model_conversion_mapping(skeleton.model)
+        stored = dequantizing_config(base.config)
+        self._quantizer = None if stored is None else AutoHfQuantizer.from_config(stored, pre_quantized=True)
+        self._mapping = get_model_conversion_mapping(skeleton.model, hf_quantizer=self._quantizer)
         self._names = self._model_names()
 
     def load_block(self, block: int) -> nn.Module:
@@ -85,6 +89,7 @@ class Checkpoint:
         model = self._skeleton.model
         names = [raw for raw, name in self._names.items() if is_wanted(name)]
         options = LoadStateDictConfig(
+            hf_quantizer=self._quantizer,
             dtype=self._skeleton.dtype,
             dtype_plan=model._get_dtype_plan(self._skeleton.dtype),
             weight_mapping=self._mapping,

@@ -6,6 +6,7 @@ servers.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -36,6 +37,8 @@ class Skeleton:
             raise ModelError(
                 f"{config.model_type} is an encoder-decoder model; only decoders can be cut into blocks"
             )
+        config = copy.deepcopy(config)
+        vars(config).pop("quantization_config", None)  # of the numbers in the files
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -87,8 +87,12 @@ def layers_of(block: nn.Module) -> dict[str, LayerSizes]:
 def linear_layers(block: nn.Module) -> dict[str, LayerSizes]:
     """Path inside the block -> sizes; GPT-2's Conv1D counts as linear, a mixture's router does not."""
     layers: dict[str, LayerSizes] = {}
-    counts = {sizes.experts for sizes in expert_layers(block).values()}
+    experts = expert_layers(block)
+    counts = {sizes.experts for sizes in experts.values()}
+    within_experts = tuple(f"{path}." for path in experts)  # once quantised, they are layers themselves
     for path, module in block.named_modules():
+        if path.startswith(within_experts):
+            continue
         if isinstance(module, nn.Linear) and not type(module).__name__.endswith(_OTHER_LINEARS):
             is_router = module.out_features in counts and not set(_ROUTERS).isdisjoint(path.split("."))
             if not is_router:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.quantizers import AutoQuantizationConfig
 
 from textrl_swarm.config import QUANTIZATIONS
 from textrl_swarm.errors import ConfigError, ModelError
@@ -24,30 +26,46 @@ from textrl_swarm.models.layers import (
 from textrl_swarm.models.pretrained import load_weights
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
+_DEQUANTIZED_FORMATS = ("mxfp4", "fp8")
+
 
 def saved_quantization(base: BaseModel) -> str | None:
-    """How a checkpoint's weights are quantised on the disk: "8bit", "4bit" (bitsandbytes), or None = they are
-    not.
+    """How the weights that are trained on are quantised on the disk: "8bit", "4bit" (bitsandbytes), or None =
+    they are not, or are dequantised when they are loaded.
 
     Raises:
-        ModelError: they are quantised by another method (GPTQ, AWQ, FP8, ...).
+        ModelError: they are quantised by another method (GPTQ, AWQ, ...).
     """
-    found = getattr(base.config, "quantization_config", None)
-    if found is None:
+    settings = _stored_settings(base.config)
+    if settings is None or dequantizing_config(base.config) is not None:
         return None
-    settings = found if isinstance(found, dict) else found.to_dict()
     for bits in QUANTIZATIONS:
         if settings.get(f"load_in_{bits}"):
             return bits
     raise ModelError(
         f"the weights of {base} are quantised by {settings.get('quant_method', 'an unknown method')}; only "
-        "those of bitsandbytes (8bit, 4bit) can be used here: name the model that they were made from, with "
-        "quantization='8bit' or '4bit' to save memory"
+        "those of bitsandbytes (8bit, 4bit), MXFP4 and FP8 can be used here: name the model that they were "
+        "made from, with quantization='8bit' or '4bit' to save memory"
     )
+
+
+def dequantizing_config(config: PretrainedConfig) -> Any:
+    """What makes transformers turn stored numbers into those of the model's dtype while it reads them; None
+    for weights that are not stored in MXFP4 (gpt-oss) or FP8 (DeepSeek V3, Qwen).
+    """
+    settings = _stored_settings(config)
+    if settings is None or settings.get("quant_method") not in _DEQUANTIZED_FORMATS:
+        return None
+    return AutoQuantizationConfig.from_dict({**settings, "dequantize": True})
+
+
+def _stored_settings(config: PretrainedConfig) -> dict[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def require_bitsandbytes(what: str) -> None:
@@ -65,12 +83,21 @@ def silence_8bit_casts() -> None:
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
 
 
+def load_unquantized(base: BaseModel, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A model that bitsandbytes did not quantise; other stored formats are dequantised. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    stored = dequantizing_config(base.config)
+    options = {} if stored is None else {"quantization_config": stored}
+    return load_weights(AutoModelForCausalLM, base, dtype=dtype, **options)
+
+
 def load_plain_weights(base: BaseModel) -> PreTrainedModel:
     """The model in its own dtype; quantised weights are dequantised. Raises ModelError."""
     from transformers import AutoModelForCausalLM
 
     if saved_quantization(base) is None:
-        return load_weights(AutoModelForCausalLM, base, dtype="auto")
+        return load_unquantized(base, "auto")
     require_bitsandbytes(f"{base}, whose weights are quantised,")
     quantized = load_weights(AutoModelForCausalLM, base, dtype="auto", device_map={"": "cpu"})
     quantized.dequantize()
@@ -123,7 +150,7 @@ def _quantized(linear: nn.Linear, kind: str) -> nn.Module:
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     layer: nn.Module
     if kind == "int8":  # the threshold is that of Dettmers et al. 2022, arXiv 2208.07339
-        layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
+        layer = _linear_8bit()(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
         layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     else:
         layer = bnb.nn.LinearNF4(*sizes, compress_statistics=True, device="meta")
@@ -132,6 +159,19 @@ def _quantized(linear: nn.Linear, kind: str) -> nn.Module:
         )
     layer.bias = linear.bias
     return layer
+
+
+@functools.cache
+def _linear_8bit() -> type[nn.Module]:
+    import bitsandbytes as bnb
+
+    class Linear8bit(bnb.nn.Linear8bitLt):
+        """Takes inputs of any shape; bitsandbytes' own fails with four dimensions (DeepSeek's latents)."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    return Linear8bit
 
 
 def _is_no_cast_notice(record: logging.LogRecord) -> bool:

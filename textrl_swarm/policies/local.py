@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings
+from textrl_swarm.decoders.loading import load_by_blocks
+from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError
 from textrl_swarm.models.adapters import (
     add_adapter,
@@ -26,14 +28,15 @@ from textrl_swarm.models.adapters import (
     remove_adapter,
 )
 from textrl_swarm.models.base_model import BaseModel, resolve
-from textrl_swarm.models.layers import find_blocks
+from textrl_swarm.models.layers import find_blocks, routed_experts
 from textrl_swarm.models.output_head import OutputHead, output_embeddings
 from textrl_swarm.models.pretrained import find_tokenizer, load_weights, usable_device
 from textrl_swarm.models.quantization import (
     check_quantized,
+    dequantizing_config,
     keep_differentiable,
+    load_unquantized,
     quantization_config,
-    quantize_experts,
     require_bitsandbytes,
     saved_quantization,
     silence_8bit_casts,
@@ -94,29 +97,31 @@ def _load(
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype or "auto"}
     saved = saved_quantization(base)
     found = saved or quantization
+    if found is None:
+        return load_unquantized(base, dtype or "auto").to(device)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": {"": device}}
     if saved is not None:
         if quantization not in (None, saved):
             raise ConfigError(
                 f"quantization={quantization!r}, but the weights of {base} are saved in {saved}: leave it out"
             )
         require_bitsandbytes(f"{base}, whose weights are saved in {saved},")
-    elif quantization is not None:
-        options["quantization_config"] = quantization_config(quantization, device)
-    if found is not None:
-        options["device_map"] = {"": device}
-    model = load_weights(AutoModelForCausalLM, base, **options)
-    if saved is None and quantization is not None:
-        for block in find_blocks(model)[1]:
-            quantize_experts(block, "int8" if quantization == "8bit" else "nf4")
-            block.to(device)  # rounds them
-    if found is not None:
-        check_quantized(model, found)
     else:
-        model.to(device)
+        options["quantization_config"] = quantization_config(found, device)
+    if saved is None and (dequantizing_config(base.config) is not None or _has_routed_experts(base)):
+        # transformers quantises no experts, and nothing that is stored in another format.
+        model = load_by_blocks(base, dtype, device, "int8" if found == "8bit" else "nf4")
+    else:
+        model = load_weights(AutoModelForCausalLM, base, **options)
+    check_quantized(model, found)
     return model
+
+
+def _has_routed_experts(base: BaseModel) -> bool:
+    blocks = Skeleton(base.config, torch.float32).blocks
+    return any(True for block in blocks for _ in routed_experts(block))
 
 
 def _require_same_options(
@@ -273,7 +278,7 @@ class LocalPolicy(Policy):
                 f"{name} computes NaN or infinite numbers in {hidden.dtype}: its weights are damaged, or "
                 "too large for float16 (then dtype='bfloat16' or 'float32' helps)"
             )
-        is_quantized = getattr(self._model.config, "quantization_config", None) is not None
+        is_quantized = self.quantization is not None or hasattr(self._model.config, "quantization_config")
         is_exact = hidden.dtype == torch.float32 and not is_quantized
         tolerance = 0.01 if is_exact else 0.1  # 8-bit products depend a little on what else is in the batch
         if not is_close(hidden[:, :2], shorter, tolerance):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
-from textrl_swarm.decoders.checkpoint import Checkpoint
+from textrl_swarm.decoders.loading import load_outside
 from textrl_swarm.decoders.outside import Outside
 from textrl_swarm.decoders.skeleton import Skeleton
-from textrl_swarm.errors import ConfigError
 from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.pretrained import usable_device
 
@@ -19,7 +17,7 @@ from textrl_swarm.models.pretrained import usable_device
 def load_parts(
     base: BaseModel, dtype: torch.dtype | str | None, device: torch.device | str | None
 ) -> Outside:
-    """The model without its blocks; weight files that hold nothing but blocks are not downloaded.
+    """A model's, of a directory or on the hub.
 
     Args:
         dtype: None or "auto" = that of the checkpoint.
@@ -29,11 +27,7 @@ def load_parts(
         ConfigError: this machine has no such device, or torch no such dtype.
     """
     place = usable_device("cpu" if device is None else device)
-    skeleton = Skeleton(base.config, _dtype(base, dtype))
-    Checkpoint(base, skeleton).load_outside()
-    skeleton.model.name_or_path = base.name
-    with suppress(OSError):  # there need not be a generation_config.json
-        skeleton.model.generation_config = GenerationConfig.from_pretrained(base.name)
+    skeleton, _ = load_outside(base, dtype)
     return Outside(skeleton, place)
 
 
@@ -49,13 +43,3 @@ def parts_of(model: Any) -> Outside:
     skeleton.model.name_or_path = model.name_or_path
     skeleton.model.generation_config = model.generation_config
     return Outside(skeleton, model.device)
-
-
-def _dtype(base: BaseModel, dtype: torch.dtype | str | None) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name = base.config.dtype if dtype in (None, "auto") else dtype
-    found = getattr(torch, str(name or "float32").removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype must be a torch dtype or its name, e.g. 'bfloat16', got {dtype!r}")
-    return found
