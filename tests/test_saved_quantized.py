@@ -113,7 +113,7 @@ def test_servers_take_models_that_are_not_quantised_yet(saved):
         LocalSwarm(saved["4bit"], num_servers=1)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
 def test_other_methods_are_refused_at_the_door(tiny_bloom, tmp_path, method):
     model = shutil.copytree(tiny_bloom(seed=1), tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
