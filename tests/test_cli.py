@@ -143,6 +143,7 @@ def not_bloom(tmp_path_factory) -> Path:
         (["serve", "BLOOM", "--initial-peers", "/ip4/127.0.0.1/tcp/31337"], "is not a peer's address"),
         (["demo", "--quantization", "3bit", "--out", "OUT"], "quantization must be 8bit or 4bit, got '3bit'"),
         (["demo", "--servers", "5", "--out", "OUT"], "has 4 blocks"),
+        (["demo", "--family", "lama", "--out", "OUT"], "no tiny model of 'lama'; did you mean 'llama'?"),
         (["demo", "--local", "--out", "NOT_BLOOM"], ""),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -69,7 +69,10 @@ def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path):
     assert_swarm_equals_plain(swarm, TARGETS.get(family, LoraSettings(r=4)), tmp_path)
     matrices = experts_of(swarm.model)
     if matrices:
-        assert_swarm_equals_plain(swarm, LoraSettings(r=2, targets=tuple(sorted(matrices))), tmp_path)
+        # Tokens pass through A and B; PEFT makes new matrices. The same but for rounding, which Qwen3-Next's
+        # linear attention enlarges: another last bit in its embeddings changes gradients by 1.3e-4.
+        experts = LoraSettings(r=2, targets=tuple(sorted(matrices)))
+        assert_swarm_equals_plain(swarm, experts, tmp_path, tolerance=5e-4)
 
 
 def experts_of(directory: Path) -> set[str]:
@@ -79,10 +82,12 @@ def experts_of(directory: Path) -> set[str]:
     return {".".join(path.split(".")[-2:]) for path in expert_layers(model)}
 
 
-def assert_swarm_equals_plain(swarm: LocalSwarm, lora: LoraSettings, tmp_path: Path) -> None:
+def assert_swarm_equals_plain(
+    swarm: LocalSwarm, lora: LoraSettings, tmp_path: Path, tolerance: float = 1e-5
+) -> None:
     with connect(swarm, lora, filled=3) as policy:
         plain = PlainPeft(policy, tmp_path / "adapter")
-        assert_same(run(policy, tokens()), plain.run(tokens()))
+        assert_same(run(policy, tokens()), plain.run(tokens()), tolerance)
         assert greedy(policy, PROMPTS, 10) == [plain.greedy(prompt, 10) for prompt in PROMPTS]
         with torch.no_grad():
             on = policy(tokens()).logits
@@ -93,7 +98,7 @@ def assert_swarm_equals_plain(swarm: LocalSwarm, lora: LoraSettings, tmp_path: P
             for parameter in policy.adapter_parameters().values():
                 parameter.mul_(1.5)
         changed = PlainPeft(policy, tmp_path / "changed")
-        assert_same(run(policy, tokens()), changed.run(tokens()))
+        assert_same(run(policy, tokens()), changed.run(tokens()), tolerance)
         with load_policy(swarm.model, lora=lora) as local:
             assert local.adapter_parameters().keys() == policy.adapter_parameters().keys()
             local.load_adapter(tmp_path / "changed")

@@ -46,14 +46,16 @@ def demo(
     ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Rollouts to train on.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    family: Annotated[str, typer.Option(help="Of the tiny model: bloom, llama or gpt_oss.")] = "bloom",
 ) -> None:
-    """Train a tiny BLOOM, held by real Petals servers, to speak well of things: about four minutes on two
+    """Train a tiny model, held by real Petals servers, to speak well of things: about four minutes on two
     cores.
     """
     with console.status(_LOADING):
         from textrl_swarm.commands.demo import DemoConfig, run_demo
 
-    summary = run_demo(DemoConfig(out, 0 if local else servers, quantization, iterations, seed), console)
+    chosen = DemoConfig(out, 0 if local else servers, quantization, iterations, seed, family)
+    summary = run_demo(chosen, console)
     if summary["interrupted"]:
         raise typer.Exit(130)
 

@@ -1,4 +1,4 @@
-"""`textrl-swarm demo`: a tiny BLOOM learns to speak well of things, through real servers on this machine.
+"""`textrl-swarm demo`: a tiny model learns to speak well of things, through real servers on this machine.
 
 The public names alone can do all of it; the demo adds progress, a table, a picture and a summary.
 """
@@ -28,7 +28,7 @@ from textrl_swarm.learning.rollout import Collected, collect
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.models.corpus import DEMO_PROMPTS, opinion
 from textrl_swarm.models.texts import encode_prompt
-from textrl_swarm.models.tiny import RECIPE, make_tiny_bloom
+from textrl_swarm.models.tiny import RECIPE, make_tiny_model, require_family
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.local import LocalSwarm
@@ -38,6 +38,8 @@ from textrl_swarm.textrl.env import TextRLEnv
 from textrl_swarm.types import Item
 
 MAX_NEW_TOKENS = 24
+# Most of a mixture's weights are in its experts, which are adapted by name only.
+_TARGETS = {"gpt_oss": ("q_proj", "k_proj", "v_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj")}
 _SHOWN_SAMPLES = 8  # of each prompt, before and after training
 
 
@@ -64,9 +66,13 @@ class DemoConfig:
     iterations: int = 20
     seed: int = 0
 
+    family: str = "bloom"
+    """Of the model; see `tiny.FAMILIES`."""
+
     def __post_init__(self) -> None:  # before the minute that pretraining takes
         if self.quantization not in (None, *QUANTIZATIONS):
             raise ConfigError(f"quantization must be 8bit or 4bit, got {self.quantization!r}")
+        require_family(self.family)
         if self.servers > RECIPE["layers"]:
             raise ConfigError(
                 f"the demo's model has {RECIPE['layers']} blocks; "
@@ -83,7 +89,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    base_model = _make_base_model(out / "base_model", config.seed, console)
+    base_model = _make_base_model(out / "base_model", config, console)
     with _policy(base_model, config, console) as policy:
         env = _environment(policy)
         actor = TextRLActor(env, policy, seed=config.seed)
@@ -116,6 +122,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         "kl": kl,
         "seconds": training_s,
         "seconds_total": time.perf_counter() - started,
+        "family": config.family,
         "servers": config.servers,
         "quantization": config.quantization,
         "base_model": str(base_model),
@@ -139,12 +146,13 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     return summary
 
 
-def _make_base_model(directory: Path, seed: int, console: Console) -> Path:
+def _make_base_model(directory: Path, config: DemoConfig, console: Console) -> Path:
     started = time.perf_counter()
+    what = f"a tiny {config.family} model"
     if not console.is_terminal:
-        console.print("pretraining a tiny BLOOM on short opinions, good and bad (at most 90 s) ...")
+        console.print(f"pretraining {what} on short opinions, good and bad (at most 90 s) ...")
     columns = (
-        TextColumn("pretraining a tiny BLOOM"),
+        TextColumn(f"pretraining {what}"),
         BarColumn(),
         TextColumn("loss {task.fields[loss]:.2f}"),
         TimeRemainingColumn(),
@@ -155,7 +163,7 @@ def _make_base_model(directory: Path, seed: int, console: Console) -> Path:
         def show(done: float, loss: float) -> None:
             progress.update(bar, completed=done, loss=loss)
 
-        model = make_tiny_bloom(directory, seed=seed, on_progress=show)
+        model = make_tiny_model(directory, family=config.family, seed=config.seed, on_progress=show)
     console.print(f"base model in {model} ({time.perf_counter() - started:.0f} s)")
     return model
 
@@ -165,7 +173,7 @@ def _policy(base_model: Path, config: DemoConfig, console: Console) -> Iterator[
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    lora = LoraSettings(r=8, alpha=16)
+    lora = LoraSettings(r=8, alpha=16, targets=_TARGETS.get(config.family))
     if config.servers == 0:
         with load_policy(base_model, quantization=config.quantization, lora=lora, seed=config.seed) as policy:
             quantized = f", in {config.quantization}" if config.quantization else ""
@@ -270,7 +278,7 @@ def _draw(summary: dict[str, Any], path: Path) -> None:
     figure, (score, kl) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
     iterations = range(1, summary["iterations"] + 1)
     score.plot(iterations, summary["score_per_iteration"], color="tab:green", marker="o", markersize=3)
-    title = f"tiny BLOOM on {summary['servers'] or 'no'} Petals servers"
+    title = f"tiny {summary['family']} model on {summary['servers'] or 'no'} Petals servers"
     score.set(ylabel="score (0 to 1)", ylim=(0, 1.05), title=title)
     kl.plot(iterations, summary["kl_per_iteration"], color="tab:blue", marker="o", markersize=3)
     kl.set(ylabel="KL to base\n(nats per response)", xlabel="iteration")

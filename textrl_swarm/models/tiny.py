@@ -1,7 +1,6 @@
-"""Tiny BLOOM models made on the spot, for the demo and the tests. Knows nothing about policies, rewards or
-swarms.
+"""Tiny models made on the spot, for the demo and the tests. Knows nothing about policies, rewards or swarms.
 
-`make_tiny_bloom` pretrains for about a minute on short opinions, half of them good and half bad, so that the
+`make_tiny_model` pretrains for about a minute on short opinions, half of them good and half bad, so that the
 model speaks recognisable English and reinforcement learning has something to choose between. `random_bloom`
 is untrained and instant.
 """
@@ -26,9 +25,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from textrl_swarm.errors import ConfigError, ModelError
+from textrl_swarm.errors import ConfigError, ModelError, closest
 from textrl_swarm.files import published
 from textrl_swarm.models.corpus import build_corpus
 
@@ -114,30 +113,54 @@ def _published(directory: Path) -> Iterator[Path]:
 # Models.
 
 
+# What a family's configuration has beside the sizes that all have.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_dropout": 0.0},
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 192},
+    # A mixture of experts, every other block with a sliding window.
+    "gpt_oss": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+
+
 def _model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, *, layers: int, hidden: int, heads: int
-) -> BloomForCausalLM:
-    config = BloomConfig(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    family: str = "bloom",
+) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        n_layer=layers,
-        n_head=heads,
-        initializer_range=0.08,  # BLOOM's 0.02 is for wide models; a narrow one learns more slowly from it
-        hidden_dropout=0.0,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        initializer_range=0.08,  # the usual 0.02 is for wide models; a narrow one learns more slowly from it
         attention_dropout=0.0,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
         dtype="float32",
+        **FAMILIES[family],
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left alone
         torch.manual_seed(seed)
-        return BloomForCausalLM(config).float()
+        return AutoModelForCausalLM.from_config(config).float()
 
 
 def _save(
-    model: BloomForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,
     *,
@@ -226,14 +249,20 @@ LOSS_WINDOW = 50  # optimizer steps that a reported loss is the mean of
 ProgressCallback = Callable[[float, float], None]
 
 
-def make_tiny_bloom(
+def make_tiny_bloom(directory: str | Path, **options: Any) -> Path:
+    """`make_tiny_model` of BLOOM's family."""
+    return make_tiny_model(directory, family="bloom", **options)
+
+
+def make_tiny_model(
     directory: str | Path,
     *,
+    family: str = "bloom",
     seed: int = 0,
     time_limit_s: float = 90.0,
     on_progress: ProgressCallback | None = None,
 ) -> Path:
-    """Pretrains a tiny BLOOM with its own tokenizer on the opinions above; about 45 s on one slow core.
+    """Pretrains a tiny model with its own tokenizer on the opinions above; about 45 s on one slow core.
 
     A fixed number of optimizer steps, so the same seed gives the same model on the same machine with the same
     number of threads. On a
@@ -244,27 +273,28 @@ def make_tiny_bloom(
         directory: new, empty, or made by this module. A model made there with the same settings is reused,
             unless it was cut by a shorter time limit; any other tiny model is replaced. It appears under this
             name only when it is whole.
+        family: a key of FAMILIES.
         seed: of corpus, weights and order of the texts.
         time_limit_s: > 0, seconds of wall time for pretraining.
         on_progress: called a few times per second, and at the end, with the fraction done in [0, 1] and the
             recent mean loss in nats per token.
 
     Raises:
-        ConfigError: impossible time limit. ModelError: `directory` holds something else.
+        ConfigError: impossible time limit, or another family. ModelError: `directory` holds something else.
     """
     if not time_limit_s > 0:
         raise ConfigError(f"time_limit_s must be > 0 seconds, got {time_limit_s!r}")
+    require_family(family)
     directory = Path(directory)
     _require_usable(directory)
     texts = build_corpus(seed)
     corpus = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-    settings = {"kind": "pretrained", "seed": seed, **RECIPE, "corpus": corpus}
+    settings = {"kind": "pretrained", "family": family, "seed": seed, **RECIPE, "corpus": corpus}
     record = _recorded(directory)
     if record is None or not _is_reusable(record, settings, time_limit_s):
         tokenizer = _train_tokenizer(texts, RECIPE["vocab"])
-        model = _model(
-            tokenizer, seed, layers=RECIPE["layers"], hidden=RECIPE["hidden"], heads=RECIPE["heads"]
-        )
+        sizes = {name: RECIPE[name] for name in ("layers", "hidden", "heads")}
+        model = _model(tokenizer, seed, family=family, **sizes)
         steps_done, loss = _pretrain(
             model, _batches(*_encode(texts, tokenizer), seed), time_limit_s, on_progress
         )
@@ -274,6 +304,12 @@ def make_tiny_bloom(
     if on_progress:
         on_progress(1.0, record["loss"])
     return directory
+
+
+def require_family(family: str) -> None:
+    """Raises ConfigError for a family of which no tiny model can be made."""
+    if family not in FAMILIES:
+        raise ConfigError(f"there is no tiny model of {family!r}; {closest(family, FAMILIES)}")
 
 
 def _is_reusable(record: dict[str, Any], settings: dict[str, Any], time_limit_s: float) -> bool:
@@ -306,7 +342,7 @@ def _batches(tokens: Tensor, lengths: Tensor, seed: int) -> Iterator[tuple[Tenso
 
 
 def _pretrain(
-    model: BloomForCausalLM,
+    model: PreTrainedModel,
     batches: Iterator[tuple[Tensor, Tensor]],
     time_limit_s: float,
     on_progress: ProgressCallback | None,
