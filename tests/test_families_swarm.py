@@ -4,19 +4,22 @@ the loss of a server equal plain transformers and PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from families import BLOCKS, FAMILIES, REFUSED, VOCAB, random_checkpoint
-from plain_peft import PlainPeft, assert_same, connect, difference, greedy, run
+from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, loss_of, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ModelError
 from textrl_swarm.models.layers import expert_layers
+from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.swarm.launch import ServerProcess
 from textrl_swarm.swarm.local import LocalSwarm
 
 pytestmark = [pytest.mark.swarm, pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -105,23 +108,89 @@ def assert_swarm_equals_plain(
             assert_same(run(policy, tokens()), run(local, tokens()))
 
 
-@pytest.mark.slow  # two more servers
+def trained(policy: Policy, disturb: Callable[[str], object]) -> dict[str, torch.Tensor]:
+    """The parameters after two optimizer steps; `disturb` is called at each named moment."""
+    optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=0.05)
+    for step in range(2):
+        optimizer.zero_grad()
+        disturb(f"before forward {step}")
+        out = policy(tokens())
+        disturb(f"before backward {step}")
+        loss_of(out.logits, out.values, tokens()).backward()
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
+
+
+def generated(policy: Policy, disturb: Callable[[int], object]) -> list[torch.Tensor]:
+    """Hidden states of a session's steps; `disturb` is called before each."""
+    with policy.session(1, 40) as session:
+        states = []
+        for step, length in enumerate((6, 1, 1, 1, 1, 1)):
+            disturb(step)
+            states.append(session.step(tokens(1, length)))
+        return states
+
+
+@pytest.mark.slow  # three more servers each
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
-def test_a_replica_takes_over_in_the_middle_of_a_generation(tmp_path, family):
+def test_faults_go_unnoticed(tmp_path, family):
+    """A mixture and a hybrid: a replica takes over, the only server comes back, adapters are evicted."""
     directory = random_checkpoint(family, tmp_path / family)
+    lora = LoraSettings(r=2, targets=("q_proj", *sorted(experts_of(directory))))
+    with load_policy(directory, lora=lora) as policy:
+        size_bytes = sum(4 * parameter.numel() for parameter in policy.adapter_parameters().values())
+    room = 3 * size_bytes // 4  # of a server with half of the blocks: one and a half
+    options = ("--adapter_bytes", room, "--adapter_bytes_per_client", room)
     spans = [(0, 2), (2, BLOCKS), (2, BLOCKS)]
-    with LocalSwarm(directory, spans=spans) as swarm, connect(swarm, filled=3) as policy:
-        undisturbed = greedy(policy, PROMPTS, 12)
-        with policy.session(1, 40) as session:
-            first = [session.step(tokens(1, length)) for length in (6, 1, 1)]
-            used = {str(leg.span.peer) for leg in session._session._legs}
-            (lost,) = (i for i in (1, 2) if swarm.servers[i].addresses[0].rsplit("/", 1)[1] in used)
-            swarm.kill(lost)
-            rest = [session.step(tokens(1, 1)) for _ in range(3)]
-        with policy.session(1, 40) as session:
-            again = [session.step(tokens(1, length)) for length in (6, 1, 1, 1, 1, 1)]
-        assert all(torch.equal(a, b) for a, b in zip([*first, *rest], again, strict=True))
-        assert greedy(policy, PROMPTS, 12) == undisturbed
+    with LocalSwarm(directory, spans=spans, server_options=tuple(map(str, options))) as swarm:
+        with connect(swarm, lora, filled=3) as policy:
+            calm_states = generated(policy, lambda step: None)
+            calm_parameters = trained(policy, lambda moment: None)
+
+        with connect(swarm, lora, filled=3) as policy, connect(swarm, lora) as other:
+            seeds = iter(range(100, 200))
+            sent = policy.traffic.sent["adapters"]
+
+            def crowd_out(_: object) -> None:
+                fill(other, next(seeds))
+                with torch.no_grad():
+                    other(tokens(1, 2))
+
+            assert_equal(generated(policy, crowd_out), calm_states)
+            pushed = policy.traffic.sent["adapters"] - sent
+            assert pushed >= 5 * size_bytes, "it was not evicted, so this test shows nothing"
+            assert_equal(trained(policy, crowd_out).values(), calm_parameters.values())
+
+        with connect(swarm, lora, filled=3) as policy:
+
+            def kill_the_used(step: int) -> None:
+                if step == 3:
+                    swarm.kill(1 if is_used(policy, swarm.servers[1]) else 2)
+
+            assert_equal(generated(policy, kill_the_used), calm_states)
+            left = next(i for i in (1, 2) if swarm.servers[i].running)
+            threads = []
+
+            def restart_the_last(moment: object) -> None:
+                if moment in (3, "before backward 1"):
+                    swarm.kill(left)
+                    threads.append(threading.Thread(target=swarm.start, args=(left,)))
+                    threads[-1].start()
+
+            assert_equal(generated(policy, restart_the_last), calm_states)
+            threads[0].join()
+            assert_equal(trained(policy, restart_the_last).values(), calm_parameters.values())
+            threads[1].join()
+
+
+def is_used(policy: Policy, server: ServerProcess) -> bool:
+    """Whether requests go to a server."""
+    chosen = {str(span.peer) for span in policy._client.spans}
+    return server.addresses[0].rsplit("/", 1)[1] in chosen
+
+
+def assert_equal(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", [family for family in REFUSED if family != "recurrent_gemma"])
