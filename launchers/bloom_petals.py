@@ -46,10 +46,10 @@ from transformers import BloomConfig
 
 from textrl_swarm.commands.train import train_command
 from textrl_swarm.config import LoraSettings
+from textrl_swarm.decoders.sizes import model_sizes
 from textrl_swarm.display import accept_any_text
 from textrl_swarm.errors import TextRLSwarmError
 from textrl_swarm.models.corpus import DEMO_PROMPTS, opinion
-from textrl_swarm.models.sizes import model_sizes
 from textrl_swarm.models.tiny import make_tiny_bloom
 from textrl_swarm.runs.config import load_config
 from textrl_swarm.runs.estimate import GIB, blocks_that_fit, estimate_run

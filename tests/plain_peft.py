@@ -127,9 +127,13 @@ def difference(found: Tensor, expected: Tensor, among: Tensor | None = None) -> 
     return ((found - expected).abs().max() / largest).item()
 
 
-def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> None:
-    """1e-5: a sum of some hundred fp32 products in another order; what is measured is 0 to 2e-6."""
-    assert difference(found.logits, expected.logits) < tolerance
+def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> tuple[float, float]:
+    """Returns the differences of logits and gradients.
+
+    1e-5: a sum of some hundred fp32 products in another order; what is measured is 0 to 2e-6.
+    """
+    logits = difference(found.logits, expected.logits)
+    assert logits < tolerance
     assert difference(found.values, expected.values) < tolerance
     assert found.grads.keys() == expected.grads.keys()
     errors = {}
@@ -138,3 +142,4 @@ def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> N
         among = expected.grads[name.replace(".bias", ".weight")]
         errors[name] = difference(found.grads[name], grad, among)
     assert max(errors.values()) < tolerance, sorted(errors.items(), key=lambda item: -item[1])[:3]
+    return logits, max(errors.values())

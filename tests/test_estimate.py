@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES, CONFIGS, tiny_model
-from transformers import AutoConfig, BloomConfig
+from families import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
+from textrl_swarm.decoders.sizes import PRECISIONS, block_bytes, model_sizes
 from textrl_swarm.errors import ConfigError, ModelError
 from textrl_swarm.learning.ppo import PPO
-from textrl_swarm.models.sizes import PRECISIONS, block_bytes, model_sizes
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.runs.estimate import (
     GIB,
@@ -18,6 +19,7 @@ from textrl_swarm.runs.estimate import (
     blocks_that_fit,
     estimate_run,
     server_memory_bytes,
+    session_cache_bytes,
 )
 
 BLOOM_176B = BloomConfig(vocab_size=250880, hidden_size=14336, n_layer=70, n_head=112, dtype="bfloat16")
@@ -56,13 +58,31 @@ def test_parameters_are_those_of_the_real_policy(architecture, lora):
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "falcon", "falcon_40b", "gpt_bigcode", "rwkv"])
-def test_the_key_size_is_that_of_a_real_cache(architecture):
+def test_caches_are_as_large_as_real_ones(architecture):
     model = tiny_model(architecture)
-    cache = getattr(model(input_ids=torch.zeros((1, 5), dtype=torch.int64)), "past_key_values", None)
-    expected = 0 if cache is None else cache.layers[0].keys.numel() // 5
+    cache = getattr(model(input_ids=torch.zeros((3, 5), dtype=torch.int64)), "past_key_values", None)
+    expected = 0 if cache is None else sum(kept_bytes(layer) for layer in cache.layers)
     sizes = model_sizes(model.config)
-    assert sizes.key_size == expected
+    assert session_cache_bytes(sizes, 3, 5, torch.float32) == expected
     assert run(model.config).working_bytes > 0 and (sizes.num_heads > 0) == (expected > 0)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_next", "falcon_h1", "mamba2", "lfm2"])
+def test_caches_of_other_kinds_are_as_large_as_real_ones(family):
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    out = model(input_ids=torch.zeros((3, 9), dtype=torch.int64), use_cache=True)
+    cache = getattr(out, "past_key_values", None) or out.cache_params
+    expected = sum(kept_bytes(layer) for layer in cache.layers)
+    assert session_cache_bytes(model_sizes(config), 3, 9, torch.float32) == expected > 0
+
+
+def kept_bytes(layer) -> int:
+    """Of one of transformers' own cache layers."""
+    tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        tensors += getattr(layer, name, {}).values()
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def test_named_targets_count_alone_and_where_they_are():
@@ -75,7 +95,7 @@ def test_named_targets_count_alone_and_where_they_are():
 def test_the_published_sizes_of_bloom_176b():
     sizes = model_sizes(BLOOM_176B)
     assert sizes.total == 176_247_271_424  # its model card
-    assert sizes.num_blocks * block_bytes(sizes, "bfloat16") + 2 * sizes.outside == pytest.approx(
+    assert sizes.num_blocks * block_bytes(sizes, 0, "bfloat16") + 2 * sizes.outside == pytest.approx(
         352e9, rel=2e-3
     )
     # fp16; all four linears, r = 8.
@@ -136,7 +156,7 @@ def test_activations_are_about_what_autograd_keeps(architecture, least, most, dt
 
 def test_a_server_has_room_for_weights_caches_adapters_and_a_backward():
     sizes = model_sizes(BLOOM_176B)
-    by_hand = 2 * (2 * sizes.block + 2 * 14336 * 4096 * 2) + 5 + 2 * GIB
+    by_hand = 2 * (2 * sizes.blocks[0] + 2 * 14336 * 4096 * 2) + 5 + 2 * GIB
     assert server_memory_bytes(sizes, 2, "bfloat16", adapter_bytes=5) == by_hand
 
 

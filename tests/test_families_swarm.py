@@ -14,13 +14,15 @@ from families import BLOCKS, FAMILIES, REFUSED, VOCAB, random_checkpoint
 from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, loss_of, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from textrl_swarm.config import LoraSettings
+from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
 from textrl_swarm.errors import ModelError
+from textrl_swarm.learning.learner import Learner
 from textrl_swarm.models.layers import expert_layers
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.launch import ServerProcess
 from textrl_swarm.swarm.local import LocalSwarm
+from textrl_swarm.types import RolloutBatch
 
 pytestmark = [pytest.mark.swarm, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -33,6 +35,10 @@ MODELS = [
     for family in FAMILIES
     if family not in NOT_COMPARED
 ]
+
+# A PPO update through a swarm is compared with one on this machine: these kinds, and one with states beside
+# keys and values in each block.
+UPDATED = (*KINDS, "falcon_h1")
 
 # PEFT refuses the output projection of Mamba's layers.
 NO_OUT_PROJ = LoraSettings(r=4, targets=("in_proj",))
@@ -67,15 +73,20 @@ def swarm_of(tmp_path_factory) -> Iterator[Callable[[str], LocalSwarm]]:
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path):
+def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path, record_property):
+    """What is recorded is the table in docs/families.md: pytest --junitxml=families.xml"""
     swarm = swarm_of(family)
-    assert_swarm_equals_plain(swarm, TARGETS.get(family, LoraSettings(r=4)), tmp_path)
+    lora = TARGETS.get(family, LoraSettings(r=4))
+    record_property("linear layers", assert_swarm_equals_plain(swarm, lora, tmp_path))
     matrices = experts_of(swarm.model)
     if matrices:
         # Tokens pass through A and B; PEFT makes new matrices. The same but for rounding, which Qwen3-Next's
         # linear attention enlarges: another last bit in its embeddings changes gradients by 1.3e-4.
         experts = LoraSettings(r=2, targets=tuple(sorted(matrices)))
-        assert_swarm_equals_plain(swarm, experts, tmp_path, tolerance=5e-4)
+        measured = assert_swarm_equals_plain(swarm, experts, tmp_path, tolerance=5e-4)
+        record_property("routed experts", measured)
+    if family in UPDATED:
+        assert_update_equals_local(swarm, lora)
 
 
 def experts_of(directory: Path) -> set[str]:
@@ -85,12 +96,27 @@ def experts_of(directory: Path) -> set[str]:
     return {".".join(path.split(".")[-2:]) for path in expert_layers(model)}
 
 
+def assert_update_equals_local(swarm: LocalSwarm, lora: LoraSettings) -> None:
+    with connect(swarm, lora) as policy, load_policy(swarm.model, lora=lora) as local:
+        (found, parameters), (expected, expected_parameters) = updated(policy), updated(local)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert found.tokens.shape[1] > max(map(len, PROMPTS))
+    assert parameters.keys() == expected_parameters.keys()
+    assert_equal(parameters.values(), expected_parameters.values())
+
+
 def assert_swarm_equals_plain(
     swarm: LocalSwarm, lora: LoraSettings, tmp_path: Path, tolerance: float = 1e-5
-) -> None:
+) -> tuple[float, float, float]:
+    """Returns the differences of logits, of gradients, and of the hidden states of a cached generation."""
     with connect(swarm, lora, filled=3) as policy:
         plain = PlainPeft(policy, tmp_path / "adapter")
-        assert_same(run(policy, tokens()), plain.run(tokens()), tolerance)
+        logits, grads = assert_same(run(policy, tokens()), plain.run(tokens()), tolerance)
+        row = tokens(1, 13)
+        with policy.session(1, 13) as session:
+            states = torch.cat([session.step(chunk) for chunk in row.split((6, 1, 1, 5), dim=1)], dim=1)
+        cached = difference(states, plain.hidden(row))
+        assert cached < 1e-3  # other shapes of products; a token forgotten makes about 1
         assert greedy(policy, PROMPTS, 10) == [plain.greedy(prompt, 10) for prompt in PROMPTS]
         with torch.no_grad():
             on = policy(tokens()).logits
@@ -106,6 +132,18 @@ def assert_swarm_equals_plain(
             assert local.adapter_parameters().keys() == policy.adapter_parameters().keys()
             local.load_adapter(tmp_path / "changed")
             assert_same(run(policy, tokens()), run(local, tokens()))
+    return logits, grads, cached
+
+
+def updated(policy: Policy) -> tuple[RolloutBatch, dict[str, torch.Tensor]]:
+    """A rollout, and the parameters after one PPO update on it."""
+    fill(policy, 3)
+    learner = Learner(policy, PPOConfig(lr=1e-2, epochs=2), SamplingConfig(max_new_tokens=8, seed=5))
+    rollout = policy.generate(PROMPTS, learner.rollout_sampling())
+    rewards = torch.zeros(rollout.response_mask.shape)
+    rewards[torch.arange(len(PROMPTS)), rollout.response_lengths - 1] = torch.tensor([1.0, -0.5])
+    learner.learn(rollout, rewards)
+    return rollout, {name: one.detach().clone() for name, one in policy.trainable_parameters().items()}
 
 
 def trained(policy: Policy, disturb: Callable[[str], object]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import BLOCKS, random_checkpoint
 
+from textrl_swarm.decoders.caches import server_cache_bytes
 from textrl_swarm.models.base_model import resolve
 from textrl_swarm.swarm import compat
 
@@ -13,7 +14,7 @@ compat.require_petals()
 
 from petals.utils.convert_block import QuantType  # noqa: E402
 
-from textrl_swarm.swarm.server.served_model import ServedModel, cache_bytes_of  # noqa: E402
+from textrl_swarm.swarm.server.served_model import ServedModel  # noqa: E402
 
 GIB = 1 << 30
 
@@ -51,7 +52,7 @@ def test_a_block_has_a_speed(deepseek, inference):
 
 def test_as_many_blocks_as_fit_by_the_largest(deepseek):
     largest = max(deepseek.block_bytes(index, QuantType.NONE) for index in range(BLOCKS))
-    cache = cache_bytes_of(100, *deepseek.cache_bytes([0]))
+    cache = server_cache_bytes(100, *deepseek.cache_bytes([0]))
     backward = 2 * GIB * deepseek.planner.hidden_size // 14336
     for blocks in range(BLOCKS + 2):
         memory = backward + blocks * (largest + cache)

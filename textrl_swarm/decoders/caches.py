@@ -39,6 +39,9 @@ except (
 Heads: TypeAlias = tuple[int, int]  # heads, numbers per head
 State: TypeAlias = tuple[str, int]  # "conv_states" or "recurrent_states", index in the layer
 
+_MIN_ROWS = 16  # whose states fit into a server's caches at least
+_TOKENS_PER_ROW = 64  # and else one row for so many tokens
+
 _STATES = ("conv_states", "recurrent_states")
 
 
@@ -233,13 +236,19 @@ def cache_bytes(specs: Iterable[CacheSpec], dtype: torch.dtype) -> tuple[int, in
     """Bytes that the caches of blocks take together per token, at least 1, and per row beside that."""
     per_token = per_row = 0
     for spec in specs:
-        one, two = (_bytes(spec.tensors(1, length, dtype)) for length in (1, 2))
+        one, two = (tensors_bytes(spec.tensors(1, length, dtype)) for length in (1, 2))
         per_token += two - one
         per_row += 2 * one - two
     return max(1, per_token), per_row
 
 
-def _bytes(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> int:
+def server_cache_bytes(tokens: int, per_token: int, per_row: int) -> int:
+    """Of a server's caches: for so many tokens, and the states of as many rows as may hold them."""
+    return tokens * per_token + max(_MIN_ROWS, tokens // _TOKENS_PER_ROW) * per_row
+
+
+def tensors_bytes(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Bytes of tensors of these shapes and dtypes."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors)
 
 

@@ -44,6 +44,7 @@ class Skeleton:
                 self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         except ValueError as error:  # transformers lists all its decoders in this message
             raise ModelError(f"{config.model_type} is no decoder that transformers knows") from error
+        self.model.tie_weights()
         self.model.eval().requires_grad_(False)
         self.config = self.model.config.get_text_config(decoder=True)
         self.blocks_path, self.blocks = find_blocks(self.model)

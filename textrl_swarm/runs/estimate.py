@@ -15,9 +15,8 @@ import torch
 from transformers import PretrainedConfig
 
 from textrl_swarm.config import LoraSettings, PPOConfig
-from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
-from textrl_swarm.models.blocks import split_evenly
-from textrl_swarm.models.sizes import (
+from textrl_swarm.decoders.caches import cache_bytes, server_cache_bytes, tensors_bytes
+from textrl_swarm.decoders.sizes import (
     FP32_BYTES,
     ModelSizes,
     adapted_layers,
@@ -28,6 +27,8 @@ from textrl_swarm.models.sizes import (
     model_sizes,
     value_head_parameters,
 )
+from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
+from textrl_swarm.models.blocks import split_evenly
 from textrl_swarm.swarm.protocol import (
     ADAPTER_STORE_BYTES,
     ATTENTION_CACHE_TOKENS,
@@ -52,9 +53,10 @@ def server_memory_bytes(
     cache_tokens: int = ATTENTION_CACHE_TOKENS,
     adapter_bytes: int = ADAPTER_STORE_BYTES,
 ) -> int:
-    """Memory (of the GPU, if it has one) of a server that computes in 16 bits and holds `blocks` blocks.
+    """Memory (of the GPU, if it has one) of a server that computes in 16 bits and holds `blocks` blocks,
+    each as large as the largest.
 
-        blocks * (weights + 2 * key_size * cache_tokens * 2 bytes) + pushed adapters + room for a backward
+        blocks * (weights + caches) + pushed adapters + room for a backward
 
     Args:
         cache_tokens: rows x tokens of all generations together (--attn_cache_tokens).
@@ -63,9 +65,12 @@ def server_memory_bytes(
     Source of the room for a backward: petals' server/server.py, which measured 2 GiB for BLOOM-176B and
     scales it with H.
     """
-    cache = 2 * sizes.key_size * cache_tokens * 2
+    largest = 0
+    for block, cache in enumerate(sizes.caches):
+        cached = server_cache_bytes(cache_tokens, *cache_bytes([cache], torch.bfloat16))
+        largest = max(largest, block_bytes(sizes, block, precision) + cached)
     backward = int(2 * GIB / 14336 * sizes.hidden_size)
-    return blocks * (block_bytes(sizes, precision) + cache) + adapter_bytes + backward
+    return blocks * largest + adapter_bytes + backward
 
 
 def blocks_that_fit(sizes: ModelSizes, memory_bytes: int, precision: str, **server_options: int) -> int:
@@ -199,9 +204,10 @@ def estimate_run(
         hidden = sizes.hidden_size * row * length
         working = hidden + _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
     else:
-        blocks = sizes.num_blocks * block_bytes(sizes, quantization or precision, precision)
-        weights = blocks + sizes.outside * number_bytes
-        cached = 2 * sizes.key_size * sizes.num_blocks * responses * length * number_bytes
+        weights = sizes.outside * number_bytes
+        for block in range(sizes.num_blocks):
+            weights += block_bytes(sizes, block, quantization or precision, precision)
+        cached = session_cache_bytes(sizes, responses, length, getattr(torch, precision))
         sampling = cached + _logits_bytes(sizes, responses)
         activations = activation_bytes(sizes, lora, minibatch, length, number_bytes)
         working = max(sampling, activations + _logits_bytes(sizes, LOGITS_CHUNK_TOKENS))
@@ -216,6 +222,11 @@ def estimate_run(
         received=traffic.received,
         round_trips=traffic.round_trips,
     )
+
+
+def session_cache_bytes(sizes: ModelSizes, rows: int, length: int, dtype: torch.dtype) -> int:
+    """What the blocks keep for a generation of rows of so many tokens."""
+    return sum(tensors_bytes(cache.tensors(rows, length, dtype)) for cache in sizes.caches)
 
 
 def activation_bytes(sizes: ModelSizes, lora: LoraSettings, rows: int, length: int, number_bytes: int) -> int:

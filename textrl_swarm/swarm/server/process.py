@@ -33,6 +33,7 @@ from petals.server.server import ModuleContainer, Server  # noqa: E402
 from petals.server.task_pool import PrioritizedTaskPool  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from textrl_swarm.decoders.caches import server_cache_bytes  # noqa: E402
 from textrl_swarm.errors import ConfigError, ModelError  # noqa: E402
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks  # noqa: E402
 from textrl_swarm.models.base_model import resolve  # noqa: E402
@@ -50,7 +51,7 @@ from textrl_swarm.swarm.protocol import (  # noqa: E402
 from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
 from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
-from textrl_swarm.swarm.server.served_model import ServedModel, block_config, cache_bytes_of  # noqa: E402
+from textrl_swarm.swarm.server.served_model import ServedModel, block_config  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class LoraServer(Server):
         else:  # petals chooses among all
             every = [model.cache_bytes([block]) for block in range(model.skeleton.num_blocks)]
             per_token, per_row = (self.num_blocks * max(kind) for kind in zip(*every, strict=True))
-        return cache_bytes_of(tokens, per_token, per_row)
+        return server_cache_bytes(tokens, per_token, per_row)
 
     def _choose_num_blocks(self) -> int:
         """What fits into a GPU beside the adapter store."""

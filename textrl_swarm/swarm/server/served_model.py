@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from textrl_swarm.decoders.block import DecoderBlock, cache_spec, chunks_are_exact
-from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
+from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, server_cache_bytes
 from textrl_swarm.decoders.checkpoint import Checkpoint
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
@@ -23,8 +23,6 @@ from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.layers import LayerSizes, layers_of
 from textrl_swarm.models.quantization import keep_differentiable, quantize_experts, quantize_linears
 
-_MIN_ROWS = 16  # whose states fit into the caches at least
-_TOKENS_PER_ROW = 64  # and else one row for so many tokens
 _NF4_BYTES = (
     4.25 / 8
 )  # per number, with petals' compressed scales; measured by petals (server/block_utils.py)
@@ -38,11 +36,6 @@ def block_config(base: BaseModel) -> PretrainedConfig:
     config.num_key_value_groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
     config.torch_dtype = config.dtype
     return config
-
-
-def cache_bytes_of(tokens: int, per_token: int, per_row: int) -> int:
-    """For so many tokens, and the states of as many rows as may hold them."""
-    return tokens * per_token + max(_MIN_ROWS, tokens // _TOKENS_PER_ROW) * per_row
 
 
 class ServedBlock(nn.Module):
@@ -116,7 +109,7 @@ class ServedModel:
         most = 0
         for index in range(self.skeleton.num_blocks):
             per_token, per_row = self.cache_bytes([index])
-            cache = cache_bytes_of(cache_tokens, per_token, per_row)
+            cache = server_cache_bytes(cache_tokens, per_token, per_row)
             most = max(most, self.block_bytes(index, quant_type) + cache)
         backward = 2 * (1 << 30) * self.planner.hidden_size // 14336
         return max(0, min((memory - backward) // most, self.skeleton.num_blocks))

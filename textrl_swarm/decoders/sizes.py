@@ -1,7 +1,7 @@
 """How many numbers and bytes a model has, from its configuration alone, before any weight is loaded.
 
-A model without memory (torch's meta device) is built to count parameters, so that every architecture counts
-itself. Knows nothing about servers, networks or training runs.
+A model without memory (torch's meta device) is built to count parameters and to see what blocks keep in their
+caches, so that every architecture counts itself. Knows nothing about servers, networks or training runs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from textrl_swarm.config import LoraSettings
+from textrl_swarm.decoders.block import cache_spec
+from textrl_swarm.decoders.caches import CacheSpec
+from textrl_swarm.decoders.planner import Planner
+from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError, ModelError, closest
 from textrl_swarm.models.adapters import choose_targets, first_adapted_block
-from textrl_swarm.models.layers import LayerSizes, find_blocks, layers_of
+from textrl_swarm.models.layers import LayerSizes, layers_of
 
 FP32_BYTES = 4
 
@@ -27,7 +31,7 @@ PRECISIONS = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bi
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers (not bytes) in the parts of a model. Figures for one block are the mean over all blocks."""
+    """Numbers (not bytes) in the parts of a model."""
 
     num_blocks: int
 
@@ -44,11 +48,11 @@ class ModelSizes:
     num_heads: int
     """0 in models without attention."""
 
-    key_size: int
-    """Numbers per token that one block's cache keeps for the keys, and again for the values."""
+    caches: tuple[CacheSpec, ...]
+    """What each block keeps for the tokens of a generation."""
 
-    block: int
-    """Parameters of one block."""
+    blocks: tuple[int, ...]
+    """Parameters of each block."""
 
     outside: int
     """Parameters of embeddings, final norm and output embeddings (tied ones once): a swarm's client holds
@@ -64,50 +68,43 @@ class ModelSizes:
     @property
     def total(self) -> int:
         """Parameters of the whole model."""
-        return self.num_blocks * self.block + self.outside
-
-    @property
-    def block_linear(self) -> int:
-        """Parameters of one block that quantization reaches: the weights of its linear layers and experts."""
-        weights = sum(sizes.weights for layers in self.block_layers for sizes in layers.values())
-        return weights // self.num_blocks
+        return sum(self.blocks) + self.outside
 
 
 def model_sizes(config: PretrainedConfig) -> ModelSizes:
     """Counts the parameters of a decoder-only causal language model. Raises ModelError for anything else."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ModelError(
-            f"a {config.model_type} model is no causal language model that transformers knows: {error}"
-        ) from error
-    blocks = find_blocks(model)[1]
-    block = sum(p.numel() for p in blocks.parameters()) // len(blocks)
-    text = config.get_text_config(decoder=True)  # of models that see images too
-    block_layers = tuple(layers_of(one) for one in blocks)
+    skeleton = Skeleton(config, torch.float32)
+    blocks = tuple(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks)
+    block_layers = tuple(layers_of(one) for one in skeleton.blocks)
     return ModelSizes(
         num_blocks=len(blocks),
-        hidden_size=text.hidden_size,
-        head_size=model.get_output_embeddings().weight.shape[1],
-        vocab_size=text.vocab_size,
-        num_heads=getattr(text, "num_attention_heads", 0),
-        key_size=_key_size(text),
-        block=block,
-        outside=sum(p.numel() for p in model.parameters()) - len(blocks) * block,
+        hidden_size=skeleton.hidden_size,
+        head_size=skeleton.model.get_output_embeddings().weight.shape[1],
+        vocab_size=skeleton.config.vocab_size,
+        num_heads=getattr(skeleton.config, "num_attention_heads", 0),
+        caches=_caches(skeleton),
+        blocks=blocks,
+        outside=sum(p.numel() for p in skeleton.model.parameters()) - sum(blocks),
         layers={path: sizes for layers in block_layers for path, sizes in layers.items()},
         block_layers=block_layers,
     )
 
 
-def _key_size(config: PretrainedConfig) -> int:
+def _caches(skeleton: Skeleton) -> tuple[CacheSpec, ...]:
+    try:
+        planner = Planner(skeleton.model.config, skeleton.dtype, "cpu")
+        return tuple(cache_spec(block, i, planner) for i, block in enumerate(skeleton.blocks))
+    except ModelError:  # its blocks do not run alone; on one machine they need not
+        return (_usual_cache(skeleton.config),) * skeleton.num_blocks
+
+
+def _usual_cache(config: PretrainedConfig) -> CacheSpec:
     heads = getattr(config, "num_attention_heads", 0)
-    if heads == 0:  # e.g. RWKV and Mamba: their state does not grow with the sequence
-        return 0
+    if heads == 0:  # e.g. RWKV: its state does not grow with the sequence
+        return CacheSpec()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return head_dim  # the excluded case is Falcon 40B
-    return head_dim * (getattr(config, "num_key_value_heads", None) or heads)
+    kept = getattr(config, "num_key_value_heads", None) or heads, head_dim
+    return CacheSpec(key=kept, value=kept)
 
 
 def adapted_layers(sizes: ModelSizes, lora: LoraSettings) -> list[LayerSizes]:
@@ -135,27 +132,24 @@ def value_head_parameters(sizes: ModelSizes) -> int:
     return sizes.head_size + 1
 
 
-def block_bytes(sizes: ModelSizes, precision: str, rest: str = "bfloat16") -> int:
+def block_bytes(sizes: ModelSizes, block: int, precision: str, rest: str = "bfloat16") -> int:
     """Memory of one block's weights.
 
         linear weights * bytes per number (+ 4 bytes per output row in 8 bits) + (norms and biases) * bytes of
         `rest`
 
     Args:
-        precision: of the linear layers, a key of PRECISIONS.
+        precision: of the linear layers and routed experts, a key of PRECISIONS.
         rest: precision of what is not quantized, when `precision` is 8bit or 4bit.
     """
     per_number = bytes_per_number(precision)
     if precision not in ("8bit", "4bit"):
-        return int(sizes.block * per_number)
-    scales = 0
-    if precision == "8bit":
-        rows = 0
-        for layers in sizes.block_layers:
-            rows += sum(own.fan_out * (own.experts or 1) for own in layers.values())
-        scales = FP32_BYTES * (rows // sizes.num_blocks)
-    unquantized = sizes.block - sizes.block_linear
-    return int(sizes.block_linear * per_number) + scales + int(unquantized * PRECISIONS[rest])
+        return int(sizes.blocks[block] * per_number)
+    layers = sizes.block_layers[block].values()
+    quantized = sum(own.weights for own in layers)
+    rows = sum(own.fan_out * (own.experts or 1) for own in layers) if precision == "8bit" else 0
+    unquantized = sizes.blocks[block] - quantized
+    return int(quantized * per_number) + FP32_BYTES * rows + int(unquantized * PRECISIONS[rest])
 
 
 def bytes_per_number(precision: str) -> float:
