@@ -33,6 +33,7 @@ def launch_here(monkeypatch, name: str, *arguments: str) -> object:
     """The exit code of a launcher that loads nothing, in this process."""
     monkeypatch.setattr(sys, "argv", [f"launchers/{name}", *arguments])
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.syspath_prepend(str(LAUNCHERS))
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(LAUNCHERS / name), run_name="__main__")
     return caught.value.code
@@ -76,7 +77,7 @@ def test_bloom_petals_runs_end_to_end_on_a_swarm_of_its_own(tmp_path, hardly_pre
 @pytest.mark.swarm
 @pytest.mark.slow  # pretrains the toy
 def test_the_toy_of_bloom_petals_learns_before_ones_eyes(tmp_path):
-    done = launch("bloom_petals.py", "--tiny", "--output", "run", "--iterations", 12, directory=tmp_path)
+    done = launch("private_swarm.py", "--tiny", "--output", "run", "--iterations", 12, directory=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     scores = [json.loads(line)["score"] for line in lines]
@@ -119,6 +120,23 @@ def test_the_plan_says_how_many_servers_and_what_to_type(monkeypatch, capsys):
     # Commands are to be copied whole.
     prose = [line for line in shown.splitlines() if not line.startswith("    ")]
     assert max(map(len, prose)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "row"),
+    [
+        # The model cards' 116.8 and 235.1 billion. 12 blocks of 36 are 12 * (1.825 + 0.017) + 4.7 GB of 24.7;
+        # 15 of 94 are 15 * (1.399 + 0.017) + 4.7.
+        ("gpt-oss-120b", "116,829,156,672 parameters in 36 blocks", "3 (12) │"),
+        ("qwen3-235b", "235,093,634,560 parameters in 94 blocks", "7 (15) │"),
+    ],
+)
+def test_the_plan_for_models_of_today(monkeypatch, capsys, model, parameters, row):
+    assert launch_here(monkeypatch, "private_swarm.py", "--model", model) == 0
+    shown = capsys.readouterr().out
+    assert parameters in shown
+    assert next(line for line in shown.splitlines() if "24 GB" in line).endswith(row)
+    assert f"--model {model} --initial-peers ADDRESS" in shown
 
 
 # ----------------------------------------------------------------------------------------- choosing what fits
@@ -176,7 +194,7 @@ def test_no_fallback_stops_before_anything_is_loaded(monkeypatch):
     assert said.startswith("error: bigscience/bloomz-7b1-mt (8bit, minibatches of 16, cuda) needs about")
 
 
-@pytest.mark.parametrize("name", ["bloom_petals.py", "bloomz_7b1_local.py"])
+@pytest.mark.parametrize("name", ["bloom_petals.py", "private_swarm.py", "bloomz_7b1_local.py"])
 def test_help_is_what_it_does_what_it_needs_and_the_commands(monkeypatch, capsys, name):
     assert launch_here(monkeypatch, name, "--help") == 0
     shown = capsys.readouterr().out

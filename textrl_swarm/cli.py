@@ -46,7 +46,7 @@ def demo(
     ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Rollouts to train on.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    family: Annotated[str, typer.Option(help="Of the tiny model: bloom, llama or gpt_oss.")] = "bloom",
+    family: Annotated[str, typer.Option(help="Of the tiny model: bloom, llama or mixtral.")] = "bloom",
 ) -> None:
     """Train a tiny model, held by real Petals servers, to speak well of things: about four minutes on two
     cores.

@@ -39,7 +39,7 @@ from textrl_swarm.types import Item
 
 MAX_NEW_TOKENS = 24
 # Most of a mixture's weights are in its experts, which are adapted by name only.
-_TARGETS = {"gpt_oss": ("q_proj", "k_proj", "v_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj")}
+_TARGETS = {"mixtral": ("q_proj", "k_proj", "v_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj")}
 _SHOWN_SAMPLES = 8  # of each prompt, before and after training
 
 

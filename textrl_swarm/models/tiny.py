@@ -117,15 +117,11 @@ def _published(directory: Path) -> Iterator[Path]:
 FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_dropout": 0.0},
     "llama": {"num_key_value_heads": 2, "intermediate_size": 192},
-    # A mixture of experts, every other block with a sliding window.
-    "gpt_oss": {
+    "mixtral": {  # a mixture of experts
         "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 64,
+        "intermediate_size": 96,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "sliding_window": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
 

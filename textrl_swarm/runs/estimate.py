@@ -162,6 +162,7 @@ def estimate_run(
     minibatch_size: int = PPOConfig.minibatch_size,
     wire_bytes: int = 4,
     dtype: torch.dtype | str | None = None,
+    sizes: ModelSizes | None = None,
 ) -> RunEstimate:
     """What a run will need.
 
@@ -175,8 +176,9 @@ def estimate_run(
         epochs, minibatch_size: of the update, as in PPOConfig.
         wire_bytes: per number of a hidden state: 4 when the servers compute in fp32, 2 in bf16.
         dtype: of the weights on this machine; None = as the checkpoint says.
+        sizes: what `model_sizes(config)` returned, to spare another second.
     """
-    sizes = model_sizes(config)
+    sizes = sizes or model_sizes(config)
     precision = str(dtype or config.dtype or "float32").removeprefix("torch.")
     number_bytes = int(bytes_per_number(precision))
     adapter = adapter_parameters(sizes, lora)
