@@ -40,7 +40,7 @@ def server(start: int, stop: int, **changes) -> ServerReport:
         "dtype": "bfloat16", "quantization": "int8", "version": "2.2.0.post1", "adapters": (),
         "answer_ms": 12.3, "token_ms": 456.7, "cache_tokens_left": 4096,
         "throughput": 1.0, "forward_rps": None, "inference_rps": None, "network_rps": None,
-        "weights": {},
+        "weights": {}, "layers": {},
     }  # fmt: skip
     return ServerReport(start=start, stop=stop, **{**facts, **changes})
 
@@ -54,6 +54,18 @@ def screen(report: ModelReport, encoding: str = "utf-8") -> str:
     show_model(report, ADDRESS, Console(file=out, width=80, highlight=False))
     out.flush()
     return out.buffer.getvalue().decode(encoding)
+
+
+def test_layers_are_told_by_kind_of_block():
+    dense, mixture = ("down_proj", "q_proj"), ("experts.down_proj", "q_proj")
+    report = model(
+        4, server(0, 2, layers={0: dense, 1: mixture}), server(2, 4, layers={2: mixture, 3: mixture})
+    )
+    shown = screen(report)
+    assert "Layers that LoRA can adapt:" in shown
+    assert "block 0: down_proj, q_proj" in shown
+    assert "blocks 1..3: experts.down_proj, q_proj" in shown
+    assert "LoRA" not in screen(model(1, server(0, 1)))
 
 
 # ---------------------------------------------------------------------------------- what follows from reports

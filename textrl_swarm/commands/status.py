@@ -82,6 +82,8 @@ def show_model(model: ModelReport, address: str, console: Console) -> None:
     console.print()
     console.print(_server_table(model.servers, console))
     console.print()
+    for line in _layers(model):
+        console.print(_shown(line, console))
     for line in _verdict(model, address):
         console.print(line, soft_wrap=line.startswith("    "))
     console.print()
@@ -114,6 +116,18 @@ def _show_coverage(model: ModelReport, console: Console) -> None:
     if per_column > 1:
         notes.append(f"a column is {per_column} blocks, the worst of them")
     console.print(Text(" " * 9 + "   ".join(notes), style="dim"))
+
+
+def _layers(model: ModelReport) -> list[str]:
+    """What LoRA can adapt, where; blocks of one kind together."""
+    kinds: dict[tuple[str, ...], set[int]] = {}
+    for server in model.servers:
+        for block, names in server.layers.items():
+            kinds.setdefault(names, set()).add(block)
+    if not kinds:
+        return []
+    lines = [f"{blocks_text(blocks)}: {', '.join(names) or 'none'}" for names, blocks in kinds.items()]
+    return ["Layers that LoRA can adapt:", *(f"  {line}" for line in lines), ""]
 
 
 def _digit(copies: int) -> str:

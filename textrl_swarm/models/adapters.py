@@ -40,6 +40,7 @@ from textrl_swarm.models.layers import (
     is_conv1d,
     layers_of,
     routed_experts,
+    short_name,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def choose_targets(
     """
     if targets is None:
         return {path: sizes for path, sizes in layers.items() if sizes.experts is None}
-    names = {path: _short_name(path, sizes) for path, sizes in layers.items()}
+    names = {path: short_name(path, sizes) for path, sizes in layers.items()}
     for target in targets:
         if target not in names and target not in names.values():
             raise ConfigError(
@@ -73,11 +74,6 @@ def choose_targets(
                 f"{closest(target, set(names.values()))}"
             )
     return {path: sizes for path, sizes in layers.items() if {path, names[path]} & set(targets)}
-
-
-def _short_name(path: str, sizes: LayerSizes) -> str:
-    """What PEFT matches paths with when they end in it."""
-    return ".".join(path.split(".")[-1 if sizes.experts is None else -2 :])
 
 
 def _leaf(path: str) -> str:

@@ -132,6 +132,11 @@ def routed_experts(block: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
+def short_name(path: str, sizes: LayerSizes) -> str:
+    """The end of a layer's path by which it is named in settings: "q_proj", "experts.down_proj"."""
+    return ".".join(path.split(".")[-1 if sizes.experts is None else -2 :])
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's linear layer, whose weight is transposed."""
     return type(module).__name__ == "Conv1D"

@@ -12,7 +12,7 @@ import asyncio
 import concurrent.futures
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,16 @@ from petals.utils.dht import compute_spans, get_remote_module_infos
 from textrl_swarm.config import Timeouts
 from textrl_swarm.errors import BlocksUnavailable, ConfigError, ServerFailed, SwarmError, closest
 from textrl_swarm.models.blocks import BlockSpan, spans_of
+from textrl_swarm.models.layers import short_name
 from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.connection import join, shut_down
 from textrl_swarm.swarm.client.routing import announced_models
 from textrl_swarm.swarm.client.rpc import ServerCalls
-from textrl_swarm.swarm.protocol import CAPABILITY, CAPABILITY_PREFIX, read_weights
+from textrl_swarm.swarm.protocol import CAPABILITY, CAPABILITY_PREFIX, read_sizes, read_weights
 from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_BLOCKS = 1000  # of one model; an announcement of more is malformed
+_MAX_LAYERS = 100  # names per block
 _TIMEOUTS = Timeouts(connect_s=5.0, request_s=10.0)
 
 
@@ -95,6 +97,9 @@ class ServerReport:
 
     weights: Mapping[int, str]
     """Block -> digest of its weights (models/digests.py); empty when the server did not tell."""
+
+    layers: Mapping[int, tuple[str, ...]]
+    """Block -> names of the layers that LoRA can adapt there; empty for servers that cannot train."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,7 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
     can_train = CAPABILITY in info.adapters
     answer_ms = token_ms = cache_tokens_left = None
     weights: dict[int, str] = {}
+    layers: dict[int, tuple[str, ...]] = {}
     if info.state == ServerState.ONLINE:
         try:
             # The first request also opens the connection, so it is not timed.
@@ -229,6 +235,7 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
         else:
             held = read_weights(about, range(span.start, span.end)) or {}
             weights = {block: _printable(str(one.digest)) for block, one in held.items()}
+            layers = _layers(about, range(span.start, span.end)) if can_train else {}
             token_ms = await _token_ms(calls, span, uids, about) if can_train else None
     if info.cache_tokens_left is not None:
         # Of our servers, tokens in all their blocks; petals counts numbers of one block's keys or values.
@@ -251,8 +258,21 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
         network_rps=info.network_rps,
         version=_printable_or_none(info.version),
         weights=weights,
+        layers=layers,
         adapters=tuple(_printable(name) for name in info.adapters if not name.startswith(CAPABILITY_PREFIX)),
     )
+
+
+def _layers(about: Mapping[str, Any], blocks: Iterable[int]) -> dict[int, tuple[str, ...]]:
+    layers = {}
+    try:
+        for block in blocks:
+            told = about["linears"][str(block)]
+            names = {_printable(short_name(str(path), read_sizes(sizes))) for path, sizes in told.items()}
+            layers[block] = tuple(sorted(names))[:_MAX_LAYERS]
+    except (KeyError, TypeError, ValueError, AttributeError):  # strangers' answers
+        return {}
+    return layers
 
 
 async def _token_ms(

@@ -83,6 +83,12 @@ def _preload(
 class LoraContainer(ModuleContainer):
     """ModuleContainer that makes the adapter store before the blocks, and reports when requests can come."""
 
+    def __init__(self, *args: Any, dht_announcer: Any, **kwargs: Any):
+        # petals' own formula knows one kind of attention. Its constructor announces that the server is online.
+        blocks = (int(uid.rpartition(".")[2]) for uid in dht_announcer.module_uids)
+        dht_announcer.bytes_per_token = LoraServer.model.cache_bytes(blocks)[0]
+        super().__init__(*args, dht_announcer=dht_announcer, **kwargs)
+
     @classmethod
     def create(cls, *, dht: Any, block_indices: Sequence[int], device: Any, **kwargs: Any) -> LoraContainer:
         """As petals' own."""
@@ -100,8 +106,6 @@ class LoraContainer(ModuleContainer):
             put, max_batch_size=1 << 62, name="lora_store", device=torch.device("cpu")
         )
         container = super().create(dht=dht, block_indices=block_indices, device=device, **kwargs)
-        # petals' own formula knows one kind of attention.
-        container.dht_announcer.bytes_per_token = LoraServer.model.cache_bytes(block_indices)[0]
         tell_parent("online", span=[min(block_indices), max(block_indices) + 1])
         return container
 
