@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from families import BLOCKS, random_checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from textrl_swarm.commands.serve import _download_options
 from textrl_swarm.decoders.caches import server_cache_bytes
 from textrl_swarm.models.base_model import resolve
+from textrl_swarm.models.layers import expert_layers, find_blocks, linear_layers
+from textrl_swarm.models.quantization import keep_differentiable
 from textrl_swarm.swarm import compat
 
 compat.require_petals()
@@ -60,3 +64,65 @@ def test_as_many_blocks_as_fit_by_the_largest(deepseek):
         if blocks:
             assert deepseek.blocks_within(memory - 1, QuantType.NONE, 100) == min(blocks - 1, BLOCKS)
     assert deepseek.blocks_within(0, QuantType.NONE, 100) == 0
+
+
+def test_another_revision_of_the_hub_is_another_model(tmp_path, monkeypatch):
+    """Its configuration and its weights; as after a download."""
+    repository = tmp_path / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    for name, hidden in (("main", 32), ("old", 48)):
+        commit = f"{hidden:040x}"
+        (repository / "refs" / name).write_text(commit)
+        random_checkpoint("llama", repository / "snapshots" / commit, hidden_size=hidden)
+    options = ["--revision", "old", "--cache_dir", str(tmp_path), "--device", "cpu", "--token", "secret"]
+    download = _download_options(options)
+    assert download == {"revision": "old", "cache_dir": str(tmp_path), "token": "secret"}
+    for chosen, hidden in ((download, 48), ({"cache_dir": str(tmp_path)}, 32)):
+        base = resolve("owner/model", **chosen)
+        assert base.config.hidden_size == hidden
+        block = ServedModel(base, torch.float32, torch.device("cpu"), **chosen).load(1)
+        assert block.self_attn.o_proj.weight.shape == (hidden, hidden)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3", "qwen3_next", "falcon_h1"])
+def test_quantised_layers_are_those_of_transformers(tmp_path, family, kind):
+    """Number by number; where transformers leaves nothing out (experts), so are a block's outputs."""
+    directory = random_checkpoint(family, tmp_path)
+    model = ServedModel(resolve(directory), torch.float32, torch.device("cpu"))
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if kind == "int8"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    )
+    plain = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+    ).eval()
+    keep_differentiable(plain)
+    blocks = find_blocks(plain)[1]
+    for index in (0, BLOCKS - 1):
+        served = model.make_ready(model.load(index), index, QuantType[kind.upper()])
+        found, expected = served.block.module, blocks[index]
+        compared = 0
+        for path in linear_layers(expected):
+            one, other = found.get_submodule(path), expected.get_submodule(path)
+            if type(other) is torch.nn.Linear:
+                continue  # transformers keeps Mamba's out_proj as it is
+            assert torch.equal(one.weight.data, other.weight.data), path
+            compared += 1
+        assert compared > 0
+        if not expert_layers(found) and compared == len(linear_layers(expected)):
+            call = model.planner.plan(1, 16, None).calls[index].ready(None, None)
+            hidden = model._trial_tokens()
+            if (family, kind) == ("deepseek_v3", "int8"):  # bitsandbytes' own layer takes three dimensions
+                with pytest.raises(RuntimeError, match="must match the size"):
+                    expected(hidden, *call.args, **call.kwargs)
+                continue
+            output = expected(hidden, *call.args, **call.kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            assert torch.equal(served(hidden), output)

@@ -4,6 +4,7 @@ server.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
 import signal
@@ -50,7 +51,7 @@ def serve_command(
         LaunchError: a server did not start, or ended by itself.
         ServerMismatch: the swarm serves another model under this name.
     """
-    base = resolve(model)
+    base = resolve(model, **_download_options(petals_options))
     require_servable(base)
     adapters = _check_adapters(base, petals_options)
     compat.require_petals()
@@ -87,6 +88,15 @@ def serve_command(
         finally:
             group.close(leave_within_s=_LEAVE_S)
     console.print("all servers have ended")
+
+
+def _download_options(options: Sequence[str]) -> dict[str, str]:
+    """Those of petals' options that say which files of the hub to read, and how."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    for name in ("--revision", "--token", "--cache_dir"):
+        parser.add_argument(name)
+    found, _ = parser.parse_known_args(list(options))
+    return {name: value for name, value in vars(found).items() if value is not None}
 
 
 def _spans(num_blocks: int, num_servers: int, options: Sequence[str]) -> list[BlockSpan] | None:

@@ -11,7 +11,7 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from textrl_swarm.errors import ModelError
 
@@ -58,8 +58,11 @@ class BaseModel:
         return self.config.get_text_config(decoder=True).num_hidden_layers
 
 
-def resolve(model: str | Path | BaseModel) -> BaseModel:
+def resolve(model: str | Path | BaseModel, **download: Any) -> BaseModel:
     """Finds a model by directory or hub id and reads its configuration.
+
+    Args:
+        download: how a file of the hub is asked for (revision, token, cache_dir of `from_pretrained`).
 
     Raises:
         ModelError: no such directory or hub id, no config.json, no weights or an adapter in the directory,
@@ -79,7 +82,7 @@ def resolve(model: str | Path | BaseModel) -> BaseModel:
     elif looks_like_path(model):
         raise ModelError(f"there is no directory {path}")
     name = hub_name(model)
-    return BaseModel(name, _read_config(name), _dht_prefix(name))
+    return BaseModel(name, _read_config(name, **download), _dht_prefix(name))
 
 
 def _require_model_directory(path: Path) -> None:
@@ -101,11 +104,12 @@ def _require_model_directory(path: Path) -> None:
         )
 
 
-def _read_config(name: str) -> PretrainedConfig:
+def _read_config(name: str, **download: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
+        # None would ask on the terminal.
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **download)
     except Exception as error:  # transformers and huggingface_hub raise many kinds
         if _wants_to_run_code(error):
             raise ModelError(

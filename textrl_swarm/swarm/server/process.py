@@ -84,7 +84,7 @@ class LoraContainer(ModuleContainer):
     """ModuleContainer that makes the adapter store before the blocks, and reports when requests can come."""
 
     def __init__(self, *args: Any, dht_announcer: Any, **kwargs: Any):
-        # petals' own formula knows one kind of attention. Its constructor announces that the server is online.
+        # petals' own formula knows one kind of attention; its constructor announces the server.
         blocks = (int(uid.rpartition(".")[2]) for uid in dht_announcer.module_uids)
         dht_announcer.bytes_per_token = LoraServer.model.cache_bytes(blocks)[0]
         super().__init__(*args, dht_announcer=dht_announcer, **kwargs)
@@ -183,9 +183,9 @@ class LoraServer(Server):
         return self._attn_cache_tokens or _default_cache_tokens(self.block_config)
 
     def _served_model(self) -> ServedModel:
-        base = resolve(self.converted_model_name_or_path)
         if not hasattr(LoraServer, "model"):
             download = {name: value for name, value in self._download.items() if value is not None}
+            base = resolve(self.converted_model_name_or_path, **download)
             LoraServer.model = ServedModel(base, self.torch_dtype, self.device, **download)
         return LoraServer.model
 
@@ -195,7 +195,8 @@ def _default_cache_tokens(config: Any) -> int:
 
 
 def _read_config(name: str, **options: Any) -> Any:
-    return block_config(resolve(name))
+    asked = {"revision": options.get("revision"), "token": options.get("use_auth_token")}
+    return block_config(resolve(name, **{name: value for name, value in asked.items() if value is not None}))
 
 
 def _load_block(name: str, index: int, **options: Any) -> Any:
