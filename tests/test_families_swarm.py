@@ -40,12 +40,6 @@ MODELS = [
 # keys and values in each block.
 UPDATED = (*KINDS, "falcon_h1")
 
-# PEFT refuses the output projection of Mamba's layers.
-NO_OUT_PROJ = LoraSettings(r=4, targets=("in_proj",))
-TARGETS = dict.fromkeys(
-    ("mamba", "mamba2", "falcon_h1", "bamba", "granitemoehybrid", "jamba", "nemotron_h"), NO_OUT_PROJ
-)
-
 PROMPTS = [[5, 17, 60, 7, 8, 9, 30, 31, 32, 33, 34], [40, 41, 42]]
 
 
@@ -76,7 +70,7 @@ def swarm_of(tmp_path_factory) -> Iterator[Callable[[str], LocalSwarm]]:
 def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path, record_property):
     """What is recorded is the table in docs/families.md: pytest --junitxml=families.xml"""
     swarm = swarm_of(family)
-    lora = TARGETS.get(family, LoraSettings(r=4))
+    lora = LoraSettings(r=4)
     record_property("linear layers", assert_swarm_equals_plain(swarm, lora, tmp_path))
     matrices = experts_of(swarm.model)
     if matrices:

@@ -411,8 +411,8 @@ def test_a_target_that_only_some_blocks_have():
     [
         (
             "mamba2",
-            LoraSettings(),
-            r"PEFT cannot adapt Mamba2ForCausalLM: .*'out_proj' is incompatible .*tried: in_proj, out_proj",
+            LoraSettings(targets="out_proj"),
+            r"LoRA cannot adapt mixer\.out_proj .*refused by PEFT.*; choose",
         ),
         (
             "deepseek_v3",

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as LoraConfig
@@ -123,7 +123,7 @@ def model_lora_config(
     targets = choose_targets(layers, settings.targets)
     linears = {module: path for module, path in paths.items() if layers[path].experts is None}
     chosen = {module: path for module, path in linears.items() if path in targets}
-    unfit = _renamed_by_peft(chosen, model) | find_unused(chosen)
+    unfit = _renamed_by_peft(chosen, model) | _refused_by_peft(chosen, model) | find_unused(chosen)
     if unfit:
         targets = _leave_out(unfit, targets, settings, type(model).__name__)
     wanted = {module for module, path in paths.items() if path in targets}
@@ -200,6 +200,20 @@ def _renamed_by_peft(modules: Mapping[str, str], model: nn.Module) -> set[str]:
     return {path for module, path in modules.items() if names.get(module) not in loaded}
 
 
+def _refused_by_peft(modules: Mapping[str, str], model: PreTrainedModel) -> set[str]:
+    """Paths inside a block with a name that PEFT adapts in no model of this kind, e.g. Mamba's `out_proj`."""
+    refused = set()
+    for leaf in {_leaf(path) for path in modules.values()}:
+        holder: Any = nn.ModuleDict({leaf: nn.Linear(1, 1, device="meta")})
+        holder.config = model.config
+        try:
+            with torch.random.fork_rng(devices=[]), without_peft_notices():
+                inject_adapter_in_model(LoraConfig(r=1, target_modules=[leaf]), holder)
+        except ValueError:
+            refused.add(leaf)
+    return {path for path in modules.values() if _leaf(path) in refused}
+
+
 def _keeps_its_name(path: str, model: nn.Module) -> bool:
     config = LoraConfig(target_modules=[path])
     try:
@@ -247,7 +261,7 @@ def _leave_out(
     kept = {path: sizes for path, sizes in targets.items() if path not in unfit}
     message = (
         f"{model}: LoRA cannot adapt {', '.join(sorted(unfit))} "
-        "(never called by a forward, or taken for experts of older models by PEFT)"
+        "(never called by a forward, refused by PEFT, or taken by it for experts of older models)"
     )
     if settings.targets is not None or not kept:
         raise ModelError(f"{message}; choose others with LoraSettings(targets=...)")
