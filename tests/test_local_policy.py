@@ -690,6 +690,19 @@ def test_a_tokenizers_own_code_is_not_run_and_nothing_is_asked(tmp_path, caplog,
         load_tokenizer(str(directory))
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt_neox", "cohere", "opt"])
+def test_a_missing_tokenizer_is_none_at_all(family, tmp_path):
+    """Transformers makes an empty one for these, whose end token would end responses."""
+    directory = random_checkpoint(family, tmp_path / "model")
+    with load_policy(directory) as policy:
+        assert policy.tokenizer is None
+        assert policy.stop_ids == {2}  # of the model's own configuration
+        with pytest.raises(PromptError, match="token ids"):
+            policy.generate(["The soup"], SamplingConfig(max_new_tokens=2))
+    with pytest.raises(ModelError, match="has no tokenizer: there are no files with its vocabulary"):
+        load_tokenizer(str(directory))
+
+
 def test_a_model_without_a_name_has_not_the_tokenizer_of_the_current_directory(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tiny.random_bloom(tmp_path / "model", layers=1, hidden=32))
     assert load_policy(tiny_model("gpt2")).tokenizer is None and not caplog.text

@@ -59,10 +59,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # what tokenizers raises for a damaged file is a plain Exception
         reason = reason_of(error, model)
         raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {reason}") from error
+    # Where its files are missing, transformers makes an empty one for many families, and says nothing.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ModelError(f"{model!r} has no tokenizer: there are no files with its vocabulary")
+    return tokenizer
 
 
 def find_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
