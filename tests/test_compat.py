@@ -86,6 +86,32 @@ def test_the_hook_may_be_installed_twice():
     assert out == "True\n"
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("transformers.core_model_loading", "rename_source_key"),
+        ("transformers.integrations.moe", "_grouped_linear"),
+        ("peft.tuners.lora.layer", "ParamWrapper"),
+    ],
+)
+def test_a_name_that_another_version_lacks_is_explained(module, name):
+    """Decoders are cut with names of transformers that are not public."""
+    out = python(
+        f"""
+        import importlib
+        delattr(importlib.import_module("{module}"), "{name}")
+        import textrl_swarm
+        from textrl_swarm.errors import IncompatibleLibrary
+        try:
+            textrl_swarm.load_policy
+        except IncompatibleLibrary as error:
+            print(error)
+        """
+    )
+    package = module.split(".")[0]
+    assert re.search(rf"{package} \S+ changed: cannot import name '{name}' .* pip install '{package}==", out)
+
+
 # What changes in a library -> what the message must say. Each runs in a fork of one process that loaded all.
 CHANGES = {
     "petals 2.3": (

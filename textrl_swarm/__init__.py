@@ -16,9 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import lazy_loader
 
-from textrl_swarm.swarm.compat import install_import_hook
+from textrl_swarm.swarm.compat import explained_changes, install_import_hook
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_import_lazily, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    with explained_changes():  # names of transformers and peft that are not public may go
+        return _import_lazily(name)
+
 
 try:
     __version__ = version("textrl-swarm")

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from textrl_swarm.display import accept_any_text
 from textrl_swarm.errors import TextRLSwarmError
+from textrl_swarm.swarm.compat import explained_changes
 
 app = typer.Typer(
     add_completion=False,
@@ -275,7 +276,8 @@ def _complain(message: str) -> None:
 def _run(command: typer.Typer) -> None:
     accept_any_text()
     try:
-        command()
+        with explained_changes():
+            command()
     except TextRLSwarmError as error:
         _complain(str(error))
         sys.exit(1)

@@ -51,9 +51,10 @@ def serve_command(
         LaunchError: a server did not start, or ended by itself.
         ServerMismatch: the swarm serves another model under this name.
     """
-    base = resolve(model, **_download_options(petals_options))
-    require_servable(base)
-    adapters = _check_adapters(base, petals_options)
+    with spinner(console, "looking at the model"):
+        base = resolve(model, **_download_options(petals_options))
+        require_servable(base)
+        adapters = _check_adapters(base, petals_options)
     compat.require_petals()
     if initial_peers:
         from textrl_swarm.swarm.client.connection import check_addresses

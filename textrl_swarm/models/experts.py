@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations import moe
+from transformers.integrations.moe import _grouped_linear
 
 from textrl_swarm.models.layers import expert_parameters, routed_experts
 
@@ -158,7 +158,7 @@ class _Routed(NamedTuple):
             output = self._one_by_one(rows, lambda expert, own: matrices[expert](own))
             output = output if bias is None else output + bias
         else:
-            output = moe._grouped_linear(rows, matrices, self.ends, bias, self.experts.is_transposed)
+            output = _grouped_linear(rows, matrices, self.ends, bias, self.experts.is_transposed)
         if update is None:
             return output
         # unbind: its backward writes one gradient for all experts, that of indexing one for each.

@@ -95,7 +95,7 @@ class _MendingLoader(importlib.abc.Loader):
         from hivemind.utils.logging import HandlerMode, use_hivemind_log_handler
 
         root_level = logging.root.level
-        with _environment(PETALS_IGNORE_DEPENDENCY_VERSION="1", PETALS_LOGGING="False"), _explained_changes():
+        with _environment(PETALS_IGNORE_DEPENDENCY_VERSION="1", PETALS_LOGGING="False"), explained_changes():
             self._loader.exec_module(module)
             # This module puts a handler on the root logger, whatever PETALS_LOGGING says.
             importlib.import_module("petals.utils.convert_block")
@@ -150,7 +150,7 @@ def _environment(**variables: str):
 
 
 @contextlib.contextmanager
-def _explained_changes():
+def explained_changes():
     """Turns "cannot import name X from Y" into an error that says which version of Y still had it."""
     try:
         yield
