@@ -66,6 +66,14 @@ def test_as_many_blocks_as_fit_by_the_largest(deepseek):
     assert deepseek.blocks_within(0, QuantType.NONE, 100) == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "least", "most"), [("llama", 0.9, 1), ("mixtral", 0.9, 1), ("llama4_text", 0.1, 0.5)]
+)
+def test_what_quantisation_reaches_is_known_before(tmp_path, family, least, most):
+    model = ServedModel(resolve(random_checkpoint(family, tmp_path)), torch.float32, torch.device("cpu"))
+    assert least < min(map(model.quantized_share, range(BLOCKS))) < most
+
+
 def test_another_revision_of_the_hub_is_another_model(tmp_path, monkeypatch):
     """Its configuration and its weights; as after a download."""
     repository = tmp_path / "models--owner--model"

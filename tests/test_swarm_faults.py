@@ -23,6 +23,7 @@ import pytest
 import torch
 from plain_peft import FAST, PlainPeft, assert_same, connect, fill, greedy, loss_of, random_tokens, run
 from safetensors.torch import load_file, save_file
+from transformers import BloomConfig
 
 from textrl_swarm.config import LoraSettings, SamplingConfig, Timeouts
 from textrl_swarm.errors import (
@@ -233,6 +234,9 @@ def nothing_left():
         return set(psutil.Process().children(recursive=True)) - before
 
     yield started
+    psutil.wait_procs(
+        started(), timeout=5
+    )  # the manager of a server that ended by itself sees it a moment later
     assert not started()
     assert ours.is_shared()
 
@@ -417,6 +421,17 @@ def test_a_server_that_cannot_start_says_why(tiny_bloom):
         ),
     ):
         LocalSwarm(tiny_bloom(seed=4), num_servers=2, server_options=["--no_such_option", "1"]).__enter__()
+
+
+def test_weights_that_do_not_fit_are_told_before_they_are_loaded(tmp_path):
+    BloomConfig(hidden_size=14336, n_layer=70, n_head=112).save_pretrained(tmp_path)
+    index = {"metadata": {}, "weight_map": {"h.0.mlp.dense_h_to_4h.weight": "never-there.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with (
+        nothing_left(),
+        pytest.raises(LaunchError, match=r"70 block\(s\) .* need 643\.\d GiB .*--quant_type nf4"),
+    ):
+        LocalSwarm(tmp_path, num_servers=1).__enter__()
 
 
 @pytest.mark.slow  # another start of servers; the default run shall stay under ten minutes

@@ -26,11 +26,13 @@ from textrl_swarm.swarm import compat
 compat.require_petals()
 
 import petals.cli.run_server as run_server  # noqa: E402
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
 from petals.constants import PUBLIC_INITIAL_PEERS  # noqa: E402
 from petals.server.server import ModuleContainer, Server  # noqa: E402
 from petals.server.task_pool import PrioritizedTaskPool  # noqa: E402
+from petals.utils.convert_block import QuantType  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from textrl_swarm.decoders.caches import server_cache_bytes  # noqa: E402
@@ -142,6 +144,8 @@ class LoraServer(Server):
                 "--tensor_parallel_devices is not supported: start one server per device, with --device and "
                 "--block_indices"
             )
+        self._require_room()
+        self._require_quantizable()
         self.server_info.adapters = (*(find_adapter(name)[1] for name in adapters), CAPABILITY)
         self.attn_cache_bytes = self._cache_bytes(self._cache_tokens())
         tell_parent(
@@ -150,6 +154,47 @@ class LoraServer(Server):
             addresses=[str(address) for address in self.dht.get_visible_maddrs()],
             dht_prefix=self.dht_prefix,
         )
+
+    def _held(self) -> Sequence[int]:
+        """The blocks of this server, or as many of the largest, from which petals will choose."""
+        if self.strict_block_indices is not None:
+            return self.strict_block_indices
+        model = self._served_model()
+        by_size = sorted(
+            range(model.skeleton.num_blocks), key=lambda block: -model.block_bytes(block, self.quant_type)
+        )
+        return by_size[: self.num_blocks]
+
+    def _require_room(self) -> None:
+        """Raises ConfigError, before weights are loaded, when they do not fit into what is free."""
+        model, blocks = self._served_model(), self._held()
+        needed = sum(model.block_bytes(block, self.quant_type) for block in blocks)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        else:
+            free = psutil.virtual_memory().available
+        if needed > free:
+            raise ConfigError(
+                f"{len(blocks)} block(s) of this model need {needed / 2**30:.1f} GiB for their weights, and "
+                f"{self.device} has {free / 2**30:.1f} GiB left: hold fewer (--block_indices, --num_blocks), "
+                "or quantise (--quant_type nf4)"
+            )
+
+    def _require_quantizable(self) -> None:
+        if self.quant_type == QuantType.NONE:
+            return
+        model = self._served_model()
+        least = min(self._held(), key=model.quantized_share)
+        share = model.quantized_share(least)
+        if share == 0:
+            raise ConfigError(
+                f"--quant_type {self.quant_type.name.lower()} reaches no weight of block {least} (unusual "
+                "kinds of layers): leave it out"
+            )
+        if share < 0.5:
+            logger.warning(
+                "--quant_type leaves %.0f %% of the weights of block %d unchanged", 100 - 100 * share, least
+            )
 
     def _cache_bytes(self, tokens: int) -> int:
         """For so many tokens in all blocks of this server, and the states of as many rows as may hold

@@ -100,6 +100,12 @@ class ServedModel:
         sizes = {QuantType.NONE: self.dtype.itemsize, QuantType.INT8: 1, QuantType.NF4: _NF4_BYTES}
         return round((numbers - linear) * self.dtype.itemsize + linear * sizes[quant_type])
 
+    def quantized_share(self, index: int) -> float:
+        """Of a block's numbers, those that can be quantised."""
+        block = self.skeleton.blocks[index]
+        linear = sum(sizes.weights for sizes in layers_of(block).values())
+        return linear / sum(parameter.numel() for parameter in block.parameters())
+
     def blocks_within(self, memory: int, quant_type: QuantType, cache_tokens: int) -> int:
         """How many blocks fit into so many bytes, whichever they are: counted by the largest.
 
