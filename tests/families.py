@@ -152,6 +152,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, "topk_method": "greedy"},
     "deepseek_v3": _LATENT,
     "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 64},
+    # which tokens to attend to travels between blocks
+    "glm_moe_dsa": {
+        **_LATENT,
+        "index_n_heads": 16,  # with few, scores are 0 and tie
+        "index_head_dim": 8,
+        "index_topk": 5,
+        "indexer_types": ["full", "shared", "shared", "full"],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
     # states
     "qwen3_next": {**_WIDE, **_EXPERTS, **_SHARED_EXPERT, **_LINEAR},
     "qwen3_5_text": {**_WIDE, **_LINEAR},

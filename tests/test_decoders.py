@@ -28,7 +28,16 @@ from textrl_swarm.models.base_model import resolve
 LENGTH = 13
 # One of each kind; the others are `slow`.
 KINDS = ("bloom", "llama", "gemma3_text", "gpt2", "opt", "cohere", "mixtral", "gpt_oss", "llama4_text")
-KINDS += ("deepseek_v3", "deepseek_v32", "qwen3_next", "falcon_h1", "lfm2", "jamba", "gemma4_text")
+KINDS += (
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "qwen3_next",
+    "falcon_h1",
+    "lfm2",
+    "jamba",
+    "gemma4_text",
+)
 MODELS = [family if family in KINDS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 # Transformers' own chunks forget what came before (in Jamba's and Mamba's layers).
 TOKEN_BY_TOKEN = ("jamba", "mamba")

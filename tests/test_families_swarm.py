@@ -26,15 +26,13 @@ from textrl_swarm.types import RolloutBatch
 
 pytestmark = [pytest.mark.swarm, pytest.mark.filterwarnings("ignore::UserWarning")]
 
-# Dense, sliding windows and experts, a latent cache, states. The others are `slow`.
-KINDS = ("llama", "gpt_oss", "deepseek_v3", "qwen3_next")
-# The indexer of DeepSeek V3.2 gets no gradient: plain PEFT gives None where servers give zeros.
-NOT_COMPARED = ("deepseek_v32",)
-MODELS = [
-    family if family in KINDS else pytest.param(family, marks=pytest.mark.slow)
-    for family in FAMILIES
-    if family not in NOT_COMPARED
-]
+# Dense, sliding windows and experts, a latent cache, states, indices that travel between blocks; the rest is
+# `slow`.
+KINDS = ("llama", "gpt_oss", "deepseek_v3", "qwen3_next", "glm_moe_dsa")
+MODELS = [family if family in KINDS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+# Indexers of sparse attention get no gradient: plain PEFT gives None where servers give zeros.
+NO_INDEXER = LoraSettings(r=4, targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
+TARGETS = {"deepseek_v32": NO_INDEXER, "glm_moe_dsa": NO_INDEXER}
 
 # A PPO update through a swarm is compared with one on this machine: these kinds, and one with states beside
 # keys and values in each block.
@@ -70,7 +68,7 @@ def swarm_of(tmp_path_factory) -> Iterator[Callable[[str], LocalSwarm]]:
 def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path, record_property):
     """What is recorded is the table in docs/families.md: pytest --junitxml=families.xml"""
     swarm = swarm_of(family)
-    lora = LoraSettings(r=4)
+    lora = TARGETS.get(family, LoraSettings(r=4))
     record_property("linear layers", assert_swarm_equals_plain(swarm, lora, tmp_path))
     matrices = experts_of(swarm.model)
     if matrices:
@@ -225,7 +223,7 @@ def assert_equal(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("family", [family for family in REFUSED if family != "recurrent_gemma"])
+@pytest.mark.parametrize("family", REFUSED)
 def test_models_that_cannot_be_served_are_refused_at_the_door(tmp_path, family):
     config = AutoConfig.for_model(family, **REFUSED[family])
     config.save_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
+from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.caches import CacheSpec, DummyLayer, fresh, planned
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.errors import ModelError
@@ -36,11 +37,13 @@ class DecoderBlock(nn.Module):
         self._planner = planner
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Output (B, S, H) for hidden states (B, S, H) from the first token on."""
+        """Output (B, S, W) for hidden states (B, S, W) from the first token on; W is H for most models, see
+        Boundary.
+        """
         return self._call(hidden, None, None)
 
     def step(self, hidden: Tensor, spec: CacheSpec, tensors: Sequence[Tensor], past: int) -> Tensor:
-        """Output (B, S, H) for the tokens behind `past` others.
+        """Output (B, S, W) for the tokens behind `past` others.
 
         Args:
             tensors: of `spec.tensors`, with the earlier tokens in them; these are added.
@@ -49,11 +52,15 @@ class DecoderBlock(nn.Module):
         layers[self.index] = spec.layer(tensors, past)
         return self._call(hidden, past, Cache(layers=layers))
 
-    def _call(self, hidden: Tensor, past: int | None, cache: Cache | None) -> Tensor:
+    def _call(self, packed: Tensor, past: int | None, cache: Cache | None) -> Tensor:
+        boundary = self._planner.boundary
+        hidden, parts = boundary.unpack(packed)
         plan = self._planner.plan(hidden.shape[0], hidden.shape[1], past)
-        call = plan.calls[self.index].ready(plan.cache, cache)
+        call = plan.calls[self.index].ready(plan.cache, cache, parts)
         output = self.module(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        if not isinstance(output, tuple):
+            return output
+        return boundary.pack(output[0], dict(zip(boundary.parts, output[1:], strict=False)))
 
 
 def cache_spec(module: nn.Module, index: int, planner: Planner) -> CacheSpec:
@@ -74,12 +81,13 @@ def cache_spec(module: nn.Module, index: int, planner: Planner) -> CacheSpec:
         layers = [planned(other, 0) for other in planner.templates]
         layers[index] = layer = fresh(template)
         cache = Cache(layers=layers)
-        call = plan.calls[index].ready(plan.cache, cache)
+        hidden = torch.zeros(1, length, planner.hidden_size, dtype=planner.dtype)
+        hidden, parts = planner.boundary.unpack(planner.boundary.trial(hidden) if index else hidden)
+        call = plan.calls[index].ready(plan.cache, cache, parts)
         args, kwargs = tree_map(lambda leaf: _on(device, leaf), (call.args, dict(call.kwargs)))
-        hidden = torch.zeros(1, length, planner.hidden_size, dtype=planner.dtype, device=device)
         try:
             with torch.no_grad():
-                module(hidden, *args, **kwargs)
+                module(hidden.to(device), *args, **kwargs)
         except (LookupError, AttributeError, TypeError) as error:
             raise ModelError(
                 f"block {index} ({type(module).__name__}) does not run alone: {error!r}; it uses what "
@@ -116,15 +124,16 @@ def chunks_are_exact(block: DecoderBlock, spec: CacheSpec) -> bool:
     planner = block._planner
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((1, _PROBE_TOKENS, planner.hidden_size), generator=generator)
-    hidden = hidden.to(planner.device, planner.dtype)
+    hidden = planner.boundary.trial(hidden.to(planner.device, planner.dtype))
     with torch.no_grad():
         whole = block(hidden)
-        if not _near(_in_chunks(block, spec, hidden, (_PROBE_TOKENS - 2, 1, 1)), whole):
+        size = planner.hidden_size
+        if not _near(_in_chunks(block, spec, hidden, (_PROBE_TOKENS - 2, 1, 1)), whole, size):
             raise ModelError(
                 f"block {block.index} ({type(block.module).__name__}) computes other hidden states token by "
                 "token than at once"
             )
-        return _near(_in_chunks(block, spec, hidden, (4, 5, 4)), whole)
+        return _near(_in_chunks(block, spec, hidden, (4, 5, 4)), whole, size)
 
 
 def _in_chunks(block: DecoderBlock, spec: CacheSpec, hidden: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -136,8 +145,9 @@ def _in_chunks(block: DecoderBlock, spec: CacheSpec, hidden: Tensor, lengths: tu
     for chunk in hidden.split(lengths, dim=1):
         outputs.append(block.step(chunk, spec, tensors, past))
         past += chunk.shape[1]
-    return torch.cat(outputs, dim=1)
+    return join_tokens(outputs)
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _near(a: Tensor, b: Tensor, hidden_size: int) -> bool:
+    a, b = a[..., :hidden_size], b[..., :hidden_size]
     return bool((a - b).float().norm() < _SAME * b.float().norm())

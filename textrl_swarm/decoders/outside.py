@@ -70,8 +70,8 @@ class Outside:
         raise ModelError(f"{self.skeleton.config.model_type} does not reach its first block")
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """What output embeddings and value head read (B, S, H'), for the last block's output (B, S, H)."""
-        self._output = hidden
+        """What output embeddings and value head read (B, S, H'), for the last block's output (B, S, W)."""
+        self._output = hidden[..., : self.skeleton.hidden_size]
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
             return self.skeleton.run_decoder(0, None, input_ids=tokens)[0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
+from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.caches import planned
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.decoders.stand_ins import StandIns
@@ -31,9 +32,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def ready(self, stand_in: Cache | None, cache: Cache | None) -> Call:
+    def ready(
+        self, stand_in: Cache | None, cache: Cache | None, parts: Mapping[str, Tensor | None] | None = None
+    ) -> Call:
         """The same for one use: with the cache of a generation in the place of the one that was planned with,
-        and containers of its own, which blocks may write into (Gemma 4).
+        what the block before handed on, and containers of its own, which blocks may write into (Gemma 4).
         """
 
         def one(value: Any) -> Any:
@@ -41,7 +44,8 @@ class Call:
                 return cache
             return copy.copy(value) if isinstance(value, (dict, list, UserDict)) else value
 
-        return Call(tuple(map(one, self.args)), {name: one(value) for name, value in self.kwargs.items()})
+        kwargs = {name: one(value) for name, value in self.kwargs.items()}
+        return Call(tuple(map(one, self.args)), {**kwargs, **(parts or {})})
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ class Planner:
         stand_ins = StandIns(skeleton, self._record)
         problem = stand_ins.choose_form(self._is_planned)
         if problem is not None:
-            raise self._refusal(problem)
+            raise self.refusal(problem)
         self._require_independence()
+        self.boundary = Boundary(self.hidden_size, self._parts(stand_ins))
 
     def plan(self, rows: int, length: int, past: int | None) -> Plan:
         """For hidden states (rows, length, H).
@@ -125,6 +130,17 @@ class Planner:
             self._plan(torch.zeros(2, 3, self.hidden_size), 2, 3, past)
         return True
 
+    def _parts(self, stand_ins: StandIns) -> tuple[str, ...]:
+        """The argument by which blocks are handed what the ones before returned beside hidden states."""
+        marked = stand_ins.second = object()
+        try:
+            calls = self._plan(torch.zeros(1, 1, 1), 2, 3, None).calls.values()
+        except Exception:  # a decoder that computes with the second part of an answer does not hand it on
+            return ()
+        finally:
+            stand_ins.second = None
+        return tuple({name: None for call in calls for name, value in call.kwargs.items() if value is marked})
+
     def _require_one_hidden_state(self, shape: tuple[int, ...]) -> None:
         seen = [block for block, _, _ in self._records]
         if seen != list(range(self.num_blocks)):
@@ -142,9 +158,10 @@ class Planner:
         for block in range(self.num_blocks):
             calm, noisy = (plan.calls[block] for plan in plans)
             if not _same((calm.args, dict(calm.kwargs)), (noisy.args, dict(noisy.kwargs))):
-                raise self._refusal(f"block {block} is given something computed from the embeddings")
+                raise self.refusal(f"block {block} is given something computed from the embeddings")
 
-    def _refusal(self, reason: str) -> ModelError:
+    def refusal(self, reason: str) -> ModelError:
+        """The error for blocks that cannot be served one by one."""
         return ModelError(
             f"the blocks of {self._name} cannot be served one by one: {reason} "
             "(train it on this machine: leave initial_peers out)"

@@ -13,10 +13,10 @@ from textrl_swarm.errors import ModelError
 Replacement: TypeAlias = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 # What decoders of transformers take for a block's answer.
-_FORMS: dict[str, Callable[[Tensor], Any]] = {
-    "a tensor": lambda hidden: hidden,
-    "a tuple": lambda hidden: (hidden,),
-    "a pair": lambda hidden: (hidden, None),
+_FORMS: dict[str, Callable[[Tensor, object], Any]] = {
+    "a tensor": lambda hidden, _: hidden,
+    "a tuple": lambda hidden, _: (hidden,),
+    "a pair": lambda hidden, second: (hidden, second),
 }
 
 
@@ -30,6 +30,7 @@ class StandIns:
 
     def __init__(self, skeleton: Skeleton, replacement: Replacement):
         self.replacement = replacement
+        self.second: object = None  # of a pair
         self.form = _FORMS["a tensor"]
         for i, block in enumerate(skeleton.blocks):
             skeleton.blocks[i] = _StandIn(self, i, block)
@@ -63,4 +64,5 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        return self._owner.form(self._owner.replacement(self._index, hidden, args[1:], kwargs))
+        answer = self._owner.replacement(self._index, hidden, args[1:], kwargs)
+        return self._owner.form(answer, self._owner.second)

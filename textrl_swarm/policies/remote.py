@@ -61,10 +61,10 @@ def load_remote_policy(
             f"quantization={quantization!r} is for local models; in a swarm the servers hold the weights: "
             "start them with `textrl-swarm serve MODEL --quant_type int8` (or nf4)"
         )
-    base = None
+    base = boundary = None
     if not isinstance(model, nn.Module):
         base = resolve(model)
-        require_servable(base)  # before anything of petals is loaded
+        boundary = require_servable(base)  # before anything of petals is loaded
     elif initial_peers is not None:
         raise ConfigError(
             "a petals model already knows its swarm: leave initial_peers out, or pass the model's name "
@@ -95,7 +95,14 @@ def load_remote_policy(
         config.model_type, config.hidden_size, config.vocab_size, config.num_hidden_layers
     )
     client = SwarmClient(
-        dht, p2p, prefix, fingerprint, timeouts, checkpoint=checkpoint, owns_dht=base is not None
+        dht,
+        p2p,
+        prefix,
+        fingerprint,
+        timeouts,
+        checkpoint=checkpoint,
+        boundary=boundary,
+        owns_dht=base is not None,
     )
     try:
         return RemotePolicy(parts, client, lora, seed, tokenizer)

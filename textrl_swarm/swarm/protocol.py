@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textrl_swarm.decoders.block import cache_spec
+from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.planner import Planner
+from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ModelError, ShapeError
 from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.layers import LayerSizes
@@ -48,9 +51,12 @@ ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients
 ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
 
 
-def require_servable(base: BaseModel) -> None:
-    """Raises ModelError, before anything is loaded, for a model whose blocks cannot be served one by one, or
-    whose weights are quantised on the disk.
+def require_servable(base: BaseModel) -> Boundary:
+    """What travels between the model's blocks.
+
+    Raises:
+        ModelError: before anything is loaded, for a model whose blocks cannot be served one by one, or whose
+            weights are quantised on the disk.
     """
     saved = saved_quantization(base)
     if saved is not None:
@@ -58,7 +64,16 @@ def require_servable(base: BaseModel) -> None:
             f"the weights of {base} are saved in {saved}, which servers cannot cut into blocks: "
             f"serve the model they were made from with --quant_type {'int8' if saved == '8bit' else 'nf4'}"
         )
-    Planner(base.config, torch.float32, "cpu", str(base))
+    planner = Planner(base.config, torch.float32, "cpu", str(base))
+    kinds: set[str] = set()
+    for i, block in enumerate(Skeleton(base.config, torch.float32).blocks):
+        if repr(block) not in kinds:  # it shows modules and sizes
+            kinds.add(repr(block))
+            try:
+                cache_spec(block, i, planner)
+            except ModelError as error:
+                raise planner.refusal(str(error)) from error
+    return planner.boundary
 
 
 # -------------------------------------------------------------------------------- errors on the wire

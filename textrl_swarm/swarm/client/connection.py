@@ -21,6 +21,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from torch import Tensor
 
 from textrl_swarm.config import Timeouts
+from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.errors import AddressError
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.models.layers import LayerSizes
@@ -117,6 +118,7 @@ class SwarmClient:
         dht, p2p: a running client node and its libp2p daemon.
         fingerprint: of the client's model; servers of another model are refused.
         checkpoint: block index -> digest of its weights, as far as the client has them (models/digests.py).
+        boundary: what travels between blocks; None = hidden states.
         owns_dht: end both on close; False when a petals model of the user's owns them.
 
     Raises:
@@ -132,6 +134,7 @@ class SwarmClient:
         timeouts: Timeouts,
         *,
         checkpoint: Mapping[int, str],
+        boundary: Boundary | None = None,
         owns_dht: bool = True,
     ):
         self.traffic = Traffic()
@@ -143,7 +146,7 @@ class SwarmClient:
         self._close: Callable[[], object] = (
             weakref.finalize(self, shut_down, dht, p2p) if owns_dht else _nothing
         )
-        self._calls = ServerCalls(p2p, timeouts, self.traffic)
+        self._calls = ServerCalls(p2p, timeouts, self.traffic, boundary)
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
         self.chain = BlockChain(self.router, self._calls)
         self.linears: dict[int, dict[str, LayerSizes]] = {}

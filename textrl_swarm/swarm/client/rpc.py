@@ -22,6 +22,7 @@ from hivemind.utils.streaming import split_for_streaming
 from torch import Tensor
 
 from textrl_swarm.config import Timeouts
+from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed
 from textrl_swarm.swarm.protocol import (
     ENDING,
@@ -74,7 +75,8 @@ class ServerCalls:
     All raise ServerFailed, and those that name an adapter AdapterMissing or AdapterRejected.
     """
 
-    def __init__(self, p2p: P2P, timeouts: Timeouts, traffic: Traffic):
+    def __init__(self, p2p: P2P, timeouts: Timeouts, traffic: Traffic, boundary: Boundary | None = None):
+        self.boundary = boundary  # None = nothing but hidden states travels
         self.p2p = p2p
         self.timeouts = timeouts
         self.traffic = traffic
@@ -118,7 +120,7 @@ class ServerCalls:
             peer, "rpc_forward_stream", uids, tensors, metadata, "activations", "activations"
         )
         (outputs,) = _complete(answer, 1, peer)
-        return _checked(outputs, hidden, peer)
+        return _checked(outputs, hidden, peer, self.boundary)
 
     async def backward(
         self, peer: PeerID, uids: Sequence[str], hidden: Tensor, grad: Tensor, key: str, need_input_grad: bool
@@ -234,7 +236,7 @@ class GenerationStream:
             raise _translated(error, self._peer, "a generation step") from error
         self._calls.traffic.sent["activations"] += hidden.nbytes
         self._calls.traffic.received["activations"] += outputs.nbytes
-        return _checked(outputs, hidden, self._peer)
+        return _checked(outputs, hidden, self._peer, self._calls.boundary)
 
     async def close(self) -> None:
         """Tells the server to free the cache; never raises."""
@@ -278,8 +280,11 @@ def _complete(answer: list[Tensor], count: int, peer: PeerID) -> list[Tensor]:
     return answer
 
 
-def _checked(outputs: Tensor, inputs: Tensor, peer: PeerID) -> Tensor:
-    if outputs.shape != inputs.shape:
+def _checked(outputs: Tensor, inputs: Tensor, peer: PeerID, boundary: Boundary | None = None) -> Tensor:
+    fits = outputs.shape == inputs.shape
+    if boundary is not None and boundary.parts:  # their size is the servers' to know
+        fits = outputs.shape[:-1] == inputs.shape[:-1] and outputs.shape[-1] >= boundary.hidden_size
+    if not fits:
         raise ServerFailed(
             f"server {short_id(peer)} returned shape {tuple(outputs.shape)} for inputs of shape "
             f"{tuple(inputs.shape)}"

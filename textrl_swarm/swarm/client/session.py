@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.errors import AdapterMissing, ServerFailed
 from textrl_swarm.swarm.client.chain import Attempts, BlockChain, run_in_background
 from textrl_swarm.swarm.client.routing import Span
@@ -54,7 +54,7 @@ class GenerationSession:
         tokens_at_once = max(1, self._chain.limits.max_batch_tokens // hidden.shape[0])
         chunks = hidden.detach().cpu().split(tokens_at_once, dim=1)
         outputs = [run_in_background(self._step(chunk)) for chunk in chunks]
-        return torch.cat(outputs, dim=1).to(device=hidden.device, dtype=hidden.dtype)
+        return join_tokens(outputs).to(device=hidden.device, dtype=hidden.dtype)
 
     async def _step(self, hidden: Tensor) -> Tensor:
         attempts = Attempts("generation", self._chain.calls.timeouts.recovery_s)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from textrl_swarm.decoders.block import DecoderBlock
+from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
 from textrl_swarm.models.experts import LowRank, route
 from textrl_swarm.models.layers import LayerSizes
@@ -181,7 +182,7 @@ class LoraBackend(TransformerBackend):
             for chunk in self._chunks(hidden_states, past):
                 outputs.append(self.block.step(chunk, self.cache_spec, tensors, past))
                 past += chunk.shape[1]
-            return (torch.cat(outputs, dim=1),)
+            return (join_tokens(outputs),)
 
     def _chunks(self, hidden: Tensor, past: int) -> Iterable[Tensor]:
         """A long prompt in parts whose attention matrices fit into what the server leaves free for them."""

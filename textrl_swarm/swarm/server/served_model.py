@@ -187,4 +187,4 @@ class ServedModel:
     def _trial_tokens(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn((1, 16, self.planner.hidden_size), generator=generator)
-        return hidden.to(self.device, self.dtype)
+        return self.planner.boundary.trial(hidden.to(self.device, self.dtype))
