@@ -130,6 +130,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 48,
     },
     "minimax_m2": {**_WIDE, **_LOCAL_EXPERTS},
+    "afmoe": {**_WIDE, **_EXPERTS, **_SLIDING, "num_dense_layers": 1},
+    "hunyuan_v1_moe": {**_WIDE, "num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 24},
     "lfm2_moe": {
         **_GROUPED,
         **_EXPERTS,

@@ -96,7 +96,7 @@ def test_experts_are_adapted_by_name_only(checkpoint_of):
         load_policy(checkpoint_of("llama"), lora=LoraSettings(targets=("experts.down_proj",)))
 
 
-@pytest.mark.parametrize("family", ["jamba", "granitemoehybrid", "lfm2_moe", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["afmoe", "hunyuan_v1_moe", "jamba", "gpt_oss", "qwen2_moe"])
 def test_routers_stay_frozen(checkpoint_of, family):
     model = plain_model(checkpoint_of(family))
     blocks = find_blocks(model)[1]

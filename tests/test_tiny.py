@@ -226,7 +226,7 @@ def test_an_impossible_time_limit_is_refused(tmp_path):
 def skeleton(text):
     """What is left of a text without its thing, adjectives and adverbs: the same for texts of one shape."""
     text = re.sub(r"^.*? (is|was)\b", r"\1", text)
-    text = re.sub("|".join(tiny.ADVERBS), "ADVERB", text)
+    text = re.sub("|".join(corpus.ADVERBS), "ADVERB", text)
     return re.sub(r"\b(" + "|".join(corpus.GOOD_WORDS | corpus.BAD_WORDS) + r")\b", "ADJECTIVE", text)
 
 

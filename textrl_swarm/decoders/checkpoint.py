@@ -169,7 +169,7 @@ class Checkpoint:
                 else:
                     self._opened[name] = _read_bin(path)
             except Exception as error:  # a damaged file can fail in any way
-                reason = reason_of(error, path.parent)
+                reason = f"{name}: {reason_of(error, path.parent)}"
                 raise ModelError(f"the weights of {path.parent} cannot be loaded: {reason}") from error
         return self._opened[name]
 
