@@ -23,8 +23,9 @@ from textrl_swarm.policies.loading import load_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-# Fused gate and up; transposed, interleaved and with biases; dense in the first block; without gates.
-KINDS = ("mixtral", "gpt_oss", "deepseek_v3", "nemotron_h")
+# Fused gate and up; transposed, interleaved, with biases; dense in the first block; without gates; all tokens
+# through all experts.
+KINDS = ("mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "llama4_text")
 EXPERTS = {"nemotron_h": ("experts.up_proj", "experts.down_proj")}
 BOTH = ("experts.gate_up_proj", "experts.down_proj")
 TOKENS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))

@@ -19,7 +19,7 @@ from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError, ModelError, closest
 from textrl_swarm.models.adapters import choose_targets, first_adapted_block
-from textrl_swarm.models.layers import LayerSizes, layers_of
+from textrl_swarm.models.layers import LayerSizes, layers_of, quantizable_layers
 
 FP32_BYTES = 4
 
@@ -65,6 +65,9 @@ class ModelSizes:
     block_layers: tuple[Mapping[str, LayerSizes], ...]
     """The same for each block."""
 
+    quantizable: tuple[Mapping[str, LayerSizes], ...]
+    """Of each block, what 8 and 4 bits reach."""
+
     @property
     def total(self) -> int:
         """Parameters of the whole model."""
@@ -87,6 +90,7 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
         outside=sum(p.numel() for p in skeleton.model.parameters()) - sum(blocks),
         layers={path: sizes for layers in block_layers for path, sizes in layers.items()},
         block_layers=block_layers,
+        quantizable=tuple(quantizable_layers(one) for one in skeleton.blocks),
     )
 
 
@@ -145,7 +149,7 @@ def block_bytes(sizes: ModelSizes, block: int, precision: str, rest: str = "bflo
     per_number = bytes_per_number(precision)
     if precision not in ("8bit", "4bit"):
         return int(sizes.blocks[block] * per_number)
-    layers = sizes.block_layers[block].values()
+    layers = sizes.quantizable[block].values()
     quantized = sum(own.weights for own in layers)
     rows = sum(own.fan_out * (own.experts or 1) for own in layers) if precision == "8bit" else 0
     unquantized = sizes.blocks[block] - quantized

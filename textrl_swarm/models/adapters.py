@@ -36,10 +36,11 @@ from textrl_swarm.models import experts
 from textrl_swarm.models.layers import (
     LayerSizes,
     expert_layers,
+    expert_modules,
     find_blocks,
     is_conv1d,
+    is_routed,
     layers_of,
-    routed_experts,
     short_name,
 )
 
@@ -288,7 +289,7 @@ def adapted_paths(block: nn.Module, layers: Iterable[str]) -> dict[str, str]:
         layers: paths of all its adapted layers.
     """
     found = {path: path for path in layers}
-    for experts_path, module in routed_experts(block):
+    for experts_path, module in expert_modules(block):
         inside = expert_layers(module)
         wanted = [name for name in inside if f"{experts_path}.{name}" in found]
         if not wanted:
@@ -351,11 +352,12 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 def _route_experts(model: PeftModel) -> None:
     """Lets tokens pass through the low-rank matrices of their experts; PEFT's wrappers would make new
-    matrices of all experts at every forward, and only hold the tensors now.
+    matrices of all experts at every forward, and only hold the tensors now. Experts with code of their own
+    keep PEFT's way.
     """
     wrappers: dict[nn.Module, dict[str, ParamWrapper]] = {}
     for module in model.modules():
-        if isinstance(module, ParamWrapper):
+        if isinstance(module, ParamWrapper) and is_routed(module.get_base_layer()):
             module._activate_lora = lambda _: nullcontext()
             wrappers.setdefault(module.get_base_layer(), {})[module.parameter_name] = module
     for layer, own in wrappers.items():

@@ -52,6 +52,27 @@ def route(experts: Any, active: Active) -> None:
     experts.forward.active = active
 
 
+def add_to_matrices(experts: nn.Module, name: str, active: Active) -> None:
+    """For experts with code of their own: from now on, what `active` names is added to the matrices that the
+    code finds in a parameter, as PEFT does it. That costs new matrices of all experts in every call.
+    """
+    nn.utils.parametrize.register_parametrization(experts, name, _Added(name, active))
+
+
+class _Added(nn.Module):
+    def __init__(self, name: str, active: Active):
+        super().__init__()
+        self.name, self.active = name, active
+
+    def forward(self, matrices: Tensor) -> Tensor:
+        update = self.active(self.name)
+        if update is None:
+            return matrices
+        a = update.a.unflatten(0, (len(matrices), -1)).to(matrices.dtype)
+        b = update.b.unflatten(1, (-1, len(matrices))).permute(2, 0, 1).to(matrices.dtype)
+        return torch.baddbmm(matrices, b, a, alpha=update.scale)
+
+
 def restore(model: nn.Module) -> None:
     """Takes out what `route` put in; quantised experts stay as they are."""
     for _, experts in routed_experts(model):

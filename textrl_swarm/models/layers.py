@@ -80,8 +80,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def layers_of(block: nn.Module) -> dict[str, LayerSizes]:
-    """Everything in a block that LoRA can adapt and bitsandbytes can quantise: path -> sizes."""
+    """Everything in a block that LoRA can adapt: path -> sizes."""
     return linear_layers(block) | expert_layers(block)
+
+
+def quantizable_layers(block: nn.Module) -> dict[str, LayerSizes]:
+    """What of it bitsandbytes can quantise: all but experts with code of their own."""
+    own = tuple(f"{path}." for path, experts in expert_modules(block) if not is_routed(experts))
+    return {path: sizes for path, sizes in layers_of(block).items() if not path.startswith(own)}
 
 
 def linear_layers(block: nn.Module) -> dict[str, LayerSizes]:
@@ -108,28 +114,38 @@ def expert_layers(block: nn.Module) -> dict[str, LayerSizes]:
     Experts that are modules of their own count as linear layers.
     """
     layers: dict[str, LayerSizes] = {}
-    for path, experts in routed_experts(block):
+    for path, experts in expert_modules(block):
         for name in expert_parameters(experts):
             count, first, second = getattr(experts, name).shape
-            sizes = (first, second) if experts.is_transposed else (second, first)
+            is_transposed = getattr(experts, "is_transposed", False)  # which of them is which, for PEFT
+            sizes = (first, second) if is_transposed else (second, first)
             layers[f"{path}.{name}".lstrip(".")] = LayerSizes(*sizes, experts=count)
     return layers
 
 
 def expert_parameters(experts: Any) -> list[str]:
     """Names of the parameters with a matrix for each expert, in the order of their use."""
-    return [name for name in _EXPERT_MATRICES if hasattr(experts, name)]
+    return [name for name in _EXPERT_MATRICES if len(getattr(getattr(experts, name, None), "shape", ())) == 3]
+
+
+def expert_modules(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that hold the experts of a mixture in three-dimensional parameters, by path."""
+    for path, module in block.named_modules():
+        if expert_parameters(module):
+            yield path, module
+
+
+def is_routed(experts: nn.Module) -> bool:
+    """Whether a module of experts is one that transformers' `use_experts_implementation` decorates
+    (integrations/moe.py, 5.23): it takes tokens (T, H), the experts chosen for each (T, K) and their weights
+    (T, K). Llama 4's is not: all its experts compute all tokens.
+    """
+    return hasattr(experts, "is_transposed") and hasattr(experts, "has_post_expert_norm")
 
 
 def routed_experts(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The modules that hold the experts of a mixture in three-dimensional parameters, by path.
-
-    They are those that transformers' `use_experts_implementation` decorates (integrations/moe.py, 5.23): each
-    takes tokens (T, H), the experts chosen for each (T, K) and their weights (T, K).
-    """
-    for path, module in block.named_modules():
-        if hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm"):
-            yield path, module
+    """The decorated ones of `expert_modules`."""
+    return ((path, experts) for path, experts in expert_modules(block) if is_routed(experts))
 
 
 def short_name(path: str, sizes: LayerSizes) -> str:

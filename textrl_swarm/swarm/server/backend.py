@@ -30,8 +30,8 @@ from transformers import PretrainedConfig
 from textrl_swarm.decoders.block import DecoderBlock
 from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
-from textrl_swarm.models.experts import LowRank, route
-from textrl_swarm.models.layers import LayerSizes
+from textrl_swarm.models.experts import LowRank, add_to_matrices, route
+from textrl_swarm.models.layers import LayerSizes, is_routed
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
 from textrl_swarm.swarm.server.served_model import ServedBlock
@@ -119,8 +119,12 @@ class LoraBackend(TransformerBackend):
             if sizes.experts is None:
                 block.get_submodule(path).register_forward_hook(partial(_add_low_rank, path))
             else:  # one for all parameters of a module
-                experts_path = path.rpartition(".")[0]
-                route(block.get_submodule(experts_path), partial(_active_in, experts_path))
+                experts_path, _, name = path.rpartition(".")
+                experts, active = block.get_submodule(experts_path), partial(_active_in, experts_path)
+                if is_routed(experts):
+                    route(experts, active)
+                else:
+                    add_to_matrices(experts, name, active)
 
     def _pool(self, compute: Any, what: str) -> PrioritizedTaskPool:
         size = self.forward_pool.max_batch_size

@@ -20,7 +20,7 @@ from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.models.adapters import never_called
 from textrl_swarm.models.base_model import BaseModel
-from textrl_swarm.models.layers import LayerSizes, layers_of
+from textrl_swarm.models.layers import LayerSizes, layers_of, quantizable_layers
 from textrl_swarm.models.quantization import keep_differentiable, quantize_experts, quantize_linears
 
 _NF4_BYTES = (
@@ -96,14 +96,14 @@ class ServedModel:
         """Of a block's weights on the device."""
         block = self.skeleton.blocks[index]
         numbers = sum(parameter.numel() for parameter in block.parameters())
-        linear = sum(sizes.weights for sizes in layers_of(block).values())
+        linear = sum(sizes.weights for sizes in quantizable_layers(block).values())
         sizes = {QuantType.NONE: self.dtype.itemsize, QuantType.INT8: 1, QuantType.NF4: _NF4_BYTES}
         return round((numbers - linear) * self.dtype.itemsize + linear * sizes[quant_type])
 
     def quantized_share(self, index: int) -> float:
         """Of a block's numbers, those that can be quantised."""
         block = self.skeleton.blocks[index]
-        linear = sum(sizes.weights for sizes in layers_of(block).values())
+        linear = sum(sizes.weights for sizes in quantizable_layers(block).values())
         return linear / sum(parameter.numel() for parameter in block.parameters())
 
     def blocks_within(self, memory: int, quant_type: QuantType, cache_tokens: int) -> int:
