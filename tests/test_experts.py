@@ -189,6 +189,16 @@ def mixture(module: torch.nn.Module) -> list[torch.Tensor]:
     return [output, *torch.autograd.grad((output * probe).sum(), wanted)]
 
 
+def test_4bit_rows_that_bitsandbytes_misreads_are_told(tmp_path, caplog):
+    for hidden in (64, 96):
+        directory = random_checkpoint(
+            "llama", tmp_path / str(hidden), hidden_size=hidden, intermediate_size=128
+        )
+        with load_policy(directory, quantization="4bit", device="cpu"):
+            pass
+        assert ("misreads the 4-bit weights of layers with 96 inputs" in caplog.text) == (hidden == 96)
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_policy_quantises_and_adapts_the_same_experts(checkpoint_of, quantization):
     lora = LoraSettings(r=2, targets=("q_proj", *BOTH))

@@ -21,6 +21,7 @@ from textrl_swarm.models.layers import (
     find_blocks,
     linear_layers,
     linear_of,
+    quantizable_layers,
     routed_experts,
 )
 from textrl_swarm.models.pretrained import load_weights
@@ -159,6 +160,31 @@ def _quantized(linear: nn.Linear, kind: str) -> nn.Module:
         )
     layer.bias = linear.bias
     return layer
+
+
+def warn_of_misread_rows(block: nn.Module, device: torch.device, name: str) -> None:
+    """Says so when bitsandbytes reads 4-bit rows of this block wrongly: on CPUs, version 0.50 takes one scale
+    for another when a row is an odd multiple of 32 numbers.
+    """
+    sizes = {own.fan_in for own in quantizable_layers(block).values()}
+    misread = sorted(fan_in for fan_in in sizes if device.type == "cpu" and _misreads(fan_in))
+    if misread:
+        logger.warning(
+            "bitsandbytes misreads the 4-bit weights of layers with %s inputs on this CPU: %s is another "
+            "model here than on a GPU; use 8 bits, or none",
+            " and ".join(map(str, misread)),
+            name,
+        )
+
+
+@functools.cache
+def _misreads(fan_in: int) -> bool:
+    import bitsandbytes.functional as bnb
+
+    weight = torch.randn((8, fan_in), generator=torch.Generator().manual_seed(0))
+    weight *= torch.logspace(-2, 2, 8)[:, None]  # scales that differ show when they are swapped
+    again = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4"))
+    return bool(((again - weight).norm(dim=1) > 0.3 * weight.norm(dim=1)).any())
 
 
 @functools.cache

@@ -40,6 +40,7 @@ from textrl_swarm.models.quantization import (
     require_bitsandbytes,
     saved_quantization,
     silence_8bit_casts,
+    warn_of_misread_rows,
 )
 from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
@@ -116,6 +117,8 @@ def _load(
     else:
         model = load_weights(AutoModelForCausalLM, base, **options)
     check_quantized(model, found)
+    if found == "4bit":
+        warn_of_misread_rows(Skeleton(base.config, torch.float32).blocks, device, base.name)
     return model
 
 

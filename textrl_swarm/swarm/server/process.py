@@ -40,6 +40,7 @@ from textrl_swarm.errors import ConfigError, ModelError  # noqa: E402
 from textrl_swarm.models.adapter_files import find_adapter, read_blocks  # noqa: E402
 from textrl_swarm.models.base_model import resolve  # noqa: E402
 from textrl_swarm.models.layers import layers_of  # noqa: E402
+from textrl_swarm.models.quantization import warn_of_misread_rows  # noqa: E402
 from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
     ADAPTER_STORE_BYTES,
@@ -191,6 +192,9 @@ class LoraServer(Server):
                 f"--quant_type {self.quant_type.name.lower()} reaches no weight of block {least} (unusual "
                 "kinds of layers): leave it out"
             )
+        if self.quant_type == QuantType.NF4:
+            block = model.skeleton.blocks[least]
+            warn_of_misread_rows(block, self.device, self.converted_model_name_or_path)
         if share < 0.5:
             logger.warning(
                 "--quant_type leaves %.0f %% of the weights of block %d unchanged", 100 - 100 * share, least
