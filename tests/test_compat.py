@@ -90,8 +90,8 @@ def test_the_hook_may_be_installed_twice():
     ("module", "name"),
     [
         ("transformers.core_model_loading", "rename_source_key"),
-        ("transformers.integrations.moe", "_grouped_linear"),
-        ("peft.tuners.lora.layer", "ParamWrapper"),
+        pytest.param("transformers.integrations.moe", "_grouped_linear", marks=pytest.mark.slow),
+        pytest.param("peft.tuners.lora.layer", "ParamWrapper", marks=pytest.mark.slow),
     ],
 )
 def test_a_name_that_another_version_lacks_is_explained(module, name):
