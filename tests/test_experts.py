@@ -10,9 +10,11 @@ import pytest
 import torch
 from families import BLOCKS, HIDDEN, VOCAB, random_checkpoint
 from plain_peft import PlainPeft, assert_same, difference, fill, run
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from textrl_swarm.commands.export import export_command
 from textrl_swarm.config import LoraSettings
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.models import experts
@@ -235,3 +237,21 @@ def test_an_adapter_is_read_block_by_block(checkpoint_of, tmp_path):
     a, b = blocks[BLOCKS - 1]["mlp.experts.gate_up_proj"]
     inner = "base_model.model.model.layers.3.mlp.experts.base_layer.lora_"
     assert torch.equal(a, tensors[f"{inner}A.weight"]) and torch.equal(b, tensors[f"{inner}B.weight"])
+
+
+@pytest.mark.slow  # a fresh process for each
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_an_adapter_of_experts_is_exported_and_merged(checkpoint_of, tmp_path, family, merge):
+    lora = LoraSettings(r=2, targets=("o_proj", *BOTH))
+    with load_policy(checkpoint_of(family), lora=lora) as policy:
+        fill(policy, 3)
+        policy.save_adapter(tmp_path / "adapter")
+        with torch.no_grad():
+            expected = policy(TOKENS).logits
+    console = Console(record=True, width=200)
+    export_command(str(tmp_path / "adapter"), tmp_path / "out", console, merge=merge)
+    assert "4 of 4 greedy continuations are the same" in console.export_text()
+    if merge:
+        with torch.no_grad():
+            assert difference(plain_model(tmp_path / "out")(TOKENS).logits, expected) < 1e-4

@@ -140,7 +140,7 @@ def model_lora_config(
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=sorted({_leaf(path) for path in wanted_linears}),
-        target_parameters=_expert_names(wanted - wanted_linears, paths, first) or None,
+        target_parameters=_expert_names(wanted - wanted_linears, first) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model or None,
         inference_mode=False,
@@ -160,7 +160,7 @@ def model_lora_config(
     return config
 
 
-def _expert_names(modules: Iterable[str], paths: Mapping[str, str], first: int) -> list[str]:
+def _expert_names(modules: Iterable[str], first: int) -> list[str]:
     """What PEFT finds these parameters by: the ends of their paths, or of some blocks only, whole paths."""
     return sorted({module if first > 0 else ".".join(module.split(".")[-2:]) for module in modules})
 
