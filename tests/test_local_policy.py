@@ -34,6 +34,7 @@ from transformers import (
 
 from textrl_swarm.config import LoraSettings, SamplingConfig
 from textrl_swarm.errors import AdapterError, ConfigError, ModelError, PromptError
+from textrl_swarm.learning.learner import Learner
 from textrl_swarm.models import tiny
 from textrl_swarm.models.pretrained import load_tokenizer
 from textrl_swarm.models.quantization import keep_differentiable
@@ -688,6 +689,20 @@ def test_a_tokenizers_own_code_is_not_run_and_nothing_is_asked(tmp_path, caplog,
     assert told in caplog.text
     with pytest.raises(ModelError, match=told):
         load_tokenizer(str(directory))
+
+
+def test_paths_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    with load_policy("~/model", lora=LoraSettings(r=2)) as policy:
+        learner = Learner(policy)
+        learner.save("~/saved")
+        expected = policy(random_tokens(1, 5)).logits
+    with load_policy("~/model", ref_adapter="~/saved") as policy:
+        Learner(policy).load("~/saved")
+        assert torch.equal(policy(random_tokens(1, 5)).logits, expected)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "saved"}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt_neox", "cohere", "opt"])

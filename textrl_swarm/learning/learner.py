@@ -64,13 +64,13 @@ class Learner:
     def save(self, directory: str | Path) -> None:
         """Writes adapter (PEFT format), value head, optimizer and counters."""
         self.policy.save_adapter(directory)
-        torch.save(self.ppo.state_dict(), Path(directory) / LEARNER_STATE)
+        torch.save(self.ppo.state_dict(), Path(directory).expanduser() / LEARNER_STATE)
 
     def load(self, directory: str | Path) -> None:
         """Loads what `save` wrote; an adapter alone is enough. Raises AdapterError, naming checkpoints
         nearby; CheckpointError for a damaged file beside it.
         """
-        path = Path(directory)
+        path = Path(directory).expanduser()
         if not path.is_dir():
             near = sorted(child.name for child in path.parent.glob("*") if (child / ADAPTER_CONFIG).is_file())
             hint = f"{path.parent} has {', '.join(near)}" if near else f"{path.parent} has no checkpoints"

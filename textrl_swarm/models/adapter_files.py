@@ -60,7 +60,7 @@ def save_tensors(
     Raises:
         AdapterError: `directory` is a file, or holds a model.
     """
-    path = Path(directory)
+    path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise AdapterError(f"{path} is a file; give a directory to save the adapter in")
     if any((path / name).is_file() for name in WEIGHT_FILES):
@@ -89,7 +89,7 @@ def load_tensors(
     Raises:
         AdapterError: no adapter there, another kind, or made for another model or other LoRA settings.
     """
-    path = Path(directory)
+    path = Path(directory).expanduser()
     _require_adapter(path)
     found_config = _read_config(path)
     tensors = read_tensors(path / ADAPTER_WEIGHTS)
@@ -115,7 +115,7 @@ def load_tensors(
 
 def read_settings(directory: str | Path) -> LoraSettings:
     """The settings with which a policy can take over an adapter. Raises AdapterError."""
-    config = _read_config(Path(directory))
+    config = _read_config(Path(directory).expanduser())
     targets, blocks = config.target_modules, config.layers_to_transform
     if isinstance(targets, str) or not (targets or config.target_parameters):
         raise AdapterError(
@@ -144,7 +144,7 @@ def find_adapter(name: str) -> tuple[Path, str]:
     Raises:
         AdapterError: neither a directory nor an adapter on the hub.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         return path, path.resolve().name
     from huggingface_hub import snapshot_download

@@ -74,7 +74,9 @@ def resolve(model: str | Path | BaseModel, **download: Any) -> BaseModel:
         raise ModelError(
             f"model must be a directory, a hub id or a transformers model, got {type(model).__name__}"
         )
-    path = Path(model)
+    path = Path(model).expanduser()
+    if str(model).startswith("~"):
+        model = path
     if path.is_dir():
         _require_model_directory(path)
     elif path.exists():

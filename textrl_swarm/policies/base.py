@@ -213,7 +213,7 @@ class Policy(ABC):
         """
         parameters = self.adapter_parameters()
         tensors = adapter_files.load_tensors(directory, parameters, self.peft_config)
-        head_path = Path(directory) / adapter_files.VALUE_HEAD_WEIGHTS
+        head_path = Path(directory).expanduser() / adapter_files.VALUE_HEAD_WEIGHTS
         head = adapter_files.read_tensors(head_path) if head_path.is_file() else {}
         head_parameters = dict(self.value_head.named_parameters())
         expected = {name: parameter.shape for name, parameter in head_parameters.items()}
