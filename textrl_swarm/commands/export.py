@@ -53,7 +53,7 @@ def export_command(
 
 def export_adapter(source: Source, out: str | Path, console: Console, *, check: bool = True) -> Path:
     """Writes the adapter in PEFT's format; returns its directory. Raises as `export_command`."""
-    out = Path(out)
+    out = Path(out).expanduser()
     require_target(source, out)
     base = _base_model(source) if check else None
     write_adapter(source, out)
@@ -68,7 +68,7 @@ def export_merged(source: Source, out: str | Path, console: Console, *, check: b
 
     Raises as `export_command`.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     require_target(source, out)
     base = _base_model(source)
     saved = saved_quantization(base)

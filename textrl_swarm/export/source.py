@@ -63,7 +63,7 @@ def find_source(path: str | Path, checkpoint: str | None = None, base_model: str
         CheckpointError: a run without a finished iteration, no such checkpoint, or a damaged one.
         AdapterError: no adapter there.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         near = (
             sorted(p.parent.name for p in path.parent.glob(f"*/{ADAPTER_CONFIG}"))

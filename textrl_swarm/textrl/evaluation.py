@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def train_agent_with_evaluation(
         raise ConfigError(
             f"give exactly one of eval_n_steps and eval_n_episodes, got {eval_n_steps} and {eval_n_episodes}"
         )
+    outdir = os.path.expanduser(outdir)
     Path(outdir).mkdir(parents=True, exist_ok=True)
     evaluation = _Evaluation(
         agent,
