@@ -26,17 +26,17 @@ from textrl_swarm.types import RolloutBatch
 
 pytestmark = [pytest.mark.swarm, pytest.mark.filterwarnings("ignore::UserWarning")]
 
-# Dense, sliding windows and experts, a latent cache, states, indices that travel between blocks; the rest is
+# Sliding windows and experts, a latent cache, states, indices that travel between blocks; the rest is
 # `slow`.
-KINDS = ("llama", "gpt_oss", "deepseek_v3", "qwen3_next", "glm_moe_dsa")
+KINDS = ("gpt_oss", "deepseek_v3", "qwen3_next", "glm_moe_dsa")
 MODELS = [family if family in KINDS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 # Indexers of sparse attention get no gradient: plain PEFT gives None where servers give zeros.
 NO_INDEXER = LoraSettings(r=4, targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
 TARGETS = {"deepseek_v32": NO_INDEXER, "glm_moe_dsa": NO_INDEXER}
 
-# A PPO update through a swarm is compared with one on this machine: these kinds, and one with states beside
+# A PPO update through a swarm is compared with one on this machine: these kinds, a dense one, and one with states beside
 # keys and values in each block.
-UPDATED = (*KINDS, "falcon_h1")
+UPDATED = (*KINDS, "llama", "falcon_h1")
 
 PROMPTS = [[5, 17, 60, 7, 8, 9, 30, 31, 32, 33, 34], [40, 41, 42]]
 

@@ -56,6 +56,7 @@ def check_run(done: subprocess.CompletedProcess, run: Path) -> None:
 
 
 @pytest.mark.swarm
+@pytest.mark.slow  # the demo of test_cli goes the same way
 def test_bloom_petals_runs_end_to_end_on_a_swarm_of_its_own(tmp_path, hardly_pretrained):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "base_model").symlink_to(hardly_pretrained)
