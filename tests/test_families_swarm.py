@@ -34,8 +34,8 @@ MODELS = [family if family in KINDS else pytest.param(family, marks=pytest.mark.
 NO_INDEXER = LoraSettings(r=4, targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
 TARGETS = {"deepseek_v32": NO_INDEXER, "glm_moe_dsa": NO_INDEXER}
 
-# A PPO update through a swarm is compared with one on this machine: these kinds, a dense one, and one with states beside
-# keys and values in each block.
+# A PPO update through a swarm is compared with one on this machine: these kinds, a dense one, and one with
+# states beside keys and values in each block.
 UPDATED = (*KINDS, "llama", "falcon_h1")
 
 PROMPTS = [[5, 17, 60, 7, 8, 9, 30, 31, 32, 33, 34], [40, 41, 42]]
