@@ -47,6 +47,12 @@ def left_over_processes() -> list[str]:
     return found
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start servers, which take longest, come first: no worker is left with one in the end."""
+    with_servers = {item.path for item in items if item.get_closest_marker("swarm")}
+    items.sort(key=lambda item: item.path not in with_servers)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_outlives_the_tests() -> Iterator[None]:
     yield
