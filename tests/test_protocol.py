@@ -15,6 +15,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import split_for_streaming
 
 from textrl_swarm.config import Timeouts
+from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.errors import (
     AdapterMissing,
     AdapterRejected,
@@ -22,6 +23,7 @@ from textrl_swarm.errors import (
     BlocksUnavailable,
     ConfigError,
     RemoteFailure,
+    ServerFailed,
 )
 from textrl_swarm.models.blocks import split_evenly
 from textrl_swarm.models.layers import LayerSizes
@@ -327,7 +329,6 @@ def attempts(recovery_s: float):
 
 
 def test_attempts_end_by_time(monkeypatch):
-    from textrl_swarm.errors import ServerFailed
     from textrl_swarm.swarm.client import chain
 
     now, slept = [100.0], []
@@ -510,3 +511,39 @@ def test_every_message_of_a_request_names_the_adapter(monkeypatch):
     assert [MSGPackSerializer.loads(request.metadata)["active_adapter"] for request in received] == [
         "lora-" + "0" * 40
     ] * 2
+
+
+@pytest.mark.parametrize(
+    ("boundary", "answer", "is_refused"),
+    [
+        (None, (1, 2, 3), False),
+        (None, (1, 2, 6), True),
+        (None, (1, 1, 3), True),
+        (Boundary(3), (1, 2, 6), True),
+        (Boundary(3, ("indices",)), (1, 2, 9), False),  # its size is the server's to know
+        (Boundary(3, ("indices",)), (1, 2, 2), True),
+        (Boundary(3, ("indices",)), (2, 2, 3), True),
+    ],
+)
+def test_answers_of_another_shape_are_not_used(monkeypatch, boundary, answer, is_refused):
+    class Stub:
+        async def rpc_forward_stream(self, requests):
+            async for _ in requests:
+                pass
+
+            async def answered():
+                (part,) = split_for_streaming(serialize_torch_tensor(torch.zeros(answer)), 1 << 20)
+                yield runtime_pb2.ExpertResponse(tensors=[part])
+                yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ""}))
+
+            return answered()
+
+    monkeypatch.setattr(ServerStub, "get_stub", lambda *_: Stub())
+
+    calls = ServerCalls(None, Timeouts(), Traffic(), boundary)
+    asked = calls.forward("peer", ["m.0"], torch.zeros(1, 2, 3), "")
+    if is_refused:
+        with pytest.raises(ServerFailed, match=r"returned shape .* for inputs of shape \(1, 2, 3\)"):
+            asyncio.run(asked)
+    else:
+        assert asyncio.run(asked).shape == answer
