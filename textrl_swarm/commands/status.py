@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def show_model(model: ModelReport, address: str, console: Console) -> None:
     console.print()
     console.print(_server_table(model.servers, console))
     console.print()
-    for line in _layers(model):
+    for line in _layers(model, console.width):
         console.print(_shown(line, console))
     for line in _verdict(model, address):
         console.print(line, soft_wrap=line.startswith("    "))
@@ -118,7 +119,7 @@ def _show_coverage(model: ModelReport, console: Console) -> None:
     console.print(Text(" " * 9 + "   ".join(notes), style="dim"))
 
 
-def _layers(model: ModelReport) -> list[str]:
+def _layers(model: ModelReport, width: int) -> list[str]:
     """What LoRA can adapt, where; blocks of one kind together."""
     kinds: dict[tuple[str, ...], set[int]] = {}
     for server in model.servers:
@@ -126,8 +127,11 @@ def _layers(model: ModelReport) -> list[str]:
             kinds.setdefault(names, set()).add(block)
     if not kinds:
         return []
-    lines = [f"{blocks_text(blocks)}: {', '.join(names) or 'none'}" for names, blocks in kinds.items()]
-    return ["Layers that LoRA can adapt:", *(f"  {line}" for line in lines), ""]
+    lines = ["Layers that LoRA can adapt:"]
+    for names, blocks in kinds.items():
+        line = f"  {blocks_text(blocks)}: {', '.join(names) or 'none'}"
+        lines += textwrap.wrap(line, width, subsequent_indent="    ")
+    return [*lines, ""]
 
 
 def _digit(copies: int) -> str:
