@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +66,21 @@ def run(policy: Policy, tokens: Tensor) -> Outcome:
 
 def grads_of(policy: Policy) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in policy.trainable_parameters().items()}
+
+
+def two_steps(
+    policy: Policy, tokens: Tensor, disturb: Callable[[str], object] = lambda moment: None
+) -> dict[str, Tensor]:
+    """The parameters after two optimizer steps; `disturb` is called at each named moment."""
+    optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=0.05)
+    for step in range(2):
+        optimizer.zero_grad()
+        disturb(f"before forward {step}")
+        out = policy(tokens)
+        disturb(f"before backward {step}")
+        loss_of(out.logits, out.values, tokens).backward()
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
 
 
 class PlainPeft:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import BLOCKS, FAMILIES, REFUSED, VOCAB, random_checkpoint
-from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, loss_of, run
+from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, run, two_steps
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
@@ -138,19 +138,6 @@ def updated(policy: Policy) -> tuple[RolloutBatch, dict[str, torch.Tensor]]:
     return rollout, {name: one.detach().clone() for name, one in policy.trainable_parameters().items()}
 
 
-def trained(policy: Policy, disturb: Callable[[str], object]) -> dict[str, torch.Tensor]:
-    """The parameters after two optimizer steps; `disturb` is called at each named moment."""
-    optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=0.05)
-    for step in range(2):
-        optimizer.zero_grad()
-        disturb(f"before forward {step}")
-        out = policy(tokens())
-        disturb(f"before backward {step}")
-        loss_of(out.logits, out.values, tokens()).backward()
-        optimizer.step()
-    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
-
-
 def generated(policy: Policy, disturb: Callable[[int], object]) -> list[torch.Tensor]:
     """Hidden states of a session's steps; `disturb` is called before each."""
     with policy.session(1, 40) as session:
@@ -175,7 +162,7 @@ def test_faults_go_unnoticed(tmp_path, family):
     with LocalSwarm(directory, spans=spans, server_options=tuple(map(str, options))) as swarm:
         with connect(swarm, lora, filled=3) as policy:
             calm_states = generated(policy, lambda step: None)
-            calm_parameters = trained(policy, lambda moment: None)
+            calm_parameters = two_steps(policy, tokens())
 
         with connect(swarm, lora, filled=3) as policy, connect(swarm, lora) as other:
             seeds = iter(range(100, 200))
@@ -189,7 +176,7 @@ def test_faults_go_unnoticed(tmp_path, family):
             assert_equal(generated(policy, crowd_out), calm_states)
             pushed = policy.traffic.sent["adapters"] - sent
             assert pushed >= 5 * size_bytes, "it was not evicted, so this test shows nothing"
-            assert_equal(trained(policy, crowd_out).values(), calm_parameters.values())
+            assert_equal(two_steps(policy, tokens(), crowd_out).values(), calm_parameters.values())
 
         with connect(swarm, lora, filled=3) as policy:
 
@@ -209,7 +196,7 @@ def test_faults_go_unnoticed(tmp_path, family):
 
             assert_equal(generated(policy, restart_the_last), calm_states)
             threads[0].join()
-            assert_equal(trained(policy, restart_the_last).values(), calm_parameters.values())
+            assert_equal(two_steps(policy, tokens(), restart_the_last).values(), calm_parameters.values())
             threads[1].join()
 
 

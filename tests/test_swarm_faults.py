@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from plain_peft import FAST, PlainPeft, assert_same, connect, fill, greedy, loss_of, random_tokens, run
+from plain_peft import FAST, PlainPeft, assert_same, connect, fill, greedy, random_tokens, run, two_steps
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig
 
@@ -70,24 +70,11 @@ def only(swarm: LocalSwarm, *indices: int) -> None:
             swarm.start(i)
 
 
-def train(policy, disturb=lambda moment: None) -> dict[str, torch.Tensor]:
-    """Two optimizer steps; `disturb` is called at each named moment. Returns the parameters."""
-    optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=0.05)
-    for step in range(2):
-        optimizer.zero_grad()
-        disturb(f"before forward {step}")
-        out = policy(TOKENS)
-        disturb(f"before backward {step}")
-        loss_of(out.logits, out.values, TOKENS).backward()
-        optimizer.step()
-    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(replicas):
     """Parameters after `train`, and a rollout after that."""
     with connect(replicas, filled=70) as policy:
-        return train(policy), policy.generate(PROMPTS, SAMPLING)
+        return two_steps(policy, TOKENS), policy.generate(PROMPTS, SAMPLING)
 
 
 def assert_equal_parameters(found, expected) -> None:
@@ -106,7 +93,7 @@ def test_training_is_the_same_on_either_route(replicas, undisturbed):
     only(replicas, 1, 2)
     with connect(replicas, filled=70) as policy:
         assert policy.num_servers == 2
-        assert_equal_parameters(train(policy), undisturbed[0])
+        assert_equal_parameters(two_steps(policy, TOKENS), undisturbed[0])
 
 
 @pytest.mark.parametrize("moment", ["before forward 0", "before backward 0"])
@@ -121,7 +108,7 @@ def test_a_replica_takes_over(replicas, undisturbed, moment):
                 reached.append(now)
                 replicas.kill(0)
 
-        found = train(policy, disturb)
+        found = two_steps(policy, TOKENS, disturb)
     assert reached
     assert_equal_parameters(found, undisturbed[0])
 
@@ -144,7 +131,7 @@ def during_generation(monkeypatch, at_chunk: int, disturb) -> list[int]:
 def test_a_replica_takes_over_in_the_middle_of_a_generation(replicas, undisturbed, monkeypatch):
     only(replicas, 0, 1, 2)
     with connect(replicas, filled=70) as policy:
-        train(policy)
+        two_steps(policy, TOKENS)
         reached = during_generation(monkeypatch, 5, lambda: replicas.kill(0))
         rollout = policy.generate(PROMPTS, SAMPLING)
     assert reached
@@ -163,8 +150,10 @@ def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, 
     only(replicas, 1, 2)
     threads = []
     with connect(replicas, filled=70) as policy:
-        found = train(
-            policy, lambda now: threads.append(replaced(replicas, 2)) if now == "before backward 0" else None
+        found = two_steps(
+            policy,
+            TOKENS,
+            lambda now: threads.append(replaced(replicas, 2)) if now == "before backward 0" else None,
         )
         assert len(threads) == 1
         assert_equal_parameters(found, undisturbed[0])

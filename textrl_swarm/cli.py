@@ -49,7 +49,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     family: Annotated[str, typer.Option(help="Of the tiny model: bloom, llama or mixtral.")] = "bloom",
 ) -> None:
-    """Train a tiny model, held by real Petals servers, to speak well of things: about four minutes on two
+    """Train a tiny model, held by real Petals servers, to speak well of things: a minute or two on two
     cores.
     """
     with console.status(_LOADING):

@@ -28,9 +28,7 @@ from textrl_swarm.errors import ModelError
 
 try:
     from transformers.cache_utils import DummyLayer as DummyLayer
-except (
-    ImportError
-):  # before transformers 5.21, the last for Python 3.10: every block has a cache of some kind
+except ImportError:  # before 5.21; 5.20 is the last transformers for Python 3.10
 
     class DummyLayer:  # type: ignore[no-redef]
         """Of a block that keeps nothing."""

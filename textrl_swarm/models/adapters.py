@@ -133,6 +133,9 @@ def model_lora_config(
             f"the blocks of {type(model).__name__} have no linear layers that LoRA could be applied to"
         )
     wanted_linears = wanted & linears.keys()
+    parameters = wanted - wanted_linears
+    if first == 0:  # else PEFT needs the whole paths: it would adapt the experts of all blocks
+        parameters = {short_name(path, layers[paths[path]]) for path in parameters}
     # With layers_to_transform, PEFT needs the name of the list of blocks, e.g. "h".
     only_last = {"layers_to_transform": list(range(first, len(blocks))), "layers_pattern": _leaf(blocks_path)}
     config = LoraConfig(
@@ -140,7 +143,7 @@ def model_lora_config(
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=sorted({_leaf(path) for path in wanted_linears}),
-        target_parameters=_expert_names(wanted - wanted_linears, first) or None,
+        target_parameters=sorted(parameters) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model or None,
         inference_mode=False,
@@ -158,11 +161,6 @@ def model_lora_config(
             "choose others with LoraSettings(targets=...)"
         )
     return config
-
-
-def _expert_names(modules: Iterable[str], first: int) -> list[str]:
-    """What PEFT finds these parameters by: the ends of their paths, or of some blocks only, whole paths."""
-    return sorted({module if first > 0 else ".".join(module.split(".")[-2:]) for module in modules})
 
 
 def matched_layers(config: LoraConfig, model: nn.Module) -> set[str]:

@@ -48,7 +48,7 @@ class LayerSizes(NamedTuple):
 # DeepSeek V4 has a matrix for each group.
 _OTHER_LINEARS = ("Router", "GroupedLinear")
 
-# What a router that is a plain linear layer is called (Jamba, LFM2, Granite).
+# What a router that is a plain linear layer is called (AFMoE, Hunyuan, Gemma 4).
 _ROUTERS = ("router", "gate")
 
 _EXPERT_MATRICES = ("gate_up_proj", "up_proj", "down_proj")

@@ -111,20 +111,17 @@ def _load(
         require_bitsandbytes(f"{base}, whose weights are saved in {saved},")
     else:
         options["quantization_config"] = quantization_config(found, device)
-    if saved is None and (dequantizing_config(base.config) is not None or _has_routed_experts(base)):
+    blocks = Skeleton(base.config, torch.float32).blocks
+    is_stored_otherwise = dequantizing_config(base.config) is not None
+    if saved is None and (is_stored_otherwise or any(True for _ in routed_experts(blocks))):
         # transformers quantises no experts, and nothing that is stored in another format.
         model = load_by_blocks(base, dtype, device, "int8" if found == "8bit" else "nf4")
     else:
         model = load_weights(AutoModelForCausalLM, base, **options)
     check_quantized(model, found)
     if found == "4bit":
-        warn_of_misread_rows(Skeleton(base.config, torch.float32).blocks, device, base.name)
+        warn_of_misread_rows(blocks, device, base.name)
     return model
-
-
-def _has_routed_experts(base: BaseModel) -> bool:
-    blocks = Skeleton(base.config, torch.float32).blocks
-    return any(True for block in blocks for _ in routed_experts(block))
 
 
 def _require_same_options(
@@ -281,7 +278,8 @@ class LocalPolicy(Policy):
                 f"{name} computes NaN or infinite numbers in {hidden.dtype}: its weights are damaged, or "
                 "too large for float16 (then dtype='bfloat16' or 'float32' helps)"
             )
-        is_quantized = self.quantization is not None or hasattr(self._model.config, "quantization_config")
+        stored = getattr(self._model.config, "quantization_config", None)
+        is_quantized = self.quantization is not None or stored is not None
         is_exact = hidden.dtype == torch.float32 and not is_quantized
         tolerance = 0.01 if is_exact else 0.1  # 8-bit products depend a little on what else is in the batch
         if not is_close(hidden[:, :2], shorter, tolerance):

@@ -63,7 +63,7 @@ def _version(package: str) -> str:
 
 def _changed(package: str, what: str) -> IncompatibleLibrary:
     return IncompatibleLibrary(
-        f"{package} {_version(package)} {what}; textrl_swarm's swarm parts were tested with {package} "
+        f"{package} {_version(package)} {what}; textrl_swarm was tested with {package} "
         f"{TESTED[package]}: "
         f"pip install '{package}=={TESTED[package]}'"
     )

@@ -94,17 +94,20 @@ class ServedModel:
 
     def block_bytes(self, index: int, quant_type: QuantType) -> int:
         """Of a block's weights on the device."""
-        block = self.skeleton.blocks[index]
-        numbers = sum(parameter.numel() for parameter in block.parameters())
-        linear = sum(sizes.weights for sizes in quantizable_layers(block).values())
+        numbers, linear = self._numbers(index)
         sizes = {QuantType.NONE: self.dtype.itemsize, QuantType.INT8: 1, QuantType.NF4: _NF4_BYTES}
         return round((numbers - linear) * self.dtype.itemsize + linear * sizes[quant_type])
 
     def quantized_share(self, index: int) -> float:
         """Of a block's numbers, those that can be quantised."""
+        numbers, linear = self._numbers(index)
+        return linear / numbers
+
+    def _numbers(self, index: int) -> tuple[int, int]:
+        """In a block's weights, and those of them that can be quantised."""
         block = self.skeleton.blocks[index]
         linear = sum(sizes.weights for sizes in quantizable_layers(block).values())
-        return linear / sum(parameter.numel() for parameter in block.parameters())
+        return sum(parameter.numel() for parameter in block.parameters()), linear
 
     def blocks_within(self, memory: int, quant_type: QuantType, cache_tokens: int) -> int:
         """How many blocks fit into so many bytes, whichever they are: counted by the largest.
