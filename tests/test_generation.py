@@ -263,7 +263,7 @@ def test_prompts_stand_at_the_start_of_their_rows():
 
 
 def counted_sessions(policy, monkeypatch):
-    """Rows of each session from now on, and the tokens per row of each call."""
+    """Rows of each session from now on, and the shape of each step's tokens."""
     sessions, original = [], policy.session
 
     @contextmanager
@@ -272,9 +272,9 @@ def counted_sessions(policy, monkeypatch):
             sessions.append({"rows": rows, "max_length": max_length, "fed": []})
 
             class Counted:
-                def step(self, tokens):
-                    sessions[-1]["fed"].append(tokens.shape[1])
-                    return inner.step(tokens)
+                def run(self, steps, own=sessions[-1]):
+                    own["fed"] += [tuple(step.inputs.shape) for step in steps]
+                    return inner.run(steps)
 
             yield Counted()
 
@@ -319,7 +319,7 @@ def test_other_rows_do_not_change_what_a_row_draws():
     assert responses(policy.generate([PROMPTS[1], [3] * 30], sampling))[0] == alone
 
 
-def test_a_session_feeds_each_position_once_and_stops_when_all_rows_ended(monkeypatch):
+def test_rows_are_fed_once_and_leave_when_they_have_ended(monkeypatch):
     policy = policy_of(tokenizer=False)
     uncut = responses(policy.generate([PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False)))
     sessions = counted_sessions(policy, monkeypatch)
@@ -331,9 +331,10 @@ def test_a_session_feeds_each_position_once_and_stops_when_all_rows_ended(monkey
     ending_with(policy, common).generate(
         [PROMPTS[0], [17]], SamplingConfig(max_new_tokens=20, do_sample=False)
     )
-    # The shortest prompt at once, then token by token; the last token chosen is fed to nobody.
-    assert sessions[0] == {"rows": 3, "max_length": 7 + 4, "fed": [3] + [1] * 7}
-    assert sum(sessions[1]["fed"]) == max(7 + lengths[0], 1 + lengths[1]) - 1
+    # The prompts at once, then token by token; the last token chosen is fed to nobody.
+    assert sessions[0] == {"rows": 3, "max_length": 7 + 4, "fed": [(3, 7)] + [(3, 1)] * 3}
+    first, *others = sessions[1]["fed"]
+    assert first == (2, 7) and sum(rows for rows, _ in others) == sum(lengths) - 2
 
 
 # Seeds and samples

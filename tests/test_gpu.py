@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
+from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.outside import Outside
 from textrl_swarm.learning.learner import Learner
 from textrl_swarm.models.base_model import resolve
@@ -86,7 +87,7 @@ def cached_steps(outside: Outside, blocks: list[ServedBlock], tokens: Tensor):
     for chunk in tokens.split((6, 1, 1, 5), dim=1):
         hidden = outside.embed(chunk, past)
         for block, tensors in zip(blocks, caches, strict=True):
-            hidden = block.block.step(hidden, block.cache_spec, tensors, past)
+            hidden = block.block.step(hidden, block.cache_spec, tensors, Chunk(past))
         past += chunk.shape[1]
         yield hidden
 

@@ -282,12 +282,14 @@ def test_many_rows_are_split_into_micro_batches(small_server, tmp_path, monkeypa
 def test_a_long_prefill_is_split(small_server, tmp_path, monkeypatch):
     from textrl_swarm.swarm.client.rpc import GenerationStream
 
-    prompts = random_tokens(6, 50).tolist()  # 300 tokens, 64 may be sent at once: 10 of each row
+    # 64 tokens may be sent at once: short prompts together, longer ones alone, the longest in two parts.
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (80, 50, 12, 11)]
     with connect(small_server, filled=42) as policy:
-        chunks = _recorded(monkeypatch, GenerationStream, "step", argument=1)
+        chunks = _recorded(monkeypatch, GenerationStream, "send", argument=1)
         plain = PlainPeft(policy, tmp_path)
         assert greedy(policy, prompts, 8) == [plain.greedy(prompt, 8) for prompt in prompts]
-    assert [chunk.shape[1] for chunk in chunks][:6] == [10, 10, 10, 10, 10, 1]
+    shapes = [tuple(chunk.shape[:2]) for chunk in chunks]
+    assert shapes[:5] == [(2, 12), (1, 50), (1, 64), (1, 16), (4, 1)]
 
 
 def test_more_rows_than_the_caches_hold_take_turns(small_server, tmp_path):

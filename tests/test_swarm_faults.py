@@ -113,18 +113,18 @@ def test_a_replica_takes_over(replicas, undisturbed, moment):
     assert_equal_parameters(found, undisturbed[0])
 
 
-def during_generation(monkeypatch, at_chunk: int, disturb) -> list[int]:
-    """Calls `disturb` before chunk `at_chunk` is sent; returns a list that then has one entry."""
-    original, sent, reached = GenerationSession.step, [], []
+def during_generation(monkeypatch, at_call: int, disturb) -> list[int]:
+    """Calls `disturb` before a session's call `at_call`; returns a list that then has one entry."""
+    original, calls, reached = GenerationSession.run, [], []
 
-    def step(self, hidden):
-        if len(sent) == at_chunk:
-            reached.append(at_chunk)
+    def run(self, steps):
+        calls.append(self)
+        if calls.count(self) == at_call and not reached:
+            reached.append(at_call)
             disturb()
-        sent.append(hidden.shape)
-        return original(self, hidden)
+        return original(self, steps)
 
-    monkeypatch.setattr(GenerationSession, "step", step)
+    monkeypatch.setattr(GenerationSession, "run", run)
     return reached
 
 
@@ -158,8 +158,10 @@ def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, 
         assert len(threads) == 1
         assert_equal_parameters(found, undisturbed[0])
         threads[0].join()
+        expected = policy.generate(PROMPTS, SAMPLING)
+        assert torch.equal(expected.tokens, undisturbed[1].tokens)  # one server had all rows in one session
         reached = during_generation(monkeypatch, 6, lambda: threads.append(replaced(replicas, 1)))
-        assert_equal_rollouts(policy.generate(PROMPTS, SAMPLING), undisturbed[1])
+        assert_equal_rollouts(policy.generate(PROMPTS, SAMPLING), expected)
         assert reached
         threads[1].join()
     assert "no server holds blocks 2..3 now; waiting up to" in caplog.text

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
 from textrl_swarm.decoders.boundary import join_tokens
-from textrl_swarm.decoders.caches import CacheSpec, DummyLayer, fresh, planned
+from textrl_swarm.decoders.caches import CacheSpec, DummyLayer, copy_rows, fresh, planned
+from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.errors import ModelError
 
@@ -42,20 +43,25 @@ class DecoderBlock(nn.Module):
         """
         return self._call(hidden, None, None)
 
-    def step(self, hidden: Tensor, spec: CacheSpec, tensors: Sequence[Tensor], past: int) -> Tensor:
-        """Output (B, S, W) for the tokens behind `past` others.
+    def step(self, hidden: Tensor, spec: CacheSpec, tensors: Sequence[Tensor], chunk: Chunk) -> Tensor:
+        """Output (B, S, W) for the tokens of a chunk.
 
         Args:
             tensors: of `spec.tensors`, with the earlier tokens in them; these are added.
         """
-        layers = [planned(template, past) for template in self._planner.templates]
-        layers[self.index] = spec.layer(tensors, past)
-        return self._call(hidden, past, Cache(layers=layers))
+        layers = [planned(template, chunk.past) for template in self._planner.templates]
+        layers[self.index] = spec.layer(spec.part(tensors, chunk, len(hidden)), chunk.past)
+        output = self._call(hidden, chunk.past, Cache(layers=layers), chunk.padding)
+        if chunk.copies > 1:
+            copy_rows(tensors, chunk, len(hidden))
+        return output
 
-    def _call(self, packed: Tensor, past: int | None, cache: Cache | None) -> Tensor:
+    def _call(
+        self, packed: Tensor, past: int | None, cache: Cache | None, padding: tuple[int, ...] = ()
+    ) -> Tensor:
         boundary = self._planner.boundary
         hidden, parts = boundary.unpack(packed)
-        plan = self._planner.plan(hidden.shape[0], hidden.shape[1], past)
+        plan = self._planner.plan(hidden.shape[0], hidden.shape[1], past, padding)
         call = plan.calls[self.index].ready(plan.cache, cache, parts)
         output = self.module(hidden, *call.args, **call.kwargs)
         if not isinstance(output, tuple):
@@ -137,15 +143,45 @@ def chunks_are_exact(block: DecoderBlock, spec: CacheSpec) -> bool:
 
 
 def _in_chunks(block: DecoderBlock, spec: CacheSpec, hidden: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    tensors = []
-    for shape, dtype in spec.tensors(1, _PROBE_TOKENS, hidden.dtype):
-        tensors.append(torch.zeros(shape, dtype=dtype, device=hidden.device))
+    tensors = _zeros(spec, 1, hidden)
     outputs: list[Tensor] = []
     past = 0
     for chunk in hidden.split(lengths, dim=1):
-        outputs.append(block.step(chunk, spec, tensors, past))
+        outputs.append(block.step(chunk, spec, tensors, Chunk(past)))
         past += chunk.shape[1]
     return join_tokens(outputs)
+
+
+def padding_is_exact(block: DecoderBlock, spec: CacheSpec) -> bool:
+    """Whether rows that begin in different columns come out as each of them alone."""
+    planner = block._planner
+    generator = torch.Generator().manual_seed(1)
+    plain = torch.randn((3, _PROBE_TOKENS, planner.hidden_size), generator=generator)
+    plain = plain.to(planner.device, planner.dtype)
+    prompts, padding, trial = _PROBE_TOKENS - 2, (0, 2, 5), planner.boundary.trial
+    hidden = trial(plain, padding)
+    tensors = _zeros(spec, 3, hidden)
+    try:
+        with torch.no_grad():
+            outputs = [block.step(hidden[:, :prompts], spec, tensors, Chunk(0, padding=padding))]
+            for past in range(prompts, _PROBE_TOKENS):
+                token = hidden[:, past : past + 1]
+                outputs.append(block.step(token, spec, tensors, Chunk(past, padding=padding)))
+            found = join_tokens(outputs)
+            if not torch.isfinite(found).all():
+                return False
+            for i, empty in enumerate(padding):
+                alone = block(trial(plain[i : i + 1, empty:]))
+                if not _near(found[i : i + 1, empty:], alone, planner.hidden_size):
+                    return False
+            return True
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False  # transformers' code for it takes no masks
+
+
+def _zeros(spec: CacheSpec, rows: int, hidden: Tensor) -> list[Tensor]:
+    shapes = spec.tensors(rows, _PROBE_TOKENS, hidden.dtype)
+    return [torch.zeros(shape, dtype=dtype, device=hidden.device) for shape, dtype in shapes]
 
 
 def _near(a: Tensor, b: Tensor, hidden_size: int) -> bool:

@@ -71,10 +71,14 @@ class Boundary:
             numbers = numbers[..., count + 1 :]
         return hidden, parts
 
-    def trial(self, hidden: Tensor) -> Tensor:
-        """Packed with parts that any block behind the first one takes: the first token, for every token."""
-        zeros = torch.zeros(*hidden.shape[:2], 1, dtype=torch.int64, device=hidden.device)
-        return self.pack(hidden, dict.fromkeys(self.parts, zeros))
+    def trial(self, hidden: Tensor, padding: Sequence[int] = ()) -> Tensor:
+        """Packed with parts that any block behind the first one takes: the first token, for every token.
+
+        Args:
+            padding: see Chunk.
+        """
+        first = torch.tensor(padding or [0], device=hidden.device)[:, None, None]
+        return self.pack(hidden, dict.fromkeys(self.parts, first.expand(*hidden.shape[:2], 1)))
 
 
 def join_tokens(chunks: Sequence[Tensor]) -> Tensor:

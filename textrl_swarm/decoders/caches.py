@@ -24,6 +24,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import ModelError
 
 try:
@@ -181,6 +182,22 @@ class CacheSpec:
         found += [((rows, *shape), state_dtype) for shape, state_dtype in self.states.values()]
         return found
 
+    def part(self, tensors: Sequence[Tensor], chunk: Chunk, rows: int) -> list[Tensor]:
+        """The views that a chunk of `rows` rows uses; what is left of its columns becomes zeros."""
+        stop = chunk.first + rows * chunk.copies
+        views = [tensor[chunk.first : stop : chunk.copies] for tensor in tensors]
+        if chunk.start:
+            for i in range(len(views) - len(self.states)):
+                axis = 1 if i == 2 else 2  # the indexer's keys have no heads
+                empty = self._held(chunk.width) - self._held(chunk.width - chunk.start)
+                if chunk.past == 0:
+                    views[i].narrow(axis, 0, empty).zero_()
+                views[i] = views[i].narrow(axis, empty, views[i].shape[axis] - empty)
+        return views
+
+    def _held(self, columns: int) -> int:
+        return columns if self.window is None else min(columns, self.window - 1)
+
     def layer(self, tensors: Sequence[Tensor], past: int) -> Any:
         """A cache layer over these tensors, which hold `past` tokens; using it writes into them."""
         count = len(tensors) - len(self.states)
@@ -228,6 +245,21 @@ class CacheSpec:
                     states[name, index] = tuple(state.shape[1:]), state.dtype
         window = template.sliding_window if is_sliding(template) else None
         return CacheSpec(key, value, window, indexer, states, getattr(template, "number_of_states", 1))
+
+
+def keep_rows(tensors: Iterable[Tensor], keep: Sequence[int]) -> None:
+    """Moves the rows that stay up, in place, to the first ones."""
+    for tensor in tensors:
+        tensor[: len(keep)] = tensor[torch.tensor(keep, device=tensor.device)]
+
+
+def copy_rows(tensors: Iterable[Tensor], chunk: Chunk, rows: int) -> None:
+    """Gives the other rows with a prompt what was computed for the first of them."""
+    stop = chunk.first + rows * chunk.copies
+    for tensor in tensors:
+        for copy in range(1, chunk.copies):
+            computed = tensor[chunk.first : stop : chunk.copies]
+            tensor[chunk.first + copy : stop : chunk.copies] = computed
 
 
 def cache_bytes(specs: Iterable[CacheSpec], dtype: torch.dtype) -> tuple[int, int]:

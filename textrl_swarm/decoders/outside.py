@@ -7,6 +7,7 @@ out as that architecture's own code has them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,14 +58,18 @@ class Outside:
         """Rows of the output embeddings."""
         return output_embeddings(self.skeleton.model).weight.shape[0]
 
-    def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
-        """What the first block is given (B, S, H), for tokens (B, S) int64 behind `past` others."""
+    def embed(self, tokens: Tensor, past: int = 0, padding: Sequence[int] = ()) -> Tensor:
+        """What the first block is given (B, S, H), for tokens (B, S) int64 behind `past` others.
+
+        Args:
+            padding: see Chunk.
+        """
         self._output = None
         cache = None
         if past:
             cache = Cache(layers=[planned(template, past) for template in self._templates])
         try:
-            self.skeleton.run_decoder(past, cache, input_ids=tokens)
+            self.skeleton.run_decoder(past, cache, padding, input_ids=tokens)
         except _Embedded as reached:
             return reached.hidden
         raise ModelError(f"{self.skeleton.config.model_type} does not reach its first block")

@@ -85,7 +85,7 @@ class Planner:
         self.templates = cache_layers(skeleton.config)
         self._skeleton = skeleton
         self._records: list[tuple[int, Call, Any]] = []
-        self._last: tuple[tuple[int, int, int | None], Plan] | None = None
+        self._last: tuple[tuple[Any, ...], Plan] | None = None
         _hollow_out(skeleton, self.device)
         stand_ins = StandIns(skeleton, self._record)
         problem = stand_ins.choose_form(self._is_planned)
@@ -94,18 +94,21 @@ class Planner:
         self._require_independence()
         self.boundary = Boundary(self.hidden_size, self._parts(stand_ins))
 
-    def plan(self, rows: int, length: int, past: int | None) -> Plan:
+    def plan(self, rows: int, length: int, past: int | None, padding: tuple[int, ...] = ()) -> Plan:
         """For hidden states (rows, length, H).
 
         Args:
             past: tokens in the cache; None = there is no cache.
+            padding: see Chunk.
         """
-        key = rows, length, past
+        key = rows, length, past, padding
         if self._last is None or self._last[0] != key:
-            self._last = key, self._plan(torch.zeros(1, 1, 1), rows, length, past)
+            self._last = key, self._plan(torch.zeros(1, 1, 1), rows, length, past, padding)
         return self._last[1]
 
-    def _plan(self, values: Tensor, rows: int, length: int, past: int | None) -> Plan:
+    def _plan(
+        self, values: Tensor, rows: int, length: int, past: int | None, padding: tuple[int, ...] = ()
+    ) -> Plan:
         shape = rows, length, self.hidden_size
         cache = None
         if past is not None:
@@ -115,7 +118,7 @@ class Planner:
             self._records = []
             embeddings = values.to(self.device, self.dtype).expand(shape)
             with suppress(_Planned):
-                self._skeleton.run_decoder(past or 0, cache, inputs_embeds=embeddings)
+                self._skeleton.run_decoder(past or 0, cache, padding, inputs_embeds=embeddings)
         self._require_one_hidden_state(shape)
         return Plan({block: call for block, call, _ in self._records}, cache)
 

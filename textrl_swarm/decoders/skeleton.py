@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.cache_utils import Cache
 
+from textrl_swarm.decoders.chunks import mask_of, positions_of
 from textrl_swarm.errors import ModelError
 from textrl_swarm.models.layers import find_blocks
 
@@ -65,20 +67,26 @@ class Skeleton:
         """H, numbers per token between two blocks."""
         return self.config.hidden_size
 
-    def run_decoder(self, past: int, cache: Cache | None, **inputs: Tensor) -> Any:
+    def run_decoder(
+        self, past: int, cache: Cache | None, padding: Sequence[int] = (), **inputs: Tensor
+    ) -> Any:
         """The decoder's own forward.
 
         Args:
             past: tokens before these.
             cache: that holds them; None = none do.
+            padding: see Chunk.
             inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, H).
         """
         (given,) = inputs.values()
+        length = given.shape[1]
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             options[self._cache_argument] = cache
+        if padding:
+            options["attention_mask"] = mask_of(padding, past + length, given.device)
         if self._takes_positions:  # Bamba would count from 0 again
-            options["position_ids"] = torch.arange(past, past + given.shape[1], device=given.device)[None]
+            options["position_ids"] = positions_of(padding or (0,), past, length, given.device)
         return self.decoder(**inputs, **options)
 
     def move(self, device: torch.device) -> None:

@@ -20,7 +20,8 @@ from textrl_swarm.errors import AdapterError, PromptError
 from textrl_swarm.models import adapter_files
 from textrl_swarm.models.texts import stop_ids
 from textrl_swarm.models.value_head import ValueHead
-from textrl_swarm.policies.generation import DecodingSession, PromptLike, generate
+from textrl_swarm.policies.generation import PromptLike, generate
+from textrl_swarm.policies.sessions import DecodingSession
 from textrl_swarm.types import PolicyOutput, RolloutBatch
 
 if TYPE_CHECKING:
@@ -61,6 +62,15 @@ class Policy(ABC):
 
     session_row_tokens: int = 0
     """Tokens that each row counts for beside its own: what takes memory however short a row is."""
+
+    max_step_tokens: int | None = None
+    """Most rows x tokens of prompts that a session is given at once."""
+
+    sessions_at_once: int = 1
+    """Sessions that are worth running side by side."""
+
+    takes_padding: bool = False
+    """Whether rows of unequal length may share a session."""
 
     length_limit_reason: str = "the model"
     """What sets these limits, for messages."""

@@ -1,26 +1,29 @@
 """Sampling responses: one cached session per group of prompts, whatever holds the caches.
 
-Prompts of unequal length share a session: each row is fed its own next prompt token until its prompt is used
-up, because no attention mask exists in a swarm. What was sampled is what is scored and trained on: token ids
+Rows leave a session soon after they have ended. What was sampled is what is scored and trained on: token ids
 all the way. Knows nothing about rewards or training.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from textrl_swarm.config import SamplingConfig
+from textrl_swarm.decoders.chunks import Step
 from textrl_swarm.errors import PromptError
 from textrl_swarm.maths.sampling import choose_tokens, token_logprobs
 from textrl_swarm.models.texts import decode_response, encode_prompt
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.filters import filter_logits
+from textrl_swarm.policies.sessions import DecodingSession, Pending, RowLayout
 from textrl_swarm.types import RolloutBatch, Trajectory
 
 if TYPE_CHECKING:
@@ -28,13 +31,8 @@ if TYPE_CHECKING:
 
 PromptLike = str | Sequence[int]
 
-
-class DecodingSession(Protocol):
-    """Attention caches of one batch: tokens in, last hidden states out."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """(B, k) int64, the next k tokens of each row -> (B, k, H) last hidden states."""
-        ...
+# Ended rows leave once so many of a session's rows are still open, since the caches are copied then.
+_MAX_OPEN = 7 / 8
 
 
 class Decoder(Protocol):
@@ -56,6 +54,12 @@ class Decoder(Protocol):
     def max_session_tokens(self) -> int | None: ...
     @property
     def session_row_tokens(self) -> int: ...
+    @property
+    def max_step_tokens(self) -> int | None: ...
+    @property
+    def sessions_at_once(self) -> int: ...
+    @property
+    def takes_padding(self) -> bool: ...
     @property
     def length_limit_reason(self) -> str: ...
 
@@ -84,16 +88,50 @@ def generate(decoder: Decoder, prompts: Sequence[PromptLike], sampling: Sampling
     rows = [torch.tensor(ids) for ids in encoded for _ in range(sampling.num_samples)]
     draws = _draw(len(rows), sampling)
     stop = stop_tokens(decoder, sampling)
-    pad_token = _pad_token(decoder)
-    trajectories: dict[int, Trajectory] = {}
+    groups = _groups(decoder, [len(row) for row in rows], sampling.max_new_tokens)
+    batches = []
+    for group in groups:
+        group_draws = None if draws is None else draws[group]
+        batches.append(_Batch([rows[i] for i in group], group_draws, sampling, stop))
     with torch.no_grad():
-        for group in _groups(decoder, [len(row) for row in rows], sampling.max_new_tokens):
-            group_draws = None if draws is None else draws[group]
-            batch = _Batch([rows[i] for i in group], group_draws, sampling, stop, pad_token)
-            batch.run(decoder)
-            trajectories.update(zip(group, batch.trajectories(decoder.tokenizer), strict=True))
+        _run_all(decoder, batches)
+    trajectories: dict[int, Trajectory] = {}
+    for group, batch in zip(groups, batches, strict=True):
+        trajectories.update(zip(group, batch.trajectories(decoder.tokenizer), strict=True))
     in_order = [trajectories[i] for i in range(len(rows))]
-    return RolloutBatch.from_trajectories(in_order, temperature=sampling.temperature, pad_token=pad_token)
+    return RolloutBatch.from_trajectories(
+        in_order, temperature=sampling.temperature, pad_token=_pad_token(decoder)
+    )
+
+
+def _run_all(decoder: Decoder, batches: Sequence[_Batch]) -> None:
+    """Runs batches side by side, as many as the caches hold: while the servers compute a token of one,
+    another's is chosen.
+    """
+    waiting = list(reversed(batches))
+    running: dict[_Batch, tuple[_Steps, Pending[list[Tensor]]]] = {}
+    most = decoder.max_session_tokens
+    try:
+        while waiting or running:
+            while waiting and len(running) < decoder.sessions_at_once:
+                reserved = sum(batch.reserved(decoder) for batch in [waiting[-1], *running])
+                if running and most is not None and reserved > most:
+                    break
+                batch = waiting.pop()
+                steps = batch.steps(decoder)
+                running[batch] = steps, next(steps)
+            ready = wait(
+                [pending.future for _, pending in running.values()], return_when=FIRST_COMPLETED
+            ).done
+            for batch, (steps, pending) in list(running.items()):
+                if pending.future in ready:
+                    try:
+                        running[batch] = steps, steps.send(pending.result())
+                    except StopIteration:
+                        del running[batch]
+    finally:
+        for steps, _ in running.values():
+            steps.close()
 
 
 def stop_tokens(decoder: Decoder, sampling: SamplingConfig) -> Tensor:
@@ -110,72 +148,90 @@ def _draw(rows: int, sampling: SamplingConfig) -> Tensor | None:
     return torch.rand((rows, sampling.max_new_tokens), dtype=torch.float64, generator=generator)
 
 
+# What is waited for, and what it gave.
+_Steps = Generator[Pending[list[Tensor]], list[Tensor], None]
+
+
 class _Batch:
-    """R rows that share one session."""
+    """R rows that share one session.
+
+    Args:
+        prompts: (n,) int64 each, in ascending order of their lengths.
+        draws: (R, T) random numbers; None = the most likely tokens.
+        stop: token ids that end a response.
+    """
 
     def __init__(
-        self,
-        prompts: Sequence[Tensor],
-        draws: Tensor | None,
-        sampling: SamplingConfig,
-        stop: Tensor,
-        pad_token: int,
+        self, prompts: Sequence[Tensor], draws: Tensor | None, sampling: SamplingConfig, stop: Tensor
     ):
+        self.prompts = prompts
         self.draws = draws
         self.sampling = sampling
         self.stop = stop
-        self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-        width = int(self.prompt_lengths.max()) + sampling.max_new_tokens
-        self.tokens = torch.full((len(prompts), width), pad_token, dtype=torch.int64)
-        for row, prompt in zip(self.tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
         shape = (len(prompts), sampling.max_new_tokens)
-        self.mask = torch.zeros(shape, dtype=torch.bool)
+        self.responses = torch.zeros(shape, dtype=torch.int64)
         self.logprobs = torch.zeros(shape)
         self.values = torch.zeros(shape)
+        self.lengths = torch.zeros(len(prompts), dtype=torch.int64)
         self.terminated = torch.zeros(len(prompts), dtype=torch.bool)
 
-    def run(self, decoder: Decoder) -> None:
+    @property
+    def max_length(self) -> int:
+        """Tokens of its longest row, at most."""
+        return len(self.prompts[-1]) + self.sampling.max_new_tokens
+
+    def reserved(self, decoder: Decoder) -> int:
+        """Tokens for which its caches have room."""
+        return len(self.prompts) * (self.max_length + decoder.session_row_tokens)
+
+    def steps(self, decoder: Decoder) -> _Steps:
         """Chooses tokens until every row has ended."""
-        start = int(self.prompt_lengths.min())
-        end = self.tokens.shape[1]
-        with decoder.session(len(self.tokens), end) as session:
-            hidden = session.step(self.tokens[:, :start].to(decoder.device))[:, -1]
-            for position in range(start, end):
-                self._choose(decoder, hidden, position)
-                if position + 1 == end or not self._open_rows(position + 1).any():
+        layout = RowLayout(
+            self.prompts, max_tokens=decoder.max_step_tokens, takes_padding=decoder.takes_padding
+        )
+        with decoder.session(len(self.prompts), self.max_length) as session:
+            steps = [replace(step, inputs=step.inputs.to(decoder.device)) for step in layout.prompt_steps()]
+            outputs = yield session.run(steps)
+            repeated = []
+            for step, output in zip(steps, outputs, strict=True):
+                repeated.append(output[:, -1].repeat_interleave(step.chunk.copies, dim=0))
+            hidden = torch.cat(repeated)
+            live = torch.arange(len(self.prompts))
+            for position in range(self.sampling.max_new_tokens):
+                self._choose(decoder, hidden, live, position)
+                still_open = live[~self.terminated[live]]
+                if len(still_open) == 0 or position + 1 == self.sampling.max_new_tokens:
                     return
-                hidden = session.step(self.tokens[:, position : position + 1].to(decoder.device))[:, -1]
+                if len(still_open) <= _MAX_OPEN * len(live):
+                    live = still_open
+                tokens = self.responses[live, position][:, None].to(decoder.device)
+                chunk = layout.next_chunk(live.tolist())
+                (output,) = yield session.run([Step(tokens, chunk, last_only=True)])
+                hidden = output[:, -1]
 
-    def _open_rows(self, position: int) -> Tensor:
-        """(R,) bool: rows that still have a token to choose at this position or later."""
-        return ~self.terminated & (position < self.prompt_lengths + self.sampling.max_new_tokens)
-
-    def _choose(self, decoder: Decoder, hidden: Tensor, position: int) -> None:
-        """Chooses the token at `position` of rows whose prompt is used up; hidden (R, H) is the state before
-        it.
+    def _choose(self, decoder: Decoder, hidden: Tensor, live: Tensor, position: int) -> None:
+        """Chooses the token at `position` of responses that have not ended; hidden (len(live), H) is the
+        state before it.
         """
-        choosing = (self._open_rows(position) & (position >= self.prompt_lengths)).nonzero().flatten()
-        if len(choosing) == 0:
-            return
-        steps = position - self.prompt_lengths[choosing]
-        seen = [self.tokens[i, :position] for i in choosing.tolist()]
-        draws = None if self.draws is None else self.draws[choosing, steps]
-        states = hidden[choosing.to(hidden.device)]
+        choosing = ~self.terminated[live]
+        rows = live[choosing]
+        states = hidden if choosing.all() else hidden[choosing.to(hidden.device)]
+        seen = None
+        if self.sampling.repetition_penalty != 1.0:
+            seen = [torch.cat([self.prompts[i], self.responses[i, :position]]) for i in rows.tolist()]
+        draws = None if self.draws is None else self.draws[rows, position]
         chosen, logprobs, values = sample_next(decoder, states, seen, self.sampling, draws)
-        self.tokens[choosing, position] = chosen
-        self.mask[choosing, steps] = True
-        self.logprobs[choosing, steps] = logprobs
-        self.values[choosing, steps] = values
-        self.terminated[choosing] = torch.isin(chosen, self.stop)
+        self.responses[rows, position] = chosen
+        self.logprobs[rows, position] = logprobs
+        self.values[rows, position] = values
+        self.lengths[rows] = position + 1
+        self.terminated[rows] = torch.isin(chosen, self.stop)
 
     def trajectories(self, tokenizer: PreTrainedTokenizerBase | None) -> list[Trajectory]:
         """The rows without their padding."""
         rows = []
-        for i, start in enumerate(self.prompt_lengths.tolist()):
-            count = int(self.mask[i].sum())
-            prompt = self.tokens[i, :start]
-            response = self.tokens[i, start : start + count]
+        for i, (prompt, count) in enumerate(zip(self.prompts, self.lengths.tolist(), strict=True)):
+            response = self.responses[i, :count]
             ended = bool(self.terminated[i])
             text = decode_response(tokenizer, prompt.tolist(), response.tolist(), ended=ended)
             logprobs = self.logprobs[i, :count]
@@ -185,13 +241,17 @@ class _Batch:
 
 
 def sample_next(
-    decoder: Decoder, hidden: Tensor, seen: Sequence[Tensor], sampling: SamplingConfig, draws: Tensor | None
+    decoder: Decoder,
+    hidden: Tensor,
+    seen: Sequence[Tensor] | None,
+    sampling: SamplingConfig,
+    draws: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next token of R rows.
 
     Args:
         hidden: (R, H) last hidden states.
-        seen: per row its tokens so far, for the repetition penalty.
+        seen: per row its tokens so far, for the repetition penalty; None where there is none.
         draws: (R,) float64 in [0, 1), a random number per row; None = the most likely token.
 
     Returns:
@@ -270,17 +330,23 @@ def check_lengths(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
 
 
 def _groups(decoder: Decoder, prompt_lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
-    """Rows per session: all rows when the caches hold them, else as many as fit, similar lengths together."""
-    most = decoder.max_session_tokens
-    if most is None:
-        return [list(range(len(prompt_lengths)))]
+    """Rows per session, in ascending order of their prompts: a session for each of those that run at the same
+    time, or more of them where the caches are too small.
+    """
+    at_once = decoder.sessions_at_once
+    most_rows = -(-len(prompt_lengths) // at_once)
+    most_tokens = None if decoder.max_session_tokens is None else decoder.max_session_tokens // at_once
     groups: list[list[int]] = []
-    # Ascending, so that the row in hand is the longest of its group.
     for row in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
-        tokens = prompt_lengths[row] + max_new_tokens + decoder.session_row_tokens
-        fits = bool(groups) and (len(groups[-1]) + 1) * tokens <= most
+        tokens = prompt_lengths[row] + max_new_tokens + decoder.session_row_tokens  # the longest in hand
+        last = groups[-1] if groups else []
+        fits = (
+            0 < len(last) < most_rows
+            and (most_tokens is None or (len(last) + 1) * tokens <= most_tokens)
+            and (decoder.takes_padding or prompt_lengths[last[0]] == prompt_lengths[row])
+        )
         if fits:
-            groups[-1].append(row)
+            last.append(row)
         else:
             groups.append([row])
     return groups

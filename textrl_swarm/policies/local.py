@@ -6,7 +6,7 @@ Any decoder-only Hugging Face model; PEFT applies the adapter. Knows nothing abo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,8 @@ from textrl_swarm.models.quantization import (
 from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
-from textrl_swarm.policies.generation import DecodingSession
 from textrl_swarm.policies.local_sessions import choose_session, is_close
+from textrl_swarm.policies.sessions import DecodingSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,6 +190,8 @@ class LocalPolicy(Policy):
             the adapter's layers.
     """
 
+    max_step_tokens = 4096
+
     def __init__(
         self, model: PreTrainedModel, lora: LoraSettings, seed: int, tokenizer: PreTrainedTokenizerBase | None
     ):
@@ -292,9 +294,11 @@ class LocalPolicy(Policy):
                 f"{name} makes its logits from more than the last hidden states; such models are not "
                 "supported"
             )
-        self._new_session: Callable[[], DecodingSession] = choose_session(
-            self._decoder, self._run_decoder, tokens, hidden, tolerance, type(self._model).__name__
+        config = self._model.config.get_text_config(decoder=True)
+        self._sessions = choose_session(
+            self._decoder, config, self._run_decoder, tokens, hidden, tolerance, type(self._model).__name__
         )
+        self.takes_padding = self._sessions.takes_padding
 
     # ------------------------------------------------------------------------------- as every policy
 
@@ -317,7 +321,7 @@ class LocalPolicy(Policy):
     @contextmanager
     def session(self, rows: int, max_length: int) -> Iterator[DecodingSession]:
         """See Policy."""
-        yield self._new_session()
+        yield self._sessions.new(rows, max_length)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """See Policy."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from textrl_swarm.config import LoraSettings, Timeouts
+from textrl_swarm.decoders.chunks import Step
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.models.adapters import (
@@ -31,8 +33,9 @@ from textrl_swarm.models.pretrained import find_tokenizer, require_finite
 from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
+from textrl_swarm.policies.sessions import DecodingSession, Pending
 from textrl_swarm.swarm import compat
-from textrl_swarm.swarm.protocol import AdapterLayout, AdapterSnapshot, require_servable
+from textrl_swarm.swarm.protocol import MICRO_BATCH_TOKENS, AdapterLayout, AdapterSnapshot, require_servable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,8 +144,10 @@ class RemotePolicy(Policy):
         self.max_length = limits.max_length
         self.max_session_tokens = limits.cache_tokens
         self.session_row_tokens = limits.cache_row_tokens
+        self.max_step_tokens = min(limits.max_batch_tokens, MICRO_BATCH_TOKENS)
+        self.takes_padding = limits.takes_padding
         self.traffic = client.traffic
-        self.num_servers = len(client.spans)
+        self.num_servers = self.sessions_at_once = len(client.spans)
         self._parts = parts
         self._client = client
         self._num_blocks = skeleton.num_blocks
@@ -212,7 +217,7 @@ class RemotePolicy(Policy):
     def session(self, rows: int, max_length: int) -> Iterator[_RemoteSession]:
         """See Policy; the caches are on the servers."""
         snapshot = self._take_snapshot(self._flats()) if self._adapter_on else None
-        with self._client.session(snapshot, max_length=max_length) as session:
+        with self._client.session(snapshot, rows=rows, max_length=max_length) as session:
             yield _RemoteSession(self._parts, session)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -245,14 +250,22 @@ class RemotePolicy(Policy):
         return last
 
 
-class _RemoteSession:
+class _RemoteSession(DecodingSession):
     def __init__(self, parts: Outside, session: GenerationSession):
         self._parts = parts
         self._session = session
-        self._past = 0
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def run(self, steps: Sequence[Step]) -> Pending[list[Tensor]]:
+        """See DecodingSession."""
+        embedded = []
         with torch.no_grad():
-            hidden = self._session.step(self._parts.embed(tokens, self._past))
-            self._past += tokens.shape[1]
-            return self._parts.finish(hidden)
+            for step in steps:
+                hidden = self._parts.embed(step.inputs, step.chunk.past, step.chunk.padding)
+                embedded.append(replace(step, inputs=hidden.cpu()))
+        dtype = hidden.dtype
+
+        def finish(outputs: list[Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                return [self._parts.finish(output.to(self._parts.device, dtype)) for output in outputs]
+
+        return Pending(self._session.run(embedded), finish)

@@ -1,4 +1,4 @@
-"""The five RPCs of a server as a client calls them: their signatures and their names on the wire.
+"""The RPCs of a server as a client calls them: their signatures and their names on the wire.
 
 hivemind derives a client's stub from the signatures of a class, so the client needs such a class but none of
 the server's code. Knows nothing about what the RPCs do; see server/handler.py.
@@ -15,7 +15,7 @@ from hivemind.proto import runtime_pb2
 Requests = AsyncIterator[runtime_pb2.ExpertRequest]
 Responses = AsyncIterator[runtime_pb2.ExpertResponse]
 
-_OUR_RPCS = ("rpc_lora_push", "rpc_lora_backward")
+_OUR_RPCS = ("rpc_generate", "rpc_lora_push", "rpc_lora_backward")
 
 
 def wire_name(namespace: str | None, method: str) -> str:
@@ -44,8 +44,8 @@ class ServerStub(ServicerBase):
         """Output of a chain of blocks."""
         raise NotImplementedError
 
-    async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
-        """Generation with the attention cache on the server."""
+    async def rpc_generate(self, requests: Requests, context: P2PContext) -> Responses:
+        """Generation with the caches on the server."""
         raise NotImplementedError
 
     async def rpc_lora_push(self, requests: Requests, context: P2PContext) -> Responses:

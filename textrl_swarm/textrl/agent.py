@@ -19,7 +19,8 @@ from textrl_swarm.errors import ConfigError, RewardError
 from textrl_swarm.learning.learner import Learner
 from textrl_swarm.learning.ppo import PPO, MakeOptimizer
 from textrl_swarm.policies.base import Policy
-from textrl_swarm.policies.generation import DecodingSession, check_lengths, sample_next, stop_tokens
+from textrl_swarm.policies.generation import check_lengths, sample_next, stop_tokens
+from textrl_swarm.policies.sessions import DecodingSession
 from textrl_swarm.textrl.door import BatchAgent
 from textrl_swarm.types import RolloutBatch, Trajectory
 

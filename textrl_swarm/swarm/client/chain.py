@@ -15,6 +15,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -102,6 +103,9 @@ class ChainLimits:
     cache_row_tokens: int = 0
     """Tokens that each row counts for beside its own: the states of linear attention."""
 
+    takes_padding: bool = True
+    """Whether rows of unequal length may share a generation."""
+
     def within(self, info: Mapping[str, Any]) -> ChainLimits:
         """What these and one more server's, as its rpc_info tells them, allow together."""
         return ChainLimits(
@@ -109,6 +113,7 @@ class ChainLimits:
             max_length=min(self.max_length, info["max_length"]),
             cache_tokens=min(self.cache_tokens, info["cache_tokens"]),
             cache_row_tokens=max(self.cache_row_tokens, info["cache_row_tokens"]),
+            takes_padding=self.takes_padding and info["takes_padding"],
         )
 
 
@@ -319,9 +324,14 @@ class _RemoteBlocks(torch.autograd.Function):
         return (None, grad_hidden, None, None, None, None, *flat_grads)
 
 
+def start_in_background(coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+    """Runs a coroutine in hivemind's event loop thread."""
+    return RemoteExpertWorker.run_coroutine(coroutine, return_future=True)
+
+
 def run_in_background(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """Runs a coroutine in hivemind's event loop thread and waits for it; Ctrl-C cancels it."""
-    future = RemoteExpertWorker.run_coroutine(coroutine, return_future=True)
+    """The same, and waits for it; Ctrl-C cancels it."""
+    future = start_in_background(coroutine)
     try:
         return future.result()
     except BaseException:

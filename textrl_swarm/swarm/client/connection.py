@@ -232,9 +232,9 @@ class SwarmClient:
         """See BlockChain.__call__."""
         return self.chain(hidden, start, stop, adapter, flats)
 
-    def session(self, adapter: AdapterSnapshot | None, *, max_length: int) -> GenerationSession:
+    def session(self, adapter: AdapterSnapshot | None, *, rows: int, max_length: int) -> GenerationSession:
         """A generation with the caches on the servers, for rows of at most `max_length` tokens."""
-        return GenerationSession(self.chain, adapter, max_length=max_length)
+        return GenerationSession(self.chain, adapter, rows=rows, max_length=max_length)
 
     def close(self) -> None:
         """Ends the DHT node and its daemon. Safe to call twice; also runs when the program ends."""

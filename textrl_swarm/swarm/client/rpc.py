@@ -11,19 +11,18 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from hivemind.compression import deserialize_tensor_stream, deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.compression import deserialize_tensor_stream
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon import DEFAULT_MAX_MSG_SIZE
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.proto import runtime_pb2
 from hivemind.utils.asyncio import iter_as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.streaming import split_for_streaming
 from torch import Tensor
 
 from textrl_swarm.config import Timeouts
 from textrl_swarm.decoders.boundary import Boundary
-from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed
+from textrl_swarm.decoders.chunks import Chunk
+from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed, ShapeError
 from textrl_swarm.swarm.protocol import (
     ENDING,
     INFO_KEY,
@@ -33,12 +32,13 @@ from textrl_swarm.swarm.protocol import (
     error_from_wire,
     weights_key,
 )
+from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
 _NO_TENSOR = torch.empty(0)  # petals' way to say "no deep prompts"
 _CLOSE_S = 2.0
-_NO_INDICES = torch.empty(0, dtype=torch.int64)  # "do not reorder the cache"
+_MAX_GROWTH = 8  # of a block's output over its input: what else crosses the boundary
 
 
 # What hivemind, the network and unpacking a stranger's answer raise.
@@ -155,7 +155,7 @@ class ServerCalls:
         def make_parts() -> list[runtime_pb2.ExpertRequest]:
             parts = []
             for tensor in tensors:
-                for part in split_for_streaming(serialize_torch_tensor(tensor), DEFAULT_MAX_MSG_SIZE):
+                for part in tensor_parts(tensor):
                     # metadata in every message: petals unpacks them side by side and believes whichever comes
                     # first
                     parts.append(runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed))
@@ -176,9 +176,9 @@ class ServerCalls:
         return answer
 
     async def open_generation(
-        self, peer: PeerID, uids: Sequence[str], *, max_length: int, key: str
+        self, peer: PeerID, uids: Sequence[str], *, rows: int, max_length: int, key: str
     ) -> GenerationStream:
-        """A stream that keeps the attention cache of one batch on the server."""
+        """A stream that keeps the caches of one batch on the server: so many rows, and tokens in each."""
         requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
 
         async def feed() -> AsyncIterator[runtime_pb2.ExpertRequest]:
@@ -189,13 +189,13 @@ class ServerCalls:
                     return
 
         try:
-            answers = await asyncio.wait_for(self._stub(peer).rpc_inference(feed()), self.timeouts.connect_s)
+            answers = await asyncio.wait_for(self._stub(peer).rpc_generate(feed()), self.timeouts.connect_s)
         except _FOREIGN as error:
-            raise _translated(error, peer, "rpc_inference") from error
+            raise _translated(error, peer, "rpc_generate") from error
         opening = {
+            "rows": rows,
             "max_length": max_length,
             "active_adapter": key,
-            "points": 0,
             "alloc_timeout": self.timeouts.request_s / 2,
             **self._naming_weights(peer, uids),
             ENDING: True,
@@ -222,21 +222,32 @@ class GenerationStream:
         self._answers = answers
         self._metadata = opening
 
-    async def step(self, hidden: Tensor) -> Tensor:
-        """Output (B, k, H) for the next k tokens of each row."""
-        tensors = [serialize_torch_tensor(tensor) for tensor in (hidden, _NO_TENSOR, _NO_INDICES)]
-        metadata = MSGPackSerializer.dumps(dict(self._metadata))
-        request = runtime_pb2.ExpertRequest(uid=self._uid, tensors=tensors, metadata=metadata)
+    async def send(self, hidden: Tensor, chunk: Chunk, *, last_only: bool) -> None:
+        """The tokens (b, k, H) of a chunk. Several may be on their way; they are answered in order."""
+        packed = MSGPackSerializer.dumps({**self._metadata, "chunk": chunk.encode(), "last_only": last_only})
         self._metadata = {}
-        try:
-            await self._requests.put(request)
-            answer = await asyncio.wait_for(self._answers.__anext__(), self._calls.timeouts.request_s)
-            (outputs,) = map(deserialize_torch_tensor, answer.tensors)
-        except _FOREIGN as error:
-            raise _translated(error, self._peer, "a generation step") from error
+        loop = asyncio.get_running_loop()
+        for part in await loop.run_in_executor(None, tensor_parts, hidden):
+            await self._requests.put(
+                runtime_pb2.ExpertRequest(uid=self._uid, tensors=[part], metadata=packed)
+            )
+            packed = b""
         self._calls.traffic.sent["activations"] += hidden.nbytes
+
+    async def receive(self, hidden: Tensor, *, last_only: bool) -> Tensor:
+        """The output for what was sent and not yet answered: (b, k, W), or (b, 1, W) with `last_only`."""
+
+        async def answer() -> Tensor:
+            first = await anext(self._answers)
+            return await whole_tensor(first, self._answers, _MAX_GROWTH * (hidden.numel() + 1024))
+
+        try:
+            outputs = await asyncio.wait_for(answer(), self._calls.timeouts.request_s)
+        except (*_FOREIGN, ShapeError) as error:
+            raise _translated(error, self._peer, "a generation step") from error
         self._calls.traffic.received["activations"] += outputs.nbytes
-        return _checked(outputs, hidden, self._peer, self._calls.boundary)
+        expected = hidden[:, -1:] if last_only else hidden
+        return _checked(outputs, expected, self._peer, self._calls.boundary)
 
     async def close(self) -> None:
         """Tells the server to free the cache; never raises."""

@@ -1,116 +1,207 @@
 """One batch's generation through the chain, with the attention caches on the servers. Survives the loss of
 any server.
 
-Every input chunk of every span is kept; when a server is lost, its blocks go to others and the chunks are
-replayed one by one. The same chunks in the same shapes give the same numbers, so on fp32 servers the outcome
+Every step's input to every span is kept; when a server is lost, its blocks go to others and the steps are
+replayed one by one. The same steps in the same shapes give the same numbers, so on fp32 servers the outcome
 is bit-equal to an undisturbed run. (Stock petals 2.2 fails here: its issue 587.) Knows nothing about tokens,
 embeddings or sampling.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from textrl_swarm.decoders.boundary import join_tokens
+from textrl_swarm.decoders.chunks import Chunk, Step
 from textrl_swarm.errors import AdapterMissing, ServerFailed
-from textrl_swarm.swarm.client.chain import Attempts, BlockChain, run_in_background
+from textrl_swarm.swarm.client.chain import Attempts, BlockChain, run_in_background, start_in_background
 from textrl_swarm.swarm.client.routing import Span
 from textrl_swarm.swarm.client.rpc import GenerationStream
 from textrl_swarm.swarm.protocol import AdapterSnapshot
 
+_MAX_BYTES_IN_FLIGHT = 16 << 20  # sent to one server and not yet answered
 
-@dataclass
+
+@dataclass(frozen=True)
+class _Place:
+    """A step without its hidden states."""
+
+    chunk: Chunk
+    last_only: bool
+
+
 class _Leg:
     """One span's part of the session."""
 
-    span: Span
+    def __init__(self, span: Span, inputs: list[Tensor] | None = None):
+        self.span = span
+        self.inputs = inputs or []  # (b, k, W), of every step since the session began
+        self.stream: GenerationStream | None = None
+        self.sent = self.done = 0  # steps that the present stream was given, and has answered
+        self.ended = False  # in this round nothing more comes from it
+        self.changed = asyncio.Event()
 
-    inputs: list[Tensor] = field(default_factory=list)
-    """Every chunk (B, k, H) for this span since the session began."""
+    def put(self, hidden: Tensor) -> None:
+        """The input of the next step."""
+        self.inputs.append(hidden.to(self.span.dtype))
+        self.changed.set()
 
-    stream: GenerationStream | None = None
-
-    done: int = 0
-    """Chunks that the present stream has seen."""
+    @property
+    def has_room(self) -> bool:
+        """Whether one more step may be sent before the earlier ones are answered."""
+        in_flight = sum(hidden.nbytes for hidden in self.inputs[self.done : self.sent + 1])
+        return self.sent == self.done or in_flight <= _MAX_BYTES_IN_FLIGHT
 
 
 class GenerationSession:
     """Context manager; made by SwarmClient.
 
     Args:
+        rows: for which the servers reserve caches.
         max_length: tokens per row, reserved on the servers; the most that may be stepped in all.
     """
 
-    def __init__(self, chain: BlockChain, adapter: AdapterSnapshot | None, *, max_length: int):
+    def __init__(self, chain: BlockChain, adapter: AdapterSnapshot | None, *, rows: int, max_length: int):
         self._chain = chain
         self._adapter = adapter
+        self._rows = rows
         self._max_length = max_length
         self._legs: list[_Leg] = []
+        self._places: list[_Place] = []  # of every step since the session began
+        self._first_wanted = 0  # of the steps that are asked for
+        self._outputs: dict[int, Tensor] = {}  # of those, by their number
 
-    def step(self, hidden: Tensor) -> Tensor:
-        """Output (B, k, H) of all blocks for the next k tokens of each row."""
-        tokens_at_once = max(1, self._chain.limits.max_batch_tokens // hidden.shape[0])
-        chunks = hidden.detach().cpu().split(tokens_at_once, dim=1)
-        outputs = [run_in_background(self._step(chunk)) for chunk in chunks]
-        return join_tokens(outputs).to(device=hidden.device, dtype=hidden.dtype)
+    def run(self, steps: Sequence[Step]) -> Future[list[Tensor]]:
+        """Outputs of all blocks for each step, on the CPU: (b, k, W), or (b, 1, W) with `last_only`.
 
-    async def _step(self, hidden: Tensor) -> Tensor:
+        While one server computes a step, the one before it computes the next. What was run before must be
+        done.
+        """
+        return start_in_background(self._run(steps))
+
+    async def _run(self, steps: Sequence[Step]) -> list[Tensor]:
         attempts = Attempts("generation", self._chain.calls.timeouts.recovery_s)
         if not self._legs:
-            self._legs = [
-                _Leg(span) for span in await self._route(0, self._chain.router.num_blocks, attempts)
-            ]
-        self._legs[0].inputs.append(hidden.to(self._legs[0].span.dtype))
-        i = 0
-        while i < len(self._legs):
-            leg = self._legs[i]
-            try:
-                hidden = await self._catch_up(i)
-                i += 1
-            except AdapterMissing:
-                self._chain.forget(leg.span, self._adapter)
-                attempts.lost_adapter()
-                await self._drop_stream(leg)
-            except ServerFailed as error:
-                self._chain.router.report_failure(leg.span.peer, error)
-                await self._drop_stream(leg)
-                await attempts.pause(error)
-                spans = await self._route(leg.span.start, leg.span.stop, attempts)
-                # The first replacement gets the lost server's inputs; the others get the outputs of the one
-                # before.
-                self._legs[i : i + 1] = [
-                    _Leg(span, leg.inputs if n == 0 else []) for n, span in enumerate(spans)
-                ]
-        return hidden
+            spans = await self._route(0, self._chain.router.num_blocks, attempts)
+            self._legs = [_Leg(span) for span in spans]
+        self._outputs = {}
+        numbers = []  # of the parts of each step
+        for step in steps:
+            first = len(self._places)
+            for hidden, place in self._parts(step):
+                self._places.append(place)
+                self._legs[0].put(hidden)
+            numbers.append(range(first, len(self._places)))
+        self._first_wanted = numbers[0].start
+        while failed := await self._advance():
+            for leg, error in failed:
+                await self._recover(leg, error, attempts)
+        outputs = []
+        for step, own in zip(steps, numbers, strict=True):
+            wanted = own[-1:] if step.last_only else own
+            outputs.append(join_tokens([self._outputs[i] for i in wanted]))
+        return outputs
+
+    def _parts(self, step: Step) -> Iterator[tuple[Tensor, _Place]]:
+        """More tokens than a server takes at once, one part behind the other."""
+        rows = step.inputs.shape[0]
+        chunk = step.chunk
+        for hidden in step.inputs.split(max(1, self._chain.limits.max_batch_tokens // rows), dim=1):
+            yield hidden, _Place(chunk, step.last_only)
+            chunk = chunk.rows(0, rows, chunk.past + hidden.shape[1])
 
     async def _route(self, start: int, stop: int, attempts: Attempts) -> list[Span]:
         return await self._chain.router.route(start, stop, timeout_s=attempts.left_s)
 
-    async def _catch_up(self, i: int) -> Tensor:
-        """Sends leg i what its stream has not seen, hands new outputs to leg i + 1, returns the last
-        output.
-        """
-        leg = self._legs[i]
-        following = self._legs[i + 1] if i + 1 < len(self._legs) else None
-        if leg.stream is None:
-            key = await self._chain.ensure_pushed(leg.span, self._adapter)
-            uids = self._chain.router.uids[leg.span.start : leg.span.stop]
-            leg.stream = await self._chain.calls.open_generation(
-                leg.span.peer, uids, max_length=self._max_length, key=key
-            )
-        while leg.done < len(leg.inputs):
-            output = await leg.stream.step(leg.inputs[leg.done])
-            if following is not None and len(following.inputs) == leg.done:
-                following.inputs.append(output.to(following.span.dtype))
-            leg.done += 1
-        return output
+    async def _advance(self) -> list[tuple[_Leg, BaseException]]:
+        """Lets every leg do what can be done; returns those that failed."""
+        for leg in self._legs:
+            leg.ended = False
+        neighbours = zip([None, *self._legs], self._legs, [*self._legs[1:], None], strict=False)
+        work = [self._work(*legs) for legs in neighbours]
+        results = await asyncio.gather(*work, return_exceptions=True)
+        return [(leg, error) for leg, error in zip(self._legs, results, strict=True) if error is not None]
+
+    async def _work(self, before: _Leg | None, leg: _Leg, following: _Leg | None) -> None:
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            if leg.stream is None:
+                key = await self._chain.ensure_pushed(leg.span, self._adapter)
+                uids = self._chain.router.uids[leg.span.start : leg.span.stop]
+                leg.stream = await self._chain.calls.open_generation(
+                    leg.span.peer, uids, rows=self._rows, max_length=self._max_length, key=key
+                )
+            is_last = following is None
+            for coroutine in (self._send(before, leg, is_last), self._receive(before, leg, following)):
+                tasks.append(asyncio.ensure_future(coroutine))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            leg.ended = True
+            if following is not None:
+                following.changed.set()
+
+    async def _send(self, before: _Leg | None, leg: _Leg, is_last: bool) -> None:
+        assert leg.stream is not None
+        while leg.sent < len(self._places):
+            if leg.sent < len(leg.inputs) and leg.has_room:
+                place = self._places[leg.sent]
+                last_only = place.last_only and is_last
+                await leg.stream.send(leg.inputs[leg.sent], place.chunk, last_only=last_only)
+                leg.sent += 1
+                leg.changed.set()
+            elif leg.sent == len(leg.inputs) and (before is None or before.ended):
+                return
+            else:
+                leg.changed.clear()
+                await leg.changed.wait()
+
+    async def _receive(self, before: _Leg | None, leg: _Leg, following: _Leg | None) -> None:
+        """Hands outputs to the leg that follows."""
+        assert leg.stream is not None
+        while leg.done < len(self._places):
+            if leg.done < leg.sent:
+                last_only = self._places[leg.done].last_only and following is None
+                output = await leg.stream.receive(leg.inputs[leg.done], last_only=last_only)
+                if following is None and leg.done >= self._first_wanted:
+                    self._outputs[leg.done] = output
+                if following is not None and len(following.inputs) == leg.done:
+                    following.put(output)
+                leg.done += 1
+                leg.changed.set()
+            elif leg.sent == len(leg.inputs) and (before is None or before.ended):
+                return
+            else:
+                leg.changed.clear()
+                await leg.changed.wait()
+
+    async def _recover(self, leg: _Leg, error: BaseException, attempts: Attempts) -> None:
+        await self._drop_stream(leg)
+        if isinstance(error, AdapterMissing):
+            self._chain.forget(leg.span, self._adapter)
+            attempts.lost_adapter()
+        elif isinstance(error, ServerFailed):
+            self._chain.router.report_failure(leg.span.peer, error)
+            await attempts.pause(error)
+            spans = await self._route(leg.span.start, leg.span.stop, attempts)
+            # The first replacement gets the lost server's inputs; the others get the outputs of the one
+            # before.
+            replacements = [_Leg(span, leg.inputs if n == 0 else None) for n, span in enumerate(spans)]
+            i = self._legs.index(leg)
+            self._legs[i : i + 1] = replacements
+        else:
+            raise error
 
     async def _drop_stream(self, leg: _Leg) -> None:
         stream = leg.stream
         leg.stream = None
-        leg.done = 0
+        leg.sent = leg.done = 0
         if stream is not None:
             await stream.close()
 
@@ -122,8 +213,7 @@ class GenerationSession:
             run_in_background(self._close(legs))
 
     async def _close(self, legs: list[_Leg]) -> None:
-        for leg in legs:
-            await self._drop_stream(leg)
+        await asyncio.gather(*(self._drop_stream(leg) for leg in legs))
 
     def __enter__(self) -> GenerationSession:
         return self

@@ -11,7 +11,7 @@ Knows nothing about sockets or where adapters come from.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -29,7 +29,8 @@ from transformers import PretrainedConfig
 
 from textrl_swarm.decoders.block import DecoderBlock
 from textrl_swarm.decoders.boundary import join_tokens
-from textrl_swarm.decoders.caches import CacheSpec, cache_bytes
+from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, keep_rows
+from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.models.experts import LowRank, add_to_matrices, route
 from textrl_swarm.models.layers import LayerSizes, is_routed
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
@@ -100,6 +101,7 @@ class LoraBackend(TransformerBackend):
         self.block_index = module.block.index
         self.cache_spec: CacheSpec = module.cache_spec
         self.takes_chunks: bool = module.takes_chunks
+        self.takes_padding: bool = module.takes_padding
         self.device: torch.device = module.device
         self.linears: dict[str, LayerSizes] = module.linears
         self._add_hooks(self.block.module)
@@ -173,31 +175,59 @@ class LoraBackend(TransformerBackend):
     def inference_step(
         self, hidden_states: Tensor, hypo_ids: Tensor, inference_info: Any
     ) -> tuple[Tensor, ...]:
-        """Output (B, S, H) for the next S tokens of each row."""
-        past = inference_info.prefix_length
+        """Output (B, S, H) for the next S tokens of each row.
+
+        Args:
+            inference_info: petals' InferenceMetadata, or our GenerationStep.
+        """
+        chunk: Chunk | None = getattr(inference_info, "chunk", None)
+        if chunk is None:
+            chunk = Chunk(inference_info.prefix_length)
         with (
             self.memory_cache.use_cache(*inference_info.cache_handles) as tensors,
             self._adapter(inference_info.active_adapter),
         ):
             if not is_dummy(hypo_ids):  # beams
-                for tensor in tensors:
-                    tensor[...] = tensor[hypo_ids.to(tensor.device)]
+                keep_rows(tensors, hypo_ids.tolist())
+            if chunk.keep:
+                keep_rows(tensors, chunk.keep)
             outputs = []
-            for chunk in self._chunks(hidden_states, past):
-                outputs.append(self.block.step(chunk, self.cache_spec, tensors, past))
-                past += chunk.shape[1]
-            return (join_tokens(outputs),)
+            for rows, place in self._row_parts(hidden_states, chunk):
+                parts = []
+                for tokens, at in self._token_parts(rows, place):
+                    parts.append(self.block.step(tokens, self.cache_spec, tensors, at))
+                outputs.append(join_tokens(parts))
+            return (torch.cat(outputs),)
 
-    def _chunks(self, hidden: Tensor, past: int) -> Iterable[Tensor]:
+    def _row_parts(self, hidden: Tensor, chunk: Chunk) -> Iterator[tuple[Tensor, Chunk]]:
+        """Prompts of unequal length some rows at a time: in parts of their tokens, padding would end in the
+        middle of one.
+        """
+        rows, length, _ = hidden.shape
+        most = self._tokens_at_once(length, chunk.past) // length
+        if not chunk.padding or length == 1 or most >= rows:
+            yield hidden, chunk
+            return
+        for start in range(0, rows, max(1, most)):
+            stop = min(rows, start + max(1, most))
+            yield hidden[start:stop], chunk.rows(start, stop, chunk.past)
+
+    def _token_parts(self, hidden: Tensor, chunk: Chunk) -> Iterator[tuple[Tensor, Chunk]]:
         """A long prompt in parts whose attention matrices fit into what the server leaves free for them."""
         rows, length, _ = hidden.shape
+        most = max(1, self._tokens_at_once(length, chunk.past) // rows)
+        lengths: int | list[int] = most
+        if not self.takes_chunks:
+            first = min(most, length) if chunk.past == 0 else 1
+            lengths = [first, *[1] * (length - first)]
+        past = chunk.past
+        for tokens in hidden.split(lengths, dim=1):
+            yield tokens, chunk.rows(0, rows, past)
+            past += tokens.shape[1]
+
+    def _tokens_at_once(self, length: int, past: int) -> int:
         heads = getattr(self.config, "num_attention_heads", None) or 1
-        bytes_per_token = heads * rows * self.dtype.itemsize * (past + length)
-        most = max(1, self.max_chunk_size_bytes // bytes_per_token)
-        if self.takes_chunks:
-            return hidden.split(most, dim=1)
-        first = min(most, length) if past == 0 else 1
-        return hidden.split([first, *[1] * (length - first)], dim=1)
+        return self.max_chunk_size_bytes // (heads * self.dtype.itemsize * (past + length))
 
     def lora_backward(
         self, inputs: Tensor, grad_outputs: Tensor, key: str, need_input_grad: bool

@@ -1,4 +1,5 @@
-"""A server's network side: petals' RPCs, plus two of ours that take an adapter and return LoRA gradients.
+"""A server's network side: petals' RPCs, plus three of ours: they take an adapter, generate with it, and
+return its gradients.
 
 Runs in processes forked from the server, which see only a copy of its memory: whatever must be known by all
 of them goes through a task pool to the compute process. Stock RPCs keep their stock names on the wire, so
@@ -11,16 +12,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from async_timeout import timeout
-from hivemind.compression import serialize_torch_tensor
 from hivemind.p2p import P2PContext
-from hivemind.p2p.p2p_daemon import DEFAULT_MAX_MSG_SIZE
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.streaming import split_for_streaming
 from petals.server.handler import TransformerConnectionHandler
 from torch import Tensor
 
@@ -37,6 +36,8 @@ from textrl_swarm.swarm.protocol import (
     weights_key,
 )
 from textrl_swarm.swarm.server.backend import LoraBackend
+from textrl_swarm.swarm.server.generation import generate
+from textrl_swarm.swarm.streaming import tensor_parts
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,17 @@ class LoraHandler(TransformerConnectionHandler):
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
         """Petals' own."""
         async for response in self._answer(super().rpc_inference, requests, context):
+            yield response
+
+    async def rpc_generate(self, requests: Requests, context: P2PContext) -> Responses:
+        """Generation with the caches on the server, for rows of unequal length.
+
+        Metadata of the first message: `rows`, `max_length` (columns of the caches), `active_adapter`,
+        `alloc_timeout` (seconds to wait for free caches). Each step is a tensor (b, k, H), with `chunk` (see
+        Chunk) and `last_only` (answer with the last token of each row) in its metadata, and is answered by
+        the outputs. A message without a tensor ends the generation.
+        """
+        async for response in self._answer(partial(generate, self), requests, context):
             yield response
 
     async def rpc_lora_push(self, requests: Requests, context: P2PContext) -> Responses:
@@ -126,7 +138,7 @@ class LoraHandler(TransformerConnectionHandler):
             if ENDING not in first_metadata:
                 raise
             ending = str(error) or type(error).__name__
-            logger.info("answered %s with: %s", serve.__name__, ending)
+            logger.info("a request was answered with: %s", ending)
         if ENDING in first_metadata:
             yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ending}))
             await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
@@ -167,7 +179,7 @@ class LoraHandler(TransformerConnectionHandler):
             need_input_grad = bool(metadata.get("need_input_grad", True))
             grads = await _run_backward(backends, inputs, grad_outputs, key, need_input_grad)
             for tensor in grads:
-                for part in split_for_streaming(serialize_torch_tensor(tensor), DEFAULT_MAX_MSG_SIZE):
+                for part in tensor_parts(tensor):
                     yield runtime_pb2.ExpertResponse(tensors=[part])
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
@@ -192,6 +204,7 @@ class LoraHandler(TransformerConnectionHandler):
             "max_batch_tokens": backend.forward_pool.max_batch_size,
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
+            "takes_padding": all(other.takes_padding for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
         }

@@ -13,9 +13,10 @@ from petals.utils.convert_block import QuantType
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from textrl_swarm.decoders.block import DecoderBlock, cache_spec, chunks_are_exact
+from textrl_swarm.decoders.block import DecoderBlock, cache_spec, chunks_are_exact, padding_is_exact
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, server_cache_bytes
 from textrl_swarm.decoders.checkpoint import Checkpoint
+from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.models.adapters import never_called
@@ -45,6 +46,7 @@ class ServedBlock(nn.Module):
         linears: the layers that LoRA can adapt, routed experts among them.
         digest: of the checkpoint's numbers.
         takes_chunks: False = behind the first tokens of a row, the others come one by one.
+        takes_padding: whether prompts of unequal length may share a generation.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class ServedBlock(nn.Module):
         digest: str,
         linears: dict[str, LayerSizes],
         takes_chunks: bool,
+        takes_padding: bool,
     ):
         super().__init__()
         self.block, self.cache_spec, self.device = block, spec, device
-        self.digest, self.linears, self.takes_chunks = digest, linears, takes_chunks
+        self.digest, self.linears = digest, linears
+        self.takes_chunks, self.takes_padding = takes_chunks, takes_padding
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.block(hidden)
@@ -144,7 +148,7 @@ class ServedModel:
                     self._synchronize()
                     started_s = time.perf_counter()
                 if inference:
-                    served.block.step(hidden, spec, caches, step * tokens)
+                    served.block.step(hidden, spec, caches, Chunk(step * tokens))
                 else:
                     served.block(hidden)
             self._synchronize()
@@ -176,15 +180,17 @@ class ServedModel:
         keep_differentiable(block)
         block.eval()
         decoder_block = DecoderBlock(block, index, self.planner)
+        spec = self.cache_specs[index]
         modules = {path: path for path, sizes in linears.items() if sizes.experts is None}
         unused = never_called(modules, block, lambda: decoder_block(self._trial_tokens()))
         return ServedBlock(
             decoder_block,
-            self.cache_specs[index],
+            spec,
             self.device,
             digest=self._checkpoint.digest_block(index),
             linears={path: sizes for path, sizes in linears.items() if path not in unused},
-            takes_chunks=chunks_are_exact(decoder_block, self.cache_specs[index]),
+            takes_chunks=chunks_are_exact(decoder_block, spec),
+            takes_padding=padding_is_exact(decoder_block, spec),
         )
 
     def _trial_tokens(self) -> Tensor:
