@@ -265,10 +265,10 @@ def test_a_swarm_whose_numbers_are_none(monkeypatch, capsys, tmp_path, tiny_bloo
     async def open_generation(self, *args, **options):
         stream = await original(self, *args, **options)
 
-        async def step(hidden):
+        async def receive(hidden, *, last_only):
             raise ServerFailed("server X returned NaN or infinite numbers")
 
-        stream.step = step
+        stream.receive = receive
         return stream
 
     monkeypatch.setattr(ServerCalls, "open_generation", open_generation)

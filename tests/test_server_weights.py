@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from textrl_swarm import cli
 from textrl_swarm.config import SamplingConfig, Timeouts
+from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import BlocksUnavailable, ModelError, ServerFailed, ServerMismatch
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.client.chain import run_in_background
@@ -77,8 +78,9 @@ def test_every_request_is_refused_by_a_server_with_other_weights(two_servers):
         hidden, adapter = torch.zeros(1, 2, policy.hidden_size), policy._take_snapshot(policy._flats())
 
         async def generate():
-            stream = await calls.open_generation(span.peer, uids, max_length=4, key="")
-            return await stream.step(hidden)
+            stream = await calls.open_generation(span.peer, uids, rows=1, max_length=4, key="")
+            await stream.send(hidden, Chunk(0), last_only=False)
+            return await stream.receive(hidden, last_only=False)
 
         requests = {
             "forward": lambda: calls.forward(span.peer, uids, hidden, ""),

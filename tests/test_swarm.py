@@ -5,6 +5,7 @@ Also to many clients at once, in large requests, and from int8 and nf4 servers.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,12 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, random_tokens, run
 from stock_client import talk
 from transformers import AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings, SamplingConfig
+from textrl_swarm.decoders.chunks import Chunk
+from textrl_swarm.errors import ServerFailed
 from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.swarm.client.chain import run_in_background
+from textrl_swarm.swarm.client.session import GenerationSession
+from textrl_swarm.swarm.client.streams import OpenStream
 from textrl_swarm.swarm.local import LocalSwarm
 
 pytestmark = pytest.mark.swarm
@@ -289,7 +296,110 @@ def test_a_long_prefill_is_split(small_server, tmp_path, monkeypatch):
         plain = PlainPeft(policy, tmp_path)
         assert greedy(policy, prompts, 8) == [plain.greedy(prompt, 8) for prompt in prompts]
     shapes = [tuple(chunk.shape[:2]) for chunk in chunks]
-    assert shapes[:5] == [(2, 12), (1, 50), (1, 64), (1, 16), (4, 1)]
+    assert shapes[:4] == [(2, 12), (1, 50), (1, 64), (1, 16)]
+
+
+def test_several_sessions_run_at_the_same_time(two_servers, tmp_path, monkeypatch):
+    """One for each server of the chain; their rows are of unequal length and leave when they have ended."""
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 20, 9, 9, 14, 5)]
+    open_now, most = set(), []
+    run_session, close = GenerationSession.run, GenerationSession.close
+
+    def run(self, steps):
+        open_now.add(self)
+        most.append(len(open_now))
+        return run_session(self, steps)
+
+    def closed(self):
+        open_now.discard(self)
+        close(self)
+
+    monkeypatch.setattr(GenerationSession, "run", run)
+    monkeypatch.setattr(GenerationSession, "close", closed)
+    with connect(two_servers, filled=44) as policy:
+        plain = PlainPeft(policy, tmp_path)
+        assert greedy(policy, prompts, 12) == [plain.greedy(prompt, 12) for prompt in prompts]
+    assert max(most) == 2 and not open_now
+
+
+def test_streams_stay_open_for_the_next_requests(two_servers, monkeypatch):
+    opened = _recorded(monkeypatch, OpenStream, "open", argument=0)
+    with connect(two_servers, filled=45) as policy:
+        for _ in range(3):
+            run(policy, random_tokens(2, 5))
+        assert len(opened) == 2  # one for each server
+
+
+def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, caplog):
+    tokens = random_tokens(2, 5)
+    with connect(two_servers, filled=46) as policy:
+        plain = PlainPeft(policy, tmp_path)
+        run(policy, tokens)
+        for streams in policy._client._calls._streams._idle.values():
+            for stream in streams:
+                run_in_background(stream._answers.aclose())
+        assert_same(run(policy, tokens), plain.run(tokens))
+    assert "retry" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "answer"),
+    [
+        ({"request": "steal"}, 1, "requests are push, forward, backward, not 'steal'"),
+        ({"request": "backward"}, 1, r"expected 2 tensors of one shape"),
+        ({"request": "forward"}, 2, r"expected 1 tensors of one shape"),
+        ({"request": "forward"}, 3, "3 tensors, where at most 2 belong"),
+        ({"request": "forward", "active_adapter": "lora-" + "0" * 40}, 1, "ADAPTER_MISSING"),
+    ],
+    ids=str,
+)
+def test_requests_that_make_no_sense_are_answered(two_servers, changes, tensors, answer):
+    with connect(two_servers, filled=47) as policy:
+        calls, span = policy._client._calls, policy._client.spans[0]
+        uid = " ".join(policy._client.router.uids[span.start : span.stop])
+        hidden = [torch.zeros(1, 2, policy.hidden_size)] * tensors
+
+        async def ask():
+            stream = await OpenStream.open(calls._stub(span.peer).rpc_requests, 5)
+            try:
+                await stream.send(uid, hidden, changes)
+                return await asyncio.wait_for(stream.receive_all(1000), 10)
+            finally:
+                await stream.close()
+
+        with pytest.raises(P2PHandlerError, match=answer):
+            run_in_background(ask())
+        run(policy, random_tokens(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_length", "chunk", "answer"),
+    [
+        (0, 4, Chunk(0), "a generation of 0 rows of 4 tokens was asked for"),
+        (1, 10**9, Chunk(0), r"rows may have 1 to \d+ here"),
+        (1, 4, Chunk(3), "do not fit into caches of 1 rows of 4 tokens"),
+        (1, 4, Chunk(0, first=1), "do not fit"),
+        (2, 4, Chunk(0, keep=(0, 1)), "do not fit"),
+        (1, 4, Chunk(-1), "negative numbers"),
+    ],
+    ids=str,
+)
+def test_generations_that_make_no_sense_are_answered(two_servers, rows, max_length, chunk, answer):
+    with connect(two_servers, filled=48) as policy:
+        calls, span = policy._client._calls, policy._client.spans[0]
+        uids = policy._client.router.uids[span.start : span.stop]
+        hidden = torch.zeros(3 if rows == 2 else 1, 2, policy.hidden_size)
+
+        async def ask():
+            stream = await calls.open_generation(span.peer, uids, rows=rows, max_length=max_length, key="")
+            try:
+                await stream.send(hidden, chunk, last_only=False)
+                return await stream.receive(hidden, last_only=False)
+            finally:
+                await stream.close()
+
+        with pytest.raises(ServerFailed, match=answer):
+            run_in_background(ask())
 
 
 def test_more_rows_than_the_caches_hold_take_turns(small_server, tmp_path):

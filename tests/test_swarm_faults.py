@@ -237,15 +237,15 @@ def nothing_left():
 
 def misbehave(monkeypatch, times: int, error: Exception) -> list[str]:
     """The next `times` calls of every kind fail; returns what was called."""
-    calls, original = [], ServerCalls._stream
+    calls, original = [], ServerCalls._request
 
-    async def stream(self, peer, rpc, *args):
-        calls.append(rpc)
+    async def request(self, peer, what, *args):
+        calls.append(what)
         if len(calls) <= times:
             raise error
-        return await original(self, peer, rpc, *args)
+        return await original(self, peer, what, *args)
 
-    monkeypatch.setattr(ServerCalls, "_stream", stream)
+    monkeypatch.setattr(ServerCalls, "_request", request)
     return calls
 
 
@@ -254,7 +254,7 @@ def test_a_passing_fault_is_retried(two_servers, monkeypatch, tmp_path):
         plain = PlainPeft(policy, tmp_path)
         calls = misbehave(monkeypatch, 1, ServerFailed("the line was cut"))
         assert_same(run(policy, TOKENS), plain.run(TOKENS))
-        assert calls.count("rpc_lora_push") == 3  # one of the two was lost
+        assert calls.count("push") == 3  # one of the two was lost
 
 
 def test_an_error_that_the_server_reports_again_and_again_is_believed(two_servers, monkeypatch):
@@ -262,7 +262,7 @@ def test_an_error_that_the_server_reports_again_and_again_is_believed(two_server
         calls = misbehave(
             monkeypatch,
             100,
-            ServerFailed("rpc_lora_push on server …abc failed: out of memory", answered=True),
+            ServerFailed("push on server …abc failed: out of memory", answered=True),
         )
         with pytest.raises(
             RemoteFailure,
@@ -293,14 +293,14 @@ def _raising(error: Exception):
 
 
 def test_answers_that_are_not_finite_are_not_used(two_servers, monkeypatch):
-    original = ServerCalls._stream
+    original = ServerCalls._request
 
-    async def stream(self, peer, rpc, *args):
-        answer = await original(self, peer, rpc, *args)
+    async def request(self, peer, what, *args):
+        answer = await original(self, peer, what, *args)
         return [tensor * float("nan") for tensor in answer]
 
     with connect(two_servers, filled=82, timeouts=SHORT) as policy:
-        monkeypatch.setattr(ServerCalls, "_stream", stream)
+        monkeypatch.setattr(ServerCalls, "_request", request)
         with pytest.raises((RemoteFailure, BlocksUnavailable)) as failure:
             policy(TOKENS)
     assert "returned NaN or infinite numbers" in str(failure.value)

@@ -88,7 +88,7 @@ def generate(decoder: Decoder, prompts: Sequence[PromptLike], sampling: Sampling
     rows = [torch.tensor(ids) for ids in encoded for _ in range(sampling.num_samples)]
     draws = _draw(len(rows), sampling)
     stop = stop_tokens(decoder, sampling)
-    groups = _groups(decoder, [len(row) for row in rows], sampling.max_new_tokens)
+    groups = _groups(decoder, encoded, sampling)
     batches = []
     for group in groups:
         group_draws = None if draws is None else draws[group]
@@ -329,26 +329,30 @@ def check_lengths(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
         )
 
 
-def _groups(decoder: Decoder, prompt_lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+def _groups(decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[list[int]]:
     """Rows per session, in ascending order of their prompts: a session for each of those that run at the same
-    time, or more of them where the caches are too small.
+    time, or more of them where the caches are too small. A prompt's samples stay together if they can.
     """
-    at_once = decoder.sessions_at_once
-    most_rows = -(-len(prompt_lengths) // at_once)
+    samples, at_once = sampling.num_samples, decoder.sessions_at_once
+    most_rows = -(-len(prompts) * samples // at_once)
     most_tokens = None if decoder.max_session_tokens is None else decoder.max_session_tokens // at_once
     groups: list[list[int]] = []
-    for row in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
-        tokens = prompt_lengths[row] + max_new_tokens + decoder.session_row_tokens  # the longest in hand
-        last = groups[-1] if groups else []
-        fits = (
-            0 < len(last) < most_rows
-            and (most_tokens is None or (len(last) + 1) * tokens <= most_tokens)
-            and (decoder.takes_padding or prompt_lengths[last[0]] == prompt_lengths[row])
-        )
-        if fits:
-            last.append(row)
-        else:
-            groups.append([row])
+    for prompt in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        # The longest in hand, so that all rows of the group need as much.
+        tokens = len(prompts[prompt]) + sampling.max_new_tokens + decoder.session_row_tokens
+        room = samples * len(prompts) if most_tokens is None else most_tokens // tokens
+        for sample in range(samples):
+            row = prompt * samples + sample
+            last = groups[-1] if groups else []
+            fits = (
+                0 < len(last) < room
+                and (len(last) < most_rows or sample > 0)
+                and (decoder.takes_padding or len(prompts[last[0] // samples]) == len(prompts[prompt]))
+            )
+            if fits:
+                last.append(row)
+            else:
+                groups.append([row])
     return groups
 
 

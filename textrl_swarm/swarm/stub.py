@@ -15,7 +15,7 @@ from hivemind.proto import runtime_pb2
 Requests = AsyncIterator[runtime_pb2.ExpertRequest]
 Responses = AsyncIterator[runtime_pb2.ExpertResponse]
 
-_OUR_RPCS = ("rpc_generate", "rpc_lora_push", "rpc_lora_backward")
+_OUR_RPCS = ("rpc_generate", "rpc_requests")
 
 
 def wire_name(namespace: str | None, method: str) -> str:
@@ -40,18 +40,10 @@ class ServerStub(ServicerBase):
         """What a server says about itself."""
         raise NotImplementedError
 
-    async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        """Output of a chain of blocks."""
+    async def rpc_requests(self, requests: Requests, context: P2PContext) -> Responses:
+        """Adapters to store, forward and backward passes, one after the other."""
         raise NotImplementedError
 
     async def rpc_generate(self, requests: Requests, context: P2PContext) -> Responses:
         """Generation with the caches on the server."""
-        raise NotImplementedError
-
-    async def rpc_lora_push(self, requests: Requests, context: P2PContext) -> Responses:
-        """Stores an adapter."""
-        raise NotImplementedError
-
-    async def rpc_lora_backward(self, requests: Requests, context: P2PContext) -> Responses:
-        """Gradients of a chain of blocks and of its adapter."""
         raise NotImplementedError

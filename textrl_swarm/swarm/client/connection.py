@@ -238,6 +238,8 @@ class SwarmClient:
 
     def close(self) -> None:
         """Ends the DHT node and its daemon. Safe to call twice; also runs when the program ends."""
+        with contextlib.suppress(Exception):  # as in shut_down
+            run_in_background(self._calls.close())
         self._close()
 
 

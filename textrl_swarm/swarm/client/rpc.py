@@ -6,16 +6,13 @@ Runs inside hivemind's event loop thread. Knows nothing about routes, retries or
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from hivemind.compression import deserialize_tensor_stream
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.proto import runtime_pb2
-from hivemind.utils.asyncio import iter_as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
@@ -23,8 +20,8 @@ from textrl_swarm.config import Timeouts
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed, ShapeError
+from textrl_swarm.swarm.client.streams import OpenStream, StreamPool
 from textrl_swarm.swarm.protocol import (
-    ENDING,
     INFO_KEY,
     WEIGHTS,
     AdapterSnapshot,
@@ -32,13 +29,11 @@ from textrl_swarm.swarm.protocol import (
     error_from_wire,
     weights_key,
 )
-from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
-_NO_TENSOR = torch.empty(0)  # petals' way to say "no deep prompts"
-_CLOSE_S = 2.0
 _MAX_GROWTH = 8  # of a block's output over its input: what else crosses the boundary
+_ANY = 1 << 40  # numbers: gradients are as large as the adapter
 
 
 # What hivemind, the network and unpacking a stranger's answer raise.
@@ -53,6 +48,8 @@ _FOREIGN = (
     ValueError,
     RuntimeError,  # torch's, when a part of a tensor is missing
 )
+# Those of them that say nothing but that a connection is gone.
+_BROKEN = (P2PDaemonError, OSError, EOFError, asyncio.IncompleteReadError)
 
 
 def short_id(peer: PeerID) -> str:
@@ -81,6 +78,12 @@ class ServerCalls:
         self.timeouts = timeouts
         self.traffic = traffic
         self._weights: dict[PeerID, Mapping[str, ServedWeights]] = {}
+        self._streams = StreamPool()
+        self._closing: set[asyncio.Future[None]] = set()
+
+    async def close(self) -> None:
+        """Ends the streams that are kept open; never raises."""
+        await self._streams.close()
 
     def expect(self, peer: PeerID, weights: Mapping[str, ServedWeights]) -> None:
         """From now on requests to this server name these weights (uid of a block -> weights), and a server
@@ -110,15 +113,14 @@ class ServerCalls:
         """Puts the adapter's tensors of these blocks on the server; returns once they can be used."""
         flats = [adapter.blocks[block] for block in blocks]
         metadata = {"header": adapter.header.encode()}
-        await self._stream(peer, "rpc_lora_push", uids, flats, metadata, "adapters", "adapters")
+        await self._request(peer, "push", uids, flats, metadata, 0, ("adapters", "adapters"))
 
     async def forward(self, peer: PeerID, uids: Sequence[str], hidden: Tensor, key: str) -> Tensor:
         """Output (B, S, H) of a chain of blocks; `key` "" runs without adapter."""
         metadata = {"active_adapter": key}
-        tensors = [hidden, _NO_TENSOR]
-        answer = await self._stream(
-            peer, "rpc_forward_stream", uids, tensors, metadata, "activations", "activations"
-        )
+        most = _MAX_GROWTH * (hidden.numel() + 1024)
+        kinds = "activations", "activations"
+        answer = await self._request(peer, "forward", uids, [hidden], metadata, most, kinds)
         (outputs,) = _complete(answer, 1, peer)
         return _checked(outputs, hidden, peer, self.boundary)
 
@@ -127,69 +129,64 @@ class ServerCalls:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor."""
         metadata = {"active_adapter": key, "need_input_grad": need_input_grad}
-        answer = await self._stream(
-            peer, "rpc_lora_backward", uids, [hidden, grad], metadata, "activations", "gradients"
-        )
+        kinds = "activations", "gradients"
+        answer = await self._request(peer, "backward", uids, [hidden, grad], metadata, _ANY, kinds)
         grad_input, *flats = _complete(answer, 1 + len(uids), peer)
         if not all(torch.isfinite(flat).all() for flat in flats):
             raise ServerFailed(f"server {short_id(peer)} returned gradients that are not finite")
         return (_checked(grad_input, hidden, peer) if need_input_grad else None), flats
 
-    async def _stream(
+    async def _request(
         self,
         peer: PeerID,
-        rpc: str,
+        what: str,
         uids: Sequence[str],
         tensors: Sequence[Tensor],
         metadata: Mapping[str, Any],
-        sent_kind: str,
-        received_kind: str,
+        max_numbers: int,
+        kinds: tuple[str, str],
     ) -> list[Tensor]:
-        """Sends tensors to an RPC in parts of a size that hivemind carries; returns the tensors of the
-        answer.
-        """
-        uid = " ".join(uids)
-        packed = MSGPackSerializer.dumps({**metadata, **self._naming_weights(peer, uids), ENDING: True})
-        loop = asyncio.get_running_loop()
+        """The tensors of the answer to a request.
 
-        def make_parts() -> list[runtime_pb2.ExpertRequest]:
-            parts = []
-            for tensor in tensors:
-                for part in tensor_parts(tensor):
-                    # metadata in every message: petals unpacks them side by side and believes whichever comes
-                    # first
-                    parts.append(runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed))
-            return parts
+        Args:
+            what: a kind of request that LoraHandler.rpc_requests knows.
+            max_numbers: of a tensor of the answer.
+            kinds: of traffic, there and back.
+        """
+        packed = {"request": what, **metadata, **self._naming_weights(peer, uids)}
 
         async def call() -> list[Tensor]:
-            open_stream = getattr(self._stub(peer), rpc)
-            parts = await loop.run_in_executor(None, make_parts)
-            stream = await asyncio.wait_for(open_stream(iter_as_aiter(parts)), self.timeouts.connect_s)
-            return await deserialize_tensor_stream(_tensors_of(_until_ending(stream)))
+            stream = self._streams.take(peer)
+            was_idle = stream is not None
+            if stream is None:
+                stream = await OpenStream.open(self._stub(peer).rpc_requests, self.timeouts.connect_s)
+            try:
+                await stream.send(" ".join(uids), tensors, packed)
+                answer = await stream.receive_all(max_numbers)
+            except BaseException as error:
+                close = asyncio.ensure_future(stream.close())
+                self._closing.add(close)
+                close.add_done_callback(self._closing.discard)
+                if was_idle and isinstance(error, _BROKEN):  # as an idle one may be
+                    return await call()
+                raise
+            self._streams.give_back(peer, stream)
+            return answer
 
         try:
             answer = await asyncio.wait_for(call(), self.timeouts.request_s)
-        except _FOREIGN as error:
-            raise _translated(error, peer, rpc) from error
-        self.traffic.sent[sent_kind] += sum(tensor.nbytes for tensor in tensors)
-        self.traffic.received[received_kind] += sum(tensor.nbytes for tensor in answer)
+        except (*_FOREIGN, ShapeError) as error:
+            raise _translated(error, peer, what) from error
+        self.traffic.sent[kinds[0]] += sum(tensor.nbytes for tensor in tensors)
+        self.traffic.received[kinds[1]] += sum(tensor.nbytes for tensor in answer)
         return answer
 
     async def open_generation(
         self, peer: PeerID, uids: Sequence[str], *, rows: int, max_length: int, key: str
     ) -> GenerationStream:
         """A stream that keeps the caches of one batch on the server: so many rows, and tokens in each."""
-        requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
-
-        async def feed() -> AsyncIterator[runtime_pb2.ExpertRequest]:
-            while True:
-                request = await requests.get()
-                yield request
-                if not request.tensors:
-                    return
-
         try:
-            answers = await asyncio.wait_for(self._stub(peer).rpc_generate(feed()), self.timeouts.connect_s)
+            stream = await OpenStream.open(self._stub(peer).rpc_generate, self.timeouts.connect_s)
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_generate") from error
         opening = {
@@ -198,90 +195,44 @@ class ServerCalls:
             "active_adapter": key,
             "alloc_timeout": self.timeouts.request_s / 2,
             **self._naming_weights(peer, uids),
-            ENDING: True,
         }
-        return GenerationStream(self, peer, " ".join(uids), requests, _until_ending(answers), opening)
+        return GenerationStream(self, peer, " ".join(uids), stream, opening)
 
 
 class GenerationStream:
     """One batch's open generation on one server; made by ServerCalls.open_generation."""
 
     def __init__(
-        self,
-        calls: ServerCalls,
-        peer: PeerID,
-        uid: str,
-        requests: asyncio.Queue[runtime_pb2.ExpertRequest],
-        answers: AsyncIterator[runtime_pb2.ExpertResponse],
-        opening: Mapping[str, Any],
+        self, calls: ServerCalls, peer: PeerID, uid: str, stream: OpenStream, opening: Mapping[str, Any]
     ):
         self._calls = calls
         self._peer = peer
         self._uid = uid
-        self._requests = requests
-        self._answers = answers
-        self._metadata = opening
+        self._stream = stream
+        self._opening = opening
 
     async def send(self, hidden: Tensor, chunk: Chunk, *, last_only: bool) -> None:
         """The tokens (b, k, H) of a chunk. Several may be on their way; they are answered in order."""
-        packed = MSGPackSerializer.dumps({**self._metadata, "chunk": chunk.encode(), "last_only": last_only})
-        self._metadata = {}
-        loop = asyncio.get_running_loop()
-        for part in await loop.run_in_executor(None, tensor_parts, hidden):
-            await self._requests.put(
-                runtime_pb2.ExpertRequest(uid=self._uid, tensors=[part], metadata=packed)
-            )
-            packed = b""
+        metadata = {**self._opening, "chunk": chunk.encode(), "last_only": last_only}
+        self._opening = {}
+        await self._stream.send(self._uid, [hidden], metadata)
         self._calls.traffic.sent["activations"] += hidden.nbytes
 
     async def receive(self, hidden: Tensor, *, last_only: bool) -> Tensor:
         """The output for what was sent and not yet answered: (b, k, W), or (b, 1, W) with `last_only`."""
-
-        async def answer() -> Tensor:
-            first = await anext(self._answers)
-            return await whole_tensor(first, self._answers, _MAX_GROWTH * (hidden.numel() + 1024))
-
+        most = _MAX_GROWTH * (hidden.numel() + 1024)
         try:
-            outputs = await asyncio.wait_for(answer(), self._calls.timeouts.request_s)
+            outputs = await asyncio.wait_for(self._stream.receive(most), self._calls.timeouts.request_s)
         except (*_FOREIGN, ShapeError) as error:
             raise _translated(error, self._peer, "a generation step") from error
+        (outputs,) = _complete([] if outputs is None else [outputs], 1, self._peer)
         self._calls.traffic.received["activations"] += outputs.nbytes
         expected = hidden[:, -1:] if last_only else hidden
         return _checked(outputs, expected, self._peer, self._calls.boundary)
 
     async def close(self) -> None:
         """Tells the server to free the cache; never raises."""
-
-        async def drain() -> None:
-            await self._requests.put(runtime_pb2.ExpertRequest())
-            async for _ in self._answers:
-                pass
-
-        with contextlib.suppress(*_FOREIGN):  # the server may be gone, which frees the cache too
-            await asyncio.wait_for(drain(), _CLOSE_S)
-
-
-async def _until_ending(stream: Any) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-    """Messages of an answer up to the one that says how it ended; then closes the stream. See
-    handler._with_ending.
-    """
-    try:
-        async for message in stream:
-            ending = MSGPackSerializer.loads(message.metadata).get(ENDING) if message.metadata else None
-            if ending is None:
-                yield message
-            elif ending == "":
-                return
-            else:
-                raise P2PHandlerError(ending)
-        raise EOFError("the connection broke off in the middle of the answer")
-    finally:
-        await stream.aclose()
-
-
-async def _tensors_of(stream: AsyncIterator[runtime_pb2.ExpertResponse]) -> AsyncIterator[Any]:
-    async for message in stream:
-        yield message.tensors
+        await self._stream.close()
 
 
 def _complete(answer: list[Tensor], count: int, peer: PeerID) -> list[Tensor]:

@@ -210,7 +210,10 @@ def _report(dht: DHT, p2p: P2P, name: str, info: ModelInfo, deadline: float) -> 
 
     async def ask_all() -> list[ServerReport]:
         answers = asyncio.gather(*(_ask(calls, span, uids) for span in spans))
-        return await asyncio.wait_for(answers, _left_s(deadline))
+        try:
+            return await asyncio.wait_for(answers, _left_s(deadline))
+        finally:
+            await calls.close()
 
     servers = sorted(
         run_in_background(ask_all()), key=lambda server: (server.start, server.stop, server.peer_id)

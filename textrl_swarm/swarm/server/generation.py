@@ -8,17 +8,17 @@ against what was allocated. Knows nothing about adapters, prompts or sampling.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from async_timeout import timeout
-from hivemind.p2p import P2PContext
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from petals.data_structures import Handle
 from petals.server.block_functions import MAX_NF4_SHORT_INFERENCE_TOKENS, MAX_SHORT_INFERENCE_TOKENS
+from petals.server.handler import TransformerConnectionHandler
 from torch import Tensor
 
 from textrl_swarm.decoders.chunks import Chunk
@@ -27,11 +27,8 @@ from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses
 
-if TYPE_CHECKING:
-    from textrl_swarm.swarm.server.handler import LoraHandler
-
 _PRIORITY = 1.0  # petals' own for generation, before forward and backward
-_MAX_WIDTH = 8  # numbers per token over H: hidden states and what else crosses the boundary
+MAX_WIDTH = 8  # numbers per token over H: hidden states and what else crosses the boundary
 _NO_INDICES = torch.empty(0, dtype=torch.int64)  # petals' way to say "do not reorder the cache"
 
 
@@ -45,58 +42,62 @@ class GenerationStep:
     chunk: Chunk
 
 
-@dataclass(frozen=True)
-class _Opening:
-    """What a client asks for when it begins a generation."""
+async def generate(
+    handler: TransformerConnectionHandler,
+    backends: Sequence[LoraBackend],
+    adapter: str,
+    first: runtime_pb2.ExpertRequest,
+    requests: Requests,
+) -> Responses:
+    """See LoraHandler.rpc_generate.
 
-    rows: int
-    max_length: int
-    active_adapter: str
-    timeout_s: float
+    Args:
+        adapter: name of a pushed one or of one that was loaded at start; "" = none.
+        first: message of the client.
+        requests: the others.
 
-    @staticmethod
-    def read(metadata: dict[str, Any], handler: LoraHandler) -> _Opening:
-        """Raises ShapeError for numbers that make no sense, or for longer rows than this server takes."""
-        try:
-            rows, max_length = int(metadata["rows"]), int(metadata["max_length"])
-            timeout_s = float(metadata.get("alloc_timeout", 0.0))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ShapeError(f"malformed opening of a generation: {error!r}") from error
-        if rows < 1 or not 1 <= max_length <= handler.inference_max_length:
-            raise ShapeError(
-                f"a generation of {rows} rows of {max_length} tokens was asked for; rows may have 1 to "
-                f"{handler.inference_max_length} here (--inference_max_length)"
-            )
-        return _Opening(rows, max_length, handler._get_active_adapter(metadata), timeout_s)
+    Raises:
+        ShapeError: numbers that make no sense, or do not fit what was allocated.
+    """
+    rows, max_length, timeout_s = _opening(MSGPackSerializer.loads(first.metadata), handler)
+    async with (
+        timeout(handler.session_timeout),
+        handler._allocate_cache(
+            backends, batch_size=rows, max_length=max_length, timeout=timeout_s
+        ) as handles,
+    ):
+        live = rows
+        async for hidden, metadata in _steps(first, requests, handler.step_timeout, backends[0]):
+            chunk = Chunk.decode(metadata.get("chunk", {}))
+            step_rows, length, _ = hidden.shape
+            chunk.require_fit(step_rows, length, live, max_length)
+            live = len(chunk.keep) or live
+            hidden = await _compute(backends, handles, hidden, adapter, chunk)
+            answered = hidden[:, -1:] if metadata.get("last_only") else hidden
+            for part in tensor_parts(answered.contiguous()):
+                yield runtime_pb2.ExpertResponse(tensors=[part])
 
 
-async def generate(handler: LoraHandler, requests: Requests, context: P2PContext) -> Responses:
-    """See LoraHandler.rpc_generate."""
-    async with timeout(handler.session_timeout):
-        first = await asyncio.wait_for(anext(requests), handler.step_timeout)
-        backends = handler._backends(first.uid)
-        opening = _Opening.read(MSGPackSerializer.loads(first.metadata), handler)
-        handler._log_request("rpc_generate", first.uid.split(), context)
-        async with handler._allocate_cache(
-            backends, batch_size=opening.rows, max_length=opening.max_length, timeout=opening.timeout_s
-        ) as handles:
-            live = opening.rows
-            async for hidden, metadata in _steps(first, requests, handler.step_timeout, backends[0]):
-                chunk = Chunk.decode(metadata.get("chunk", {}))
-                rows, length, _ = hidden.shape
-                chunk.require_fit(rows, length, live, opening.max_length)
-                live = len(chunk.keep) or live
-                hidden = await _compute(backends, handles, hidden, opening.active_adapter, chunk, handler)
-                answered = hidden[:, -1:] if metadata.get("last_only") else hidden
-                for part in tensor_parts(answered.contiguous()):
-                    yield runtime_pb2.ExpertResponse(tensors=[part])
+def _opening(metadata: Mapping[str, Any], handler: TransformerConnectionHandler) -> tuple[int, int, float]:
+    """Rows, tokens in each, and seconds to wait for their caches."""
+    try:
+        rows, max_length = int(metadata["rows"]), int(metadata["max_length"])
+        timeout_s = float(metadata.get("alloc_timeout", 0.0))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ShapeError(f"malformed opening of a generation: {error!r}") from error
+    if rows < 1 or not 1 <= max_length <= handler.inference_max_length:
+        raise ShapeError(
+            f"a generation of {rows} rows of {max_length} tokens was asked for; rows may have 1 to "
+            f"{handler.inference_max_length} here (--inference_max_length)"
+        )
+    return rows, max_length, timeout_s
 
 
 async def _steps(
     first: runtime_pb2.ExpertRequest, requests: Requests, timeout_s: float, backend: LoraBackend
 ) -> AsyncIterator[tuple[Tensor, dict[str, Any]]]:
     """Hidden states (b, k, W) and metadata of each step, until the client has no more."""
-    most = backend.forward_pool.max_batch_size * _MAX_WIDTH * backend.config.hidden_size
+    most = backend.forward_pool.max_batch_size * MAX_WIDTH * backend.config.hidden_size
     request = first
     while request.tensors:
         metadata = MSGPackSerializer.loads(request.metadata)
@@ -118,7 +119,6 @@ async def _compute(
     hidden: Tensor,
     adapter: str,
     chunk: Chunk,
-    handler: LoraHandler,
 ) -> Tensor:
     """As petals does: the blocks in one task when there are few tokens, else one after the other, so that
     other requests come in between.

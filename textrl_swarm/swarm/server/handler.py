@@ -1,5 +1,5 @@
-"""A server's network side: petals' RPCs, plus three of ours: they take an adapter, generate with it, and
-return its gradients.
+"""A server's network side: petals' RPCs, plus two of ours: requests for training, and
+generation.
 
 Runs in processes forked from the server, which see only a copy of its memory: whatever must be known by all
 of them goes through a task pool to the compute process. Stock RPCs keep their stock names on the wire, so
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ from textrl_swarm.swarm.protocol import (
     weights_key,
 )
 from textrl_swarm.swarm.server.backend import LoraBackend
-from textrl_swarm.swarm.server.generation import generate
-from textrl_swarm.swarm.streaming import tensor_parts
+from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
+from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
 logger = logging.getLogger(__name__)
@@ -68,16 +67,6 @@ class LoraHandler(TransformerConnectionHandler):
     def _backends(self, uids: str) -> Sequence[LoraBackend]:
         return tuple(self.module_backends[uid] for uid in self._check_uids(uids))
 
-    async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        """Petals' own."""
-        async for response in self._answer(super().rpc_forward_stream, requests, context):
-            yield response
-
-    async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
-        """Petals' own."""
-        async for response in self._answer(super().rpc_inference, requests, context):
-            yield response
-
     async def rpc_generate(self, requests: Requests, context: P2PContext) -> Responses:
         """Generation with the caches on the server, for rows of unequal length.
 
@@ -86,62 +75,95 @@ class LoraHandler(TransformerConnectionHandler):
         Chunk) and `last_only` (answer with the last token of each row) in its metadata, and is answered by
         the outputs. A message without a tensor ends the generation.
         """
-        async for response in self._answer(partial(generate, self), requests, context):
-            yield response
-
-    async def rpc_lora_push(self, requests: Requests, context: P2PContext) -> Responses:
-        """Stores an adapter for the named blocks: one flat fp32 tensor per block, in the order of the uids.
-
-        Metadata of the first message: `header`, an encoded AdapterHeader. Answers once the adapter can be
-        used.
-        """
-        async for response in self._answer(self._store, requests, context):
-            yield response
-
-    async def rpc_lora_backward(self, requests: Requests, context: P2PContext) -> Responses:
-        """Gradients of a chain of blocks. Request: inputs and grad_outputs (B, S, H); metadata
-        `active_adapter`, `need_input_grad`.
-
-        Answers with the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block,
-        always as a stream: hivemind's unary answers cannot carry more than 4 MiB.
-        """
-        async for response in self._answer(self._backward, requests, context):
-            yield response
-
-    async def _answer(
-        self,
-        serve: Callable[[Requests, P2PContext], Responses],
-        requests: Requests,
-        context: P2PContext,
-    ) -> Responses:
-        """Refuses requests that expect other weights, tells clients that ask for it how the answer ended, and
-        leaves the stream open until they have closed it.
-
-        hivemind's daemon resets a stream that the server closes: about one answer (or error) in three hundred
-        does not arrive whole, and on the client's side a stream cut short looks like a complete one. Stock
-        clients do not ask, and get what stock servers give.
-        """
-        first_metadata: dict[str, Any] = {}
-
-        async def watched() -> Requests:
-            async for request in requests:
-                if request.metadata and not first_metadata:
-                    first_metadata.update(MSGPackSerializer.loads(request.metadata))
-                    self._check_weights(request.uid, first_metadata)
-                yield request
-
         ending = ""
         try:
-            async for response in serve(watched(), context):
+            first = await asyncio.wait_for(anext(requests), self.step_timeout)
+            metadata = MSGPackSerializer.loads(first.metadata)
+            self._check_weights(first.uid, metadata)
+            adapter = self._get_active_adapter(metadata)
+            self._log_request("generation", first.uid.split(), context)
+            async for response in generate(self, self._backends(first.uid), adapter, first, requests):
                 yield response
         except Exception as error:
-            if ENDING not in first_metadata:
-                raise
-            ending = str(error) or type(error).__name__
-            logger.info("a request was answered with: %s", ending)
-        if ENDING in first_metadata:
-            yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ending}))
-            await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
+            ending = _text(error)
+        yield _ending(ending)
+        await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
+
+    async def rpc_requests(self, requests: Requests, context: P2PContext) -> Responses:
+        """Any number of requests, one after the other. Metadata of the first message of each: `request`, and
+        the number of its `tensors`. The tensors of an answer are followed by its ending.
+
+        `push` stores an adapter for the named blocks: one flat fp32 tensor per block, in the order of the
+        uids; `header` is an encoded AdapterHeader. It is answered once the adapter can be used.
+
+        `forward` takes inputs (B, S, H) and `active_adapter`, and gives outputs.
+
+        `backward` takes inputs and grad_outputs (B, S, H), `active_adapter` and `need_input_grad`, and gives
+        the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block.
+        """
+        answers = {"push": self._store, "forward": self._forward, "backward": self._backward}
+        while True:
+            try:
+                first = await asyncio.wait_for(anext(requests), self.step_timeout)
+            except (StopAsyncIteration, asyncio.TimeoutError):
+                return
+            if not first.uid:
+                return
+            ending, is_whole = "", False
+            try:
+                async with timeout(self.request_timeout):
+                    metadata = MSGPackSerializer.loads(first.metadata)
+                    backends = self._backends(first.uid)
+                    self._check_weights(first.uid, metadata)
+                    what = metadata.get("request")
+                    if what not in answers:
+                        raise ShapeError(f"requests are {', '.join(answers)}, not {what!r}")
+                    self._log_request(what, first.uid.split(), context)
+                    tensors = await self._read(first, requests, metadata, backends)
+                    is_whole = True
+                    for tensor in await answers[what](backends, tensors, metadata, context):
+                        for part in tensor_parts(tensor):
+                            yield runtime_pb2.ExpertResponse(tensors=[part])
+            except Exception as error:
+                ending = _text(error)
+            yield _ending(ending)
+            if not is_whole:  # what follows may be a part of what was not read
+                await asyncio.sleep(_CLIENT_CLOSES_S)
+                return
+
+    async def _read(
+        self,
+        first: runtime_pb2.ExpertRequest,
+        requests: Requests,
+        metadata: dict[str, Any],
+        backends: Sequence[LoraBackend],
+    ) -> list[Tensor]:
+        """A request's tensors; refuses one that grows past what can be used, before it fills the memory."""
+        backend = backends[0]
+        if metadata["request"] == "push":
+            most_bytes = backend.store.max_bytes_per_client
+            left, count = most_bytes // 4, len(backends)
+        else:
+            count = 2
+            left = count * backend.forward_pool.max_batch_size * MAX_WIDTH * backend.config.hidden_size
+        if not 1 <= metadata.get("tensors", 0) <= count:
+            raise ShapeError(f"{metadata.get('tensors')!r} tensors, where at most {count} belong")
+        tensors: list[Tensor] = []
+        message = first
+        for i in range(metadata["tensors"]):
+            if i > 0:
+                message = await anext(requests)
+            try:
+                tensors.append(await whole_tensor(message, requests, left))
+            except ShapeError as error:
+                if metadata["request"] != "push":
+                    raise
+                raise adapter_rejected(
+                    f"more than {most_bytes} bytes of adapter; this server keeps no more per client "
+                    "(--adapter_bytes_per_client)"
+                ) from error
+            left -= tensors[-1].numel()
+        return tensors
 
     def _check_weights(self, uids: str, metadata: dict[str, Any]) -> None:
         """A client may have met another server under this address before; see `SwarmClient`."""
@@ -149,38 +171,50 @@ class LoraHandler(TransformerConnectionHandler):
         if expected is not None and expected != weights_key(b.weights for b in self._backends(uids)):
             raise ServerMismatch(f"blocks {uids} have other weights or another dtype here than when asked")
 
-    async def _store(self, requests: Requests, context: P2PContext) -> Responses:
-        async with timeout(self.request_timeout):
-            store = next(iter(self.module_backends.values())).store
-            bounded = _bounded(requests, store.max_bytes_per_client)
-            uids, flats, metadata = await self._gather_inputs(bounded, context)
-            backends = self._backends(uids)
-            header = _checked_header(metadata, backends, flats)
-            blocks = [backend.block_index for backend in backends]
-            await backends[0].store_pool.submit_task(
-                torch.zeros(1),
-                str(context.remote_id),
-                metadata["header"],
-                blocks,
-                *flats,
-                priority=_PUSH_PRIORITY,
-            )
-            self._log_request("rpc_lora_push", uids.split(), context)
-            yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({"key": header.key}))
+    async def _store(
+        self,
+        backends: Sequence[LoraBackend],
+        flats: Sequence[Tensor],
+        metadata: dict[str, Any],
+        context: P2PContext,
+    ) -> list[Tensor]:
+        _check_header(metadata, backends, flats)
+        blocks = [backend.block_index for backend in backends]
+        await backends[0].store_pool.submit_task(
+            torch.zeros(1),
+            str(context.remote_id),
+            metadata["header"],
+            blocks,
+            *flats,
+            priority=_PUSH_PRIORITY,
+        )
+        return []
 
-    async def _backward(self, requests: Requests, context: P2PContext) -> Responses:
-        async with timeout(self.request_timeout):
-            uids, (inputs, grad_outputs), metadata = await self._gather_inputs(requests, context)
-            backends = self._backends(uids)
-            self._log_request("rpc_lora_backward", uids.split(), context)
-            key = self._get_active_adapter(metadata)
-            if key and not is_adapter_key(key):
-                raise ShapeError("rpc_lora_backward needs the key of a pushed adapter as active_adapter")
-            need_input_grad = bool(metadata.get("need_input_grad", True))
-            grads = await _run_backward(backends, inputs, grad_outputs, key, need_input_grad)
-            for tensor in grads:
-                for part in tensor_parts(tensor):
-                    yield runtime_pb2.ExpertResponse(tensors=[part])
+    async def _forward(
+        self,
+        backends: Sequence[LoraBackend],
+        tensors: Sequence[Tensor],
+        metadata: dict[str, Any],
+        context: P2PContext,
+    ) -> list[Tensor]:
+        (hidden,) = _checked_hidden(tensors, 1)
+        async for output in _run_forward(backends, hidden, self._get_active_adapter(metadata)):
+            hidden = output
+        return [hidden]
+
+    async def _backward(
+        self,
+        backends: Sequence[LoraBackend],
+        tensors: Sequence[Tensor],
+        metadata: dict[str, Any],
+        context: P2PContext,
+    ) -> list[Tensor]:
+        inputs, grad_outputs = _checked_hidden(tensors, 2)
+        key = self._get_active_adapter(metadata)
+        if key and not is_adapter_key(key):
+            raise ShapeError("backward needs the key of a pushed adapter as active_adapter")
+        need_input_grad = bool(metadata.get("need_input_grad", True))
+        return await _run_backward(backends, inputs, grad_outputs, key, need_input_grad)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         """Petals' answer plus what a training client checks before it relies on this server."""
@@ -211,22 +245,29 @@ class LoraHandler(TransformerConnectionHandler):
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
 
-async def _bounded(requests: Requests, max_bytes: int) -> Requests:
-    """Refuses a stream that grows past what may be stored, before it fills the memory."""
-    received = 0
-    async for request in requests:
-        received += sum(len(tensor.buffer) for tensor in request.tensors)
-        if received > max_bytes:
-            raise adapter_rejected(
-                f"more than {max_bytes} bytes of adapter; this server keeps no more per client "
-                "(--adapter_bytes_per_client)"
-            )
-        yield request
+def _text(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    logger.info("a request was answered with: %s", text)
+    return text
 
 
-def _checked_header(
-    metadata: dict[str, Any], backends: Sequence[LoraBackend], flats: Sequence[Tensor]
-) -> AdapterHeader:
+def _ending(error: str) -> runtime_pb2.ExpertResponse:
+    """Tells how an answer ended. hivemind's daemon resets a stream that the server closes: about one answer
+    (or error) in three hundred does not arrive whole, and on the client's side a stream cut short looks like
+    a complete one.
+    """
+    return runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: error}))
+
+
+def _checked_hidden(tensors: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    are_hidden = all(tensor.ndim == 3 and tensor.is_floating_point() for tensor in tensors)
+    if len(tensors) != count or len(set(shapes)) != 1 or not are_hidden:
+        raise ShapeError(f"expected {count} tensors of one shape (rows, tokens, H), got {shapes}")
+    return tensors
+
+
+def _check_header(metadata: dict[str, Any], backends: Sequence[LoraBackend], flats: Sequence[Tensor]) -> None:
     try:
         header = AdapterHeader.decode(metadata["header"])
     except (KeyError, ShapeError) as error:
@@ -252,18 +293,24 @@ def _checked_header(
             raise adapter_rejected(f"block {block}: the adapter has NaN or infinite numbers")
         if digest(flat) != header.blocks[block][1]:
             raise adapter_rejected(f"block {block}: the tensor is not the one the header names")
-    return header
+
+
+async def _run_forward(backends: Sequence[LoraBackend], hidden: Tensor, key: str) -> AsyncIterator[Tensor]:
+    """The output of each block."""
+    for backend in backends:
+        hidden = hidden.to(backend.dtype)
+        (hidden,) = await backend.forward_pool.submit_task(hidden, key, priority=_BACKWARD_PRIORITY)
+        yield hidden
 
 
 async def _run_backward(
     backends: Sequence[LoraBackend], inputs: Tensor, grad_outputs: Tensor, key: str, need_input_grad: bool
 ) -> list[Tensor]:
     """[gradient of the inputs or empty, flat gradient of backends[0], of backends[1], ...]"""
-    hidden, grad = inputs.to(backends[0].dtype), grad_outputs.to(backends[-1].dtype)
-    block_inputs = [hidden]
-    for backend in backends[:-1]:
-        (hidden,) = await backend.forward_pool.submit_task(hidden, key, priority=_BACKWARD_PRIORITY)
+    block_inputs = [inputs.to(backends[0].dtype)]
+    async for hidden in _run_forward(backends[:-1], inputs, key):
         block_inputs.append(hidden)
+    grad = grad_outputs.to(backends[-1].dtype)
     flats: list[Tensor] = []
     for position in reversed(range(len(backends))):
         needed = need_input_grad or position > 0

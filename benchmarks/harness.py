@@ -1,0 +1,123 @@
+"""What the benchmarks share: contenders that take turns, tables, and servers behind slow links.
+
+Tables go to the terminal, and as Markdown to the file that TEXTRL_SWARM_RESULTS names (`make bench` does so).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from textrl_swarm import LocalSwarm
+
+RESULTS = "TEXTRL_SWARM_RESULTS"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one contender, one number per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> str:
+        return f"{min(self.seconds):.2f} to {max(self.seconds):.2f}"
+
+    def ratio(self, other: Times) -> float:
+        """Median of the ratios of each round, in which both met the same machine."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def in_turn(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
+    """Runs all contenders once unmeasured, for connections and caches, and then `repeats` times in turn."""
+    for action in contenders.values():
+        action()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, action in contenders.items():
+            started = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: Times(tuple(one)) for name, one in seconds.items()}
+
+
+def report(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table whose first column is text, and adds it to the results."""
+    table = Table(title=title)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    path = os.environ.get(RESULTS)
+    if path:
+        lines = [f"### {title}", ""]
+        for row in (headings, ["---", *["---:"] * (len(headings) - 1)], *rows):
+            lines.append("| " + " | ".join(map(str, row)) + " |")
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n\n")
+
+
+# --------------------------------------------------------------------------------------- slow links
+
+
+class DistantSwarm(LocalSwarm):
+    """A LocalSwarm each of whose servers is reached through a slow link.
+
+    Args:
+        round_trip_ms: of every connection to a server, the clients' and the other servers'.
+        mbit: per second, to each server and back; None = as fast as loopback is.
+    """
+
+    def __init__(self, model: str | Path, num_servers: int, round_trip_ms: float, mbit: float | None = None):
+        super().__init__(model, num_servers)
+        self._link = [str(round_trip_ms / 2), str(mbit or 0)]
+        self._stack = contextlib.ExitStack()
+
+    def _launch(self, i: int, peers: Sequence[str], addresses: Sequence[str] = ()) -> Any:
+        real, seen = _free_port(), _free_port()
+        link = Path(__file__).with_name("slow_link.py")
+        proxy = subprocess.Popen(
+            [sys.executable, str(link), str(seen), str(real), *self._link], stdout=subprocess.PIPE
+        )
+        self._stack.callback(proxy.wait)
+        self._stack.callback(proxy.kill)
+        assert proxy.stdout is not None and proxy.stdout.readline() == b"listening\n"
+        common = self._options
+        own = [
+            "--host_maddrs",
+            f"/ip4/127.0.0.1/tcp/{real}",
+            "--announce_maddrs",
+            f"/ip4/127.0.0.1/tcp/{seen}",
+        ]
+        self._options = [*common, *own]
+        try:
+            return super()._launch(i, peers)
+        finally:
+            self._options = common
+
+    def close(self, leave_within_s: float = 0.0) -> None:
+        super().close(leave_within_s)
+        self._stack.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

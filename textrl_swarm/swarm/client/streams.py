@@ -1,0 +1,124 @@
+"""Streams to servers that stay open for one request after the other.
+
+A new stream costs round trips: its protocol is agreed on, and its window of unconfirmed bytes grows from
+256 KiB on. Knows nothing about what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
+from hivemind.proto import runtime_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+from torch import Tensor
+
+from textrl_swarm.swarm.protocol import ENDING
+from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
+
+_CLOSE_S = 2.0
+_IDLE_S = 60.0  # after which a stream is not used again; the server ends it after some minutes
+
+
+class OpenStream:
+    """An RPC whose requests and answers are streams; made by `open`."""
+
+    def __init__(self, requests: asyncio.Queue[runtime_pb2.ExpertRequest], answers: Any):
+        self._requests = requests
+        self._answers = answers
+        self.used_at = time.monotonic()
+
+    @staticmethod
+    async def open(method: Any, timeout_s: float) -> OpenStream:
+        """Calls an RPC of a stub."""
+        requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
+
+        async def feed() -> AsyncIterator[runtime_pb2.ExpertRequest]:
+            while True:
+                request = await requests.get()
+                yield request
+                if not request.uid:
+                    return
+
+        return OpenStream(requests, await asyncio.wait_for(method(feed()), timeout_s))
+
+    async def send(self, uid: str, tensors: Sequence[Tensor], metadata: Mapping[str, Any]) -> None:
+        """A request, in messages of a size that hivemind carries; the first of them has the metadata."""
+        packed = MSGPackSerializer.dumps({**metadata, "tensors": len(tensors)})
+        loop = asyncio.get_running_loop()
+        for tensor in tensors:
+            for part in await loop.run_in_executor(None, tensor_parts, tensor):
+                self._requests.put_nowait(runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed))
+                packed = b""
+
+    async def receive(self, max_numbers: int) -> Tensor | None:
+        """The next tensor of an answer; None at its end.
+
+        Raises:
+            P2PHandlerError: the answer ended with an error.
+            EOFError: the connection broke off.
+            ShapeError: more numbers than `max_numbers`.
+        """
+        try:
+            message = await anext(self._answers)
+        except StopAsyncIteration:
+            raise EOFError("the connection broke off in the middle of the answer") from None
+        ending = MSGPackSerializer.loads(message.metadata).get(ENDING) if message.metadata else None
+        if ending is None:
+            return await whole_tensor(message, self._answers, max_numbers)
+        self.used_at = time.monotonic()
+        if ending != "":
+            raise P2PHandlerError(ending)
+        return None
+
+    async def receive_all(self, max_numbers: int) -> list[Tensor]:
+        """All tensors of an answer. Raises as `receive`."""
+        tensors = []
+        while (tensor := await self.receive(max_numbers)) is not None:
+            tensors.append(tensor)
+        return tensors
+
+    async def close(self) -> None:
+        """Tells the server that nothing more comes; never raises."""
+
+        async def drain() -> None:
+            self._requests.put_nowait(runtime_pb2.ExpertRequest())
+            async for _ in self._answers:
+                pass
+
+        with contextlib.suppress(Exception):  # the server may be gone
+            await asyncio.wait_for(drain(), _CLOSE_S)
+        with contextlib.suppress(Exception):
+            await self._answers.aclose()
+
+
+class StreamPool:
+    """Streams that nobody uses at the moment, by server."""
+
+    def __init__(self) -> None:
+        self._idle: defaultdict[PeerID, list[OpenStream]] = defaultdict(list)
+
+    def take(self, peer: PeerID) -> OpenStream | None:
+        """The one that was used last, whose window is the widest; None = there is none."""
+        idle = self._idle[peer]
+        while idle:
+            stream = idle.pop()
+            if time.monotonic() - stream.used_at < _IDLE_S:
+                return stream
+        return None
+
+    async def close(self) -> None:
+        """Ends all of them, at most within seconds; never raises."""
+        streams = [stream for idle in self._idle.values() for stream in idle]
+        self._idle.clear()
+        await asyncio.gather(*(stream.close() for stream in streams))
+
+    def give_back(self, peer: PeerID, stream: OpenStream) -> None:
+        """For the next request."""
+        self._idle[peer].append(stream)
