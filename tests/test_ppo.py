@@ -392,17 +392,33 @@ def test_metrics_of_the_steps_are_means_over_them(make_policy, monkeypatch):
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
 def test_training_computes_an_entropy_only_where_the_loss_has_one(make_policy, monkeypatch, entropy_coef):
-    asked = set()
+    asked = []
 
     def recorded(*args, with_entropy, **kwargs):
         if torch.is_grad_enabled():
-            asked.add(with_entropy)
+            asked.append(with_entropy)
         return chunked_logprobs(*args, with_entropy=with_entropy, **kwargs)
 
     monkeypatch.setattr("textrl_swarm.learning.ppo.chunked_logprobs", recorded)
     rollout = make_rollout(some_rows())
     PPO(make_policy(), PPOConfig(entropy_coef=entropy_coef)).update(rollout, some_rewards(rollout))
-    assert asked == {entropy_coef > 0}
+    first, *others = asked  # the first minibatch's is a part of the metric
+    assert first and set(others) == {entropy_coef > 0}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "minibatch_size", "rows"),
+    [(1, 8, [6, 6]), (2, 8, [6, 6, 6]), (1, 4, [4, 2, 4, 2, 2])],  # first, others of old, ref, others
+)
+def test_the_first_minibatch_is_evaluated_once(make_policy, monkeypatch, epochs, minibatch_size, rows):
+    policy, seen = make_policy(), []
+    original = policy.hidden_states
+    monkeypatch.setattr(policy, "hidden_states", lambda f: seen.append(len(f)) or original(f))
+    rollout = make_rollout(some_rows())
+    PPO(policy, PPOConfig(epochs=epochs, minibatch_size=minibatch_size)).update(
+        rollout, some_rewards(rollout)
+    )
+    assert seen == rows
 
 
 # ----------------------------------------------------------------------------- what changes and what must not

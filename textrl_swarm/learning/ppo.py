@@ -3,11 +3,13 @@
 One teacher-forced forward per minibatch of whole sequences, never one per token. Old logprobs and values are
 recomputed with the same forward that is trained (arXiv 2505.07291 does so at every optimisation step): the
 ratio is 1 on the first pass, however sampling was filtered and whatever the servers' cached path rounds
-differently. Knows nothing about prompts, texts, environments or where the policy's blocks are.
+differently. Those of the first minibatch are its training forward's own. Knows nothing about prompts, texts,
+environments or where the policy's blocks are.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -58,6 +60,12 @@ class _Evaluation:
     entropies: Tensor
     """(B, T) of the distributions; zeros where they were not asked for."""
 
+    def detached(self) -> _Evaluation:
+        """Without gradients."""
+        return _Evaluation(
+            self.logprobs.detach(), self.values.detach(), self.final_values.detach(), self.entropies.detach()
+        )
+
     @staticmethod
     def joined(parts: Sequence[_Evaluation], order: Tensor) -> _Evaluation:
         """Parts below each other, then row i of the result is row order[i] of them."""
@@ -67,6 +75,9 @@ class _Evaluation:
             torch.cat([part.final_values for part in parts])[order],
             torch.cat([part.entropies for part in parts])[order],
         )
+
+
+_Minibatch = tuple[Tensor, _Evaluation]  # row indices, what a forward says about them
 
 
 class PPO:
@@ -123,8 +134,16 @@ class PPO:
         mask = rollout.response_mask
         _check_rewards(rewards, mask)
         config = self.config
+        minibatches = self._minibatches(len(rollout))
+        with torch.enable_grad():  # a reward's module may have switched gradients off for the whole process
+            features = self.policy.features(rollout.tokens.to(self.policy.device))
+            first_rows = next(minibatches)
+            first = self._evaluate(features, rollout, first_rows, with_entropy=True)
         with torch.no_grad():
-            features, old, ref = self._evaluate_with_ref(rollout)
+            groups = self._groups(len(rollout), first_rows)
+            old = self._evaluate_all(features, rollout, groups, first.detached())
+            with self.policy.reference():  # in the same groups, so that the KL of equal policies is 0
+                ref = self._evaluate_all(features, rollout, groups)
             shaped = shaped_rewards(rewards, old.logprobs, ref.logprobs, mask, kl_coef=self.kl_coef)
             if config.whiten_rewards:
                 shaped = whiten(shaped, mask, shift_mean=False)
@@ -148,8 +167,10 @@ class PPO:
             "terminated": float(rollout.terminated.float().mean()),
             "lr": self._set_lr(),
         }
-        with torch.enable_grad():  # a reward's module may have switched gradients off for the whole process
-            metrics.update(self._train(features, rollout, old, advantages, returns))
+        with torch.enable_grad():
+            metrics.update(
+                self._train(features, rollout, old, advantages, returns, (first_rows, first), minibatches)
+            )
         if config.adaptive_kl_target is not None and math.isfinite(kl):
             self.kl_coef = next_kl_coef(
                 self.kl_coef,
@@ -168,27 +189,36 @@ class PPO:
         mean over responses of sum_t (logprob[t] - ref_logprob[t])
         """
         with torch.no_grad():
-            _, now, ref = self._evaluate_with_ref(rollout)
-        return _kl(now, ref)
-
-    def _evaluate_with_ref(self, rollout: RolloutBatch) -> tuple[Tensor, _Evaluation, _Evaluation]:
-        features = self.policy.features(rollout.tokens.to(self.policy.device))
-        now = self._evaluate_all(features, rollout)
-        with self.policy.reference():
-            return features, now, self._evaluate_all(features, rollout)
+            features = self.policy.features(rollout.tokens.to(self.policy.device))
+            groups = list(torch.arange(len(rollout)).split(_EVALUATION_ROWS))
+            now = self._evaluate_all(features, rollout, groups)
+            with self.policy.reference():
+                return _kl(now, self._evaluate_all(features, rollout, groups))
 
     def _train(
-        self, features: Tensor, rollout: RolloutBatch, old: _Evaluation, advantages: Tensor, returns: Tensor
+        self,
+        features: Tensor,
+        rollout: RolloutBatch,
+        old: _Evaluation,
+        advantages: Tensor,
+        returns: Tensor,
+        evaluated: _Minibatch,
+        minibatches: Iterator[Tensor],
     ) -> dict[str, float]:
+        """All optimizer steps of an update.
+
+        Args:
+            evaluated: the first minibatch, which is evaluated already: nothing has changed since.
+            minibatches: the others.
+        """
         config = self.config
         sums = dict.fromkeys(_STEP_METRICS, 0.0)
         taken = 0
         first: PolicyLossStats | None = None
         stopped_early = False
         skipped_before = self.num_skipped
-        for rows in self._minibatches(len(rollout)):
+        for rows, now in itertools.chain([evaluated], self._evaluated(features, rollout, minibatches)):
             mask = rollout.response_mask[rows]
-            now = self._evaluate(features, rollout, rows, with_entropy=config.entropy_coef > 0)
             actor_loss, stats = policy_loss(
                 now.logprobs, old.logprobs[rows], advantages[rows], mask, clip_range=config.clip_range
             )
@@ -262,13 +292,30 @@ class PPO:
         for _ in range(epochs or self.config.epochs):
             yield from torch.randperm(num_rows, generator=generator).split(self.config.minibatch_size)
 
-    def _evaluate_all(self, features: Tensor, rollout: RolloutBatch) -> _Evaluation:
+    def _evaluated(
+        self, features: Tensor, rollout: RolloutBatch, minibatches: Iterator[Tensor]
+    ) -> Iterator[_Minibatch]:
+        with_entropy = self.config.entropy_coef > 0
+        for rows in minibatches:
+            yield rows, self._evaluate(features, rollout, rows, with_entropy=with_entropy)
+
+    def _groups(self, num_rows: int, first: Tensor) -> list[Tensor]:
+        """Row indices of forwards without gradients: those of the first minibatch, and then the others'."""
         if self.policy.rounds_by_batch:  # in the minibatches of the first pass, whose ratio is then 1
-            groups = list(self._minibatches(len(rollout), epochs=1))
-        else:
-            groups = list(torch.arange(len(rollout)).split(_EVALUATION_ROWS))
-        parts = [self._evaluate(features, rollout, rows, with_entropy=True) for rows in groups]
-        return _Evaluation.joined(parts, order=torch.cat(groups).argsort())
+            return list(self._minibatches(num_rows, epochs=1))
+        is_left = torch.ones(num_rows, dtype=torch.bool)
+        is_left[first] = False
+        left = is_left.nonzero().flatten()
+        return [first, *left.split(_EVALUATION_ROWS)] if len(left) else [first]
+
+    def _evaluate_all(
+        self, features: Tensor, rollout: RolloutBatch, groups: Sequence[Tensor], *known: _Evaluation
+    ) -> _Evaluation:
+        """All rows; of the first groups it is `known` already."""
+        parts = list(known)
+        for rows in groups[len(known) :]:
+            parts.append(self._evaluate(features, rollout, rows, with_entropy=True))
+        return _Evaluation.joined(parts, order=torch.cat(list(groups)).argsort())
 
     def _evaluate(
         self, features: Tensor, rollout: RolloutBatch, rows: Tensor, *, with_entropy: bool
