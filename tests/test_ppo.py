@@ -514,7 +514,7 @@ def test_a_row_counts_by_its_tokens_however_rollouts_are_scored(make_policy, mon
     """Scoring goes in parts of some rows; the parts must fit together."""
     rollout = make_rollout(some_rows())
     expected, _ = updated(make_policy(filled=1), rollout, some_rewards(rollout))
-    monkeypatch.setattr("textrl_swarm.learning.ppo._EVALUATION_ROWS", 4)
+    monkeypatch.setattr("textrl_swarm.learning.ppo.EVALUATION_ROWS", 4)
     found, _ = updated(make_policy(filled=1), rollout, some_rewards(rollout))
     assert largest_difference(found, expected) < 1e-5
 

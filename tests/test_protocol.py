@@ -323,13 +323,13 @@ def test_addresses_that_are_fine():
 
 
 def attempts(recovery_s: float):
-    from textrl_swarm.swarm.client.chain import Attempts
+    from textrl_swarm.swarm.client.attempts import Attempts
 
     return Attempts("forward", recovery_s)
 
 
 def test_attempts_end_by_time(monkeypatch):
-    from textrl_swarm.swarm.client import chain
+    from textrl_swarm.swarm.client import attempts as module
 
     now, slept = [100.0], []
 
@@ -337,8 +337,8 @@ def test_attempts_end_by_time(monkeypatch):
         slept.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(chain.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(chain.asyncio, "sleep", sleep)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
 
     async def fail_for_ever():
         tries = attempts(20)

@@ -138,6 +138,48 @@ def test_a_replica_takes_over_in_the_middle_of_a_generation(replicas, undisturbe
     assert_equal_rollouts(rollout, undisturbed[1])
 
 
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        lambda swarm, servers: swarm.kill(0),
+        lambda swarm, servers: servers.append("answer lost"),
+        lambda swarm, servers: servers.append("no sums"),
+    ],
+    ids=["a server is lost", "an answer is lost", "no server keeps sums"],
+)
+def test_sums_of_gradients_are_the_same_whatever_happens(replicas, monkeypatch, disturb):
+    """Six micro-batches of a row each; the server adds up their gradients, and is lost with half of them."""
+    only(replicas, 0, 1, 2)
+    monkeypatch.setattr("textrl_swarm.swarm.protocol._MIN_MICRO_BATCH_TOKENS", 9)
+    original, received, told = ServerCalls.backward, [], []
+
+    async def backward(self, peer, uids, hidden, grad, key, need_input_grad, summed=None):
+        name, index, count = summed or ("", 0, 1)
+        if "no sums" in told and summed:
+            summed = name + str(index), 0, 2  # that are never completed
+        answer = await original(self, peer, uids, hidden, grad, key, need_input_grad, summed)
+        received.append((name, index, count))
+        if len(received) == 3 and disturbed:
+            disturb(replicas, told)
+        if told == ["answer lost"] and index == 3:
+            told.append("once")
+            raise ServerFailed("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(ServerCalls, "backward", backward)
+    outcomes = []
+    for disturbed in (False, True):
+        received.clear()
+        with connect(replicas, filled=71) as policy:
+            assert policy.num_servers == 1
+            policy._client.chain.max_bytes_in_flight = 1  # one after the other
+            outcomes.append(run(policy, TOKENS))
+        if not disturbed:
+            assert [(index, count) for _, index, count in received] == [(i, 6) for i in range(6)]
+    assert len(received) > 6 or told == ["answer lost", "once"]
+    assert_equal_parameters(outcomes[1].grads, outcomes[0].grads)
+
+
 def replaced(swarm: LocalSwarm, i: int) -> threading.Thread:
     """Kills server i at once and starts it again from another thread, as a supervisor would."""
     swarm.kill(i)

@@ -184,6 +184,7 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
             response_tokens=config.sampling.max_new_tokens,
             epochs=config.ppo.epochs,
             minibatch_size=config.ppo.minibatch_size,
+            samples=config.sampling.num_samples,
             wire_bytes=4 if str(model.dtype or "float32").endswith("float32") else 2,
             dtype=config.dtype,
         )

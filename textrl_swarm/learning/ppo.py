@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-_EVALUATION_ROWS = 64  # rows per forward when nothing is trained
+EVALUATION_ROWS = 64  # rows per forward when nothing is trained
 # Metrics that are means over the optimizer steps of an update.
 _STEP_METRICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm")
 
@@ -190,7 +190,7 @@ class PPO:
         """
         with torch.no_grad():
             features = self.policy.features(rollout.tokens.to(self.policy.device))
-            groups = list(torch.arange(len(rollout)).split(_EVALUATION_ROWS))
+            groups = list(torch.arange(len(rollout)).split(EVALUATION_ROWS))
             now = self._evaluate_all(features, rollout, groups)
             with self.policy.reference():
                 return _kl(now, self._evaluate_all(features, rollout, groups))
@@ -306,7 +306,7 @@ class PPO:
         is_left = torch.ones(num_rows, dtype=torch.bool)
         is_left[first] = False
         left = is_left.nonzero().flatten()
-        return [first, *left.split(_EVALUATION_ROWS)] if len(left) else [first]
+        return [first, *left.split(EVALUATION_ROWS)] if len(left) else [first]
 
     def _evaluate_all(
         self, features: Tensor, rollout: RolloutBatch, groups: Sequence[Tensor], *known: _Evaluation

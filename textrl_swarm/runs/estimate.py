@@ -27,14 +27,10 @@ from textrl_swarm.decoders.sizes import (
     model_sizes,
     value_head_parameters,
 )
+from textrl_swarm.learning.ppo import EVALUATION_ROWS
 from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
 from textrl_swarm.models.blocks import split_evenly
-from textrl_swarm.swarm.protocol import (
-    ADAPTER_STORE_BYTES,
-    ATTENTION_CACHE_TOKENS,
-    MAX_MICRO_BATCHES_IN_FLIGHT,
-    MICRO_BATCH_TOKENS,
-)
+from textrl_swarm.swarm.protocol import ADAPTER_STORE_BYTES, ATTENTION_CACHE_TOKENS
 
 GIB = 1 << 30
 
@@ -161,6 +157,7 @@ def estimate_run(
     epochs: int,
     minibatch_size: int = PPOConfig.minibatch_size,
     wire_bytes: int = 4,
+    samples: int = 1,
     dtype: torch.dtype | str | None = None,
     sizes: ModelSizes | None = None,
 ) -> RunEstimate:
@@ -175,6 +172,7 @@ def estimate_run(
         prompt_tokens, response_tokens: per response; the mean and the limit.
         epochs, minibatch_size: of the update, as in PPOConfig.
         wire_bytes: per number of a hidden state: 4 when the servers compute in fp32, 2 in bf16.
+        samples: responses to each prompt, which is sent once for them.
         dtype: of the weights on this machine; None = as the checkpoint says.
         sizes: what `model_sizes(config)` returned, to spare another second.
     """
@@ -198,11 +196,12 @@ def estimate_run(
             epochs,
             minibatch_size,
             wire_bytes,
+            samples,
         )
         copies += 2  # autograd's flat tensors, and the snapshot that is pushed
         spans = split_evenly(sizes.num_blocks, swarm_servers)
         adapted_hops = sum(stop > first_adapted(sizes, lora) for _, stop in spans)
-        row = responses * number_bytes + minibatch * (1 + adapted_hops) * wire_bytes
+        row = responses * number_bytes + minibatch * (1 + 2 * adapted_hops) * wire_bytes
         hidden = sizes.hidden_size * row * length
         working = hidden + _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
     else:
@@ -273,18 +272,20 @@ def _traffic(
     epochs: int,
     minibatch_size: int,
     wire_bytes: int,
+    samples: int,
 ) -> _Traffic:
     """Bytes sent and received by kind, and round trips that follow one another.
 
     The client relays every hop. With H hops in all, L of them with blocks below the first adapted one and U
-    with adapted blocks, n response and prompt tokens, and E epochs, in units of one hidden state:
+    with adapted blocks, P prompt tokens of distinct prompts, R response tokens less one per response, n
+    response and prompt tokens of all responses, m those of a minibatch, and E epochs, in units of one hidden
+    state:
 
-        sent      (n - 1) H + n L + 2 n U (policy and ref) + E n (U forward + 2 U backward: inputs and
-        gradients) received  (n - 1) H + n L + 2 n U                  + E n (U forward + (U - 1) backward: the
-        first returns none)
+        sent      P H + R H + n L + (2 n - m) U (policy and ref) + E n (U forward + 2 U backward: inputs and
+        gradients) received  the same, but of P H only each prompt's last token from the last hop, and of
+        backward (U - 1): the first returns none
 
-    The adapter is sent once per optimizer step; its gradient (fp32) comes back once per micro-batch, which
-    for a large adapter and a small hidden size weighs more than all activations.
+    The adapter is sent once per optimizer step, and the sum of its gradients (fp32) comes back.
     """
     first = first_adapted(sizes, lora)
     spans = split_evenly(sizes.num_blocks, servers)
@@ -293,27 +294,23 @@ def _traffic(
     upper = sum(stop > first for _, stop in spans)
     length = prompt_tokens + response_tokens
     minibatches = math.ceil(responses / minibatch_size)
-    scored = lower + 2 * upper
-    hidden = responses * sizes.hidden_size * wire_bytes
+    prompts = math.ceil(responses / samples)
+    scored = 2 * responses - min(responses, minibatch_size)
+    hidden = sizes.hidden_size * wire_bytes
     adapter = adapter_parameters(sizes, lora) * FP32_BYTES
-    micro_batches = 0
-    for i in range(minibatches):
-        micro_batches += _micro_batches(min(minibatch_size, responses - i * minibatch_size), length)
+    chosen = responses * (response_tokens - 1) * hops
+    passed = length * (responses * lower + scored * upper + epochs * responses * upper)
     sent = {
-        "activations": hidden * ((length - 1) * hops + length * (scored + epochs * 3 * upper)),
+        "activations": hidden
+        * (prompts * prompt_tokens * hops + chosen + passed + 2 * epochs * responses * length * upper),
         "adapters": epochs * minibatches * adapter,
     }
     received = {
-        "activations": hidden * ((length - 1) * hops + length * (scored + epochs * upper)),
-        "gradients": epochs * (hidden * length * (upper - 1) + micro_batches * adapter),
+        "activations": hidden * (prompts * (prompt_tokens * (hops - 1) + 1) + chosen + passed),
+        "gradients": epochs * (hidden * responses * length * (upper - 1) + minibatches * adapter),
     }
     sessions = math.ceil(responses * length / ATTENTION_CACHE_TOKENS)
-    scoring = math.ceil(_micro_batches(responses, length) / MAX_MICRO_BATCHES_IN_FLIGHT) * scored
-    pushes = epochs * minibatches * upper
-    # Forward and backward.
-    training = epochs * math.ceil(micro_batches / MAX_MICRO_BATCHES_IN_FLIGHT) * 2 * upper
-    return _Traffic(sent, received, sessions * response_tokens * hops + scoring + pushes + training)
-
-
-def _micro_batches(rows: int, length: int) -> int:
-    return math.ceil(rows / max(1, MICRO_BATCH_TOKENS // length))
+    scoring = lower + upper * math.ceil(scored / EVALUATION_ROWS)
+    # A push, forward and backward for each minibatch; micro-batches overlap.
+    training = epochs * minibatches * 3 * upper
+    return _Traffic(sent, received, sessions * response_tokens * hops + scoring + training)

@@ -45,7 +45,8 @@ ENDING = "textrl_swarm_ending"
 WEIGHTS = "textrl_swarm_weights"
 
 MICRO_BATCH_TOKENS = 1024  # rows x tokens of one request for forward or backward, at most
-MAX_MICRO_BATCHES_IN_FLIGHT = 4  # requests of one forward or backward that travel at the same time
+_MIN_MICRO_BATCH_TOKENS = 256  # with fewer, the requests cost more than the blocks
+_MICRO_BATCHES = 8  # of one large forward or backward, so that all servers of a chain work
 ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
 ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
@@ -74,6 +75,19 @@ def require_servable(base: BaseModel) -> Boundary:
             except ModelError as error:
                 raise planner.refusal(str(error)) from error
     return planner.boundary
+
+
+def micro_batch_rows(rows: int, length: int, max_tokens: int = MICRO_BATCH_TOKENS) -> int:
+    """How many of `rows` sequences of so many tokens travel in one request.
+
+    It does not depend on servers or on what was measured: a sum of gradients is the same to the bit wherever
+    the blocks are.
+
+    Args:
+        max_tokens: of one request.
+    """
+    wanted = max(_MIN_MICRO_BATCH_TOKENS, -(-rows * length // _MICRO_BATCHES))
+    return max(1, min(MICRO_BATCH_TOKENS, max_tokens, wanted) // length)
 
 
 # -------------------------------------------------------------------------------- errors on the wire

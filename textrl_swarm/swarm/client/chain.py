@@ -1,8 +1,8 @@
 """The chain of remote blocks as one differentiable function of hidden states and adapter tensors,
 fault-tolerant.
 
-Rows are split into micro-batches that travel the chain side by side, at most `max_in_flight` at a time, so
-that every server works. A request that fails is re-planned from the block where it failed: nothing that was
+Rows are split into micro-batches that travel the chain side by side, within a limit of bytes, so that every
+server works. A request that fails is re-planned from the block where it failed: nothing that was
 computed before is lost, and since servers hold no state but content-addressed adapters, a retry gives the
 same numbers. Gradients are added in row order whatever the order of arrival. Knows nothing about embeddings,
 heads or losses.
@@ -11,10 +11,9 @@ heads or losses.
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
+import uuid
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,65 +25,15 @@ from torch import Tensor
 
 from textrl_swarm.errors import AdapterMissing, PromptError, RemoteFailure, ServerFailed
 from textrl_swarm.models.blocks import blocks_text
+from textrl_swarm.swarm.client.attempts import Attempts
+from textrl_swarm.swarm.client.backward import MicroBatchBackward, Trail
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls
-from textrl_swarm.swarm.protocol import MAX_MICRO_BATCHES_IN_FLIGHT, MICRO_BATCH_TOKENS, AdapterSnapshot
+from textrl_swarm.swarm.protocol import AdapterSnapshot, micro_batch_rows
 
 Result = TypeVar("Result")
 
-logger = logging.getLogger(__name__)
-
-_MAX_ANSWERED_FAILURES = 3  # errors that servers report themselves before a request is given up
-_MAX_LOST_ADAPTERS = 20  # times servers may lose the adapter of one request before it is given up
-_MAX_BACKOFF_S = 8.0
-
-Trail = list[tuple[Span, Tensor]]  # which server computed which blocks from which input (b, S, H)
-
-
-class Attempts:
-    """Bounds the retries of one request: by time since it first failed, and by errors that servers report
-    themselves.
-    """
-
-    def __init__(self, what: str, recovery_s: float):
-        self._what = what
-        self._recovery_s = recovery_s
-        self._count = 0
-        self._answered = 0
-        self._lost_adapters = 0
-        self._deadline: float | None = None
-
-    @property
-    def left_s(self) -> float:
-        """Seconds until the request is given up."""
-        return self._recovery_s if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-
-    def lost_adapter(self) -> None:
-        """Counts that a server no longer held the adapter. Raises RemoteFailure when that happens too
-        often.
-        """
-        self._lost_adapters += 1
-        if self._lost_adapters > _MAX_LOST_ADAPTERS:
-            raise RemoteFailure(
-                f"{self._what} failed: a server does not keep the adapter ({self._lost_adapters} times), "
-                "probably "
-                "because too many clients push theirs; start the servers with a larger --adapter_bytes"
-            )
-
-    async def pause(self, error: ServerFailed) -> None:
-        """Waits before the next attempt. Raises RemoteFailure when the attempts are used up."""
-        self._deadline = self._deadline or time.monotonic() + self._recovery_s
-        self._answered += error.answered
-        if self._answered >= _MAX_ANSWERED_FAILURES or self.left_s == 0:
-            raise RemoteFailure(
-                f"{self._what} failed {self._count + 1} times, last: {error}; look at that server's log, "
-                "then run again"
-            ) from error
-        backoff_s = 0.0 if self._count == 0 else 0.5 * 2 ** (self._count - 1)
-        delay_s = min(self.left_s, _MAX_BACKOFF_S, backoff_s)
-        logger.warning("%s (retry %d in %.1f s)", error, self._count + 1, delay_s)
-        self._count += 1
-        await asyncio.sleep(delay_s)
+_MAX_SUMS = 2  # times that servers are asked for sums of gradients before each micro-batch's own are
 
 
 @dataclass(frozen=True)
@@ -121,16 +70,14 @@ class BlockChain:
     """Blocks 0..num_blocks of one model, wherever they are.
 
     Args:
-        max_in_flight: micro-batches travelling at the same time.
+        max_bytes_in_flight: of the micro-batches that travel at the same time; at least one does.
     """
 
-    def __init__(
-        self, router: Router, calls: ServerCalls, *, max_in_flight: int = MAX_MICRO_BATCHES_IN_FLIGHT
-    ):
+    def __init__(self, router: Router, calls: ServerCalls, *, max_bytes_in_flight: int = 256 << 20):
         self.router = router
         self.calls = calls
         self.limits = ChainLimits()
-        self.max_in_flight = max_in_flight
+        self.max_bytes_in_flight = max_bytes_in_flight
         self._pushed: set[tuple[PeerID, str, int]] = set()  # (peer, adapter key, block)
         self._push_locks: defaultdict[PeerID, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -158,21 +105,21 @@ class BlockChain:
         )
 
     def _micro_batches(self, hidden: Tensor) -> Sequence[Tensor]:
-        length = hidden.shape[1]
+        rows, length, _ = hidden.shape
         if length > self.limits.max_batch_tokens:
             raise PromptError(
                 f"a sequence of {length} tokens is longer than the servers take at once "
                 f"({self.limits.max_batch_tokens}); "
                 "shorten it, or start the servers with a larger --max_batch_size"
             )
-        rows = max(1, min(MICRO_BATCH_TOKENS, self.limits.max_batch_tokens) // length)
-        return hidden.split(rows)
+        return hidden.split(micro_batch_rows(rows, length, self.limits.max_batch_tokens))
 
     def _forward(
         self, hidden: Tensor, start: int, stop: int, adapter: AdapterSnapshot | None
     ) -> tuple[Tensor, list[Trail]]:
         parts = self._micro_batches(hidden.cpu())
-        results = self._run_all([self.through(part, start, stop, adapter) for part in parts])
+        jobs = [self.through(part, start, stop, adapter) for part in parts]
+        results = self._run_all(jobs, parts[0].nbytes)
         outputs = torch.cat([output for output, _ in results])
         return outputs.to(device=hidden.device, dtype=hidden.dtype), [trail for _, trail in results]
 
@@ -181,22 +128,53 @@ class BlockChain:
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         rows = [trail[0][1].shape[0] for trail in trails]
         parts = grad.detach().cpu().split(rows)
-        jobs = []
-        for part, trail in zip(parts, trails, strict=True):
-            jobs.append(self._back_through(part, trail, adapter, need_input_grad))
-        results = self._run_all(jobs)
+        tasks = [MicroBatchBackward(part, trail) for part, trail in zip(parts, trails, strict=True)]
+        first, last = trails[0][0][0].start, trails[0][-1][0].stop
         sums: dict[int, Tensor] = {}
+        grad_input = None
+        missing = set(adapter.blocks_within(range(first, last)))
+        for is_summed in (*[len(tasks) > 1] * _MAX_SUMS, False):
+            grads = self._backward_once(tasks, adapter, need_input_grad, is_summed, missing, sums)
+            if grad_input is None and need_input_grad:
+                grad_input = torch.cat(grads).to(device=grad.device, dtype=grad.dtype)
+            missing -= sums.keys()
+            if not missing:
+                break
+            # Servers that were lost took their sums with them: what they computed is computed again.
+            tasks = [task.again(missing) for task in tasks]
+            need_input_grad = False
+        if missing:
+            raise RemoteFailure(f"the servers returned no gradients of {blocks_text(sorted(missing))}")
+        return grad_input, sums
+
+    def _backward_once(
+        self,
+        tasks: Sequence[MicroBatchBackward],
+        adapter: AdapterSnapshot,
+        need_input_grad: bool,
+        is_summed: bool,
+        wanted: Collection[int],
+        sums: dict[int, Tensor],
+    ) -> list[Tensor]:
+        """Runs all micro-batches; adds the gradients of `wanted` blocks that are complete to `sums`. Returns
+        the gradients of the inputs.
+        """
+        name = uuid.uuid4().hex
+        jobs = []
+        for index, task in enumerate(tasks):
+            summed = (name, index, len(tasks)) if is_summed else None
+            jobs.append(self._back_through(task, adapter, need_input_grad, summed))
+        largest = max(piece.inputs.nbytes for task in tasks for piece in task.left)
+        results = self._run_all(jobs, largest)
         for _, flats in results:  # in row order: the sum is the same however the answers raced
             for block, flat in flats.items():
-                sums[block] = flat if block not in sums else sums[block] + flat
-        if not need_input_grad:
-            return None, sums
-        grad_input = torch.cat([part for part, _ in results if part is not None])
-        return grad_input.to(device=grad.device, dtype=grad.dtype), sums
+                if block in wanted and flat.numel():
+                    sums[block] = flat if is_summed or block not in sums else sums[block] + flat
+        return [part for part, _ in results if part is not None]
 
-    def _run_all(self, coroutines: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    def _run_all(self, coroutines: Sequence[Coroutine[Any, Any, Result]], bytes_of_each: int) -> list[Result]:
         async def run() -> list[Result]:
-            slots = asyncio.Semaphore(self.max_in_flight)
+            slots = asyncio.Semaphore(max(1, self.max_bytes_in_flight // bytes_of_each))
 
             async def one(coroutine: Coroutine[Any, Any, Result]) -> Result:
                 async with slots:
@@ -242,37 +220,42 @@ class BlockChain:
         return hidden, trail
 
     async def _back_through(
-        self, grad: Tensor, trail: Trail, adapter: AdapterSnapshot, need_input_grad: bool
+        self,
+        task: MicroBatchBackward,
+        adapter: AdapterSnapshot,
+        need_input_grad: bool,
+        summed: tuple[str, int, int] | None,
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         attempts = Attempts("backward", self.calls.timeouts.recovery_s)
-        first_block = trail[0][0].start
         flats: dict[int, Tensor] = {}
-        trail = list(trail)
-        while trail:
-            span, inputs = trail.pop()
-            needed = need_input_grad or span.start > first_block
+        grad_input: Tensor | None = None
+        while task.left:
+            piece = task.left[-1]
+            span = piece.span
+            assert piece.grad is not None, "pieces are finished from the last to the first"
+            needed = task.needs_input_grad(need_input_grad)
             try:
                 key = await self.ensure_pushed(span, adapter)
+                grad = piece.grad.to(span.dtype)
                 grad_input, span_flats = await self.calls.backward(
-                    span.peer, self._uids(span), inputs, grad.to(span.dtype), key, needed
+                    span.peer, self._uids(span), piece.inputs, grad, key, needed, summed
                 )
             except AdapterMissing:
                 self.forget(span, adapter)
                 attempts.lost_adapter()
-                trail.append((span, inputs))
                 continue
             except ServerFailed as error:
                 self.router.report_failure(span.peer, error)
                 await attempts.pause(error)
                 # Other servers take over, however many that takes: their inputs come from running the span
                 # again.
-                _, replacement = await self.through(inputs, span.start, span.stop, adapter)
-                trail.extend(replacement)
+                _, trail = await self.through(piece.inputs, span.start, span.stop, adapter)
+                task.replace_last(trail)
                 continue
             self.router.report_success(span.peer)
-            grad = grad_input if grad_input is not None else grad
+            task.finish_last(grad_input)
             flats.update(zip(range(span.start, span.stop), span_flats, strict=True))
-        return (grad if need_input_grad else None), flats
+        return (grad_input if need_input_grad else None), flats
 
     def _uids(self, span: Span) -> list[str]:
         return self.router.uids[span.start : span.stop]

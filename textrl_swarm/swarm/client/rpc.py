@@ -125,10 +125,22 @@ class ServerCalls:
         return _checked(outputs, hidden, peer, self.boundary)
 
     async def backward(
-        self, peer: PeerID, uids: Sequence[str], hidden: Tensor, grad: Tensor, key: str, need_input_grad: bool
+        self,
+        peer: PeerID,
+        uids: Sequence[str],
+        hidden: Tensor,
+        grad: Tensor,
+        key: str,
+        need_input_grad: bool,
+        summed: tuple[str, int, int] | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor."""
-        metadata = {"active_adapter": key, "need_input_grad": need_input_grad}
+        """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor.
+
+        Args:
+            summed: name of a sum over micro-batches, index of this one, and their number: each block's
+                gradient is that of all of them, or empty while the server has not seen all.
+        """
+        metadata = {"active_adapter": key, "need_input_grad": need_input_grad, "sum": summed}
         kinds = "activations", "gradients"
         answer = await self._request(peer, "backward", uids, [hidden, grad], metadata, _ANY, kinds)
         grad_input, *flats = _complete(answer, 1 + len(uids), peer)

@@ -19,7 +19,8 @@ from torch import Tensor
 from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.chunks import Chunk, Step
 from textrl_swarm.errors import AdapterMissing, ServerFailed
-from textrl_swarm.swarm.client.chain import Attempts, BlockChain, run_in_background, start_in_background
+from textrl_swarm.swarm.client.attempts import Attempts
+from textrl_swarm.swarm.client.chain import BlockChain, run_in_background, start_in_background
 from textrl_swarm.swarm.client.routing import Span
 from textrl_swarm.swarm.client.rpc import GenerationStream
 from textrl_swarm.swarm.protocol import AdapterSnapshot

@@ -35,6 +35,7 @@ from textrl_swarm.models.experts import LowRank, add_to_matrices, route
 from textrl_swarm.models.layers import LayerSizes, is_routed
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
+from textrl_swarm.swarm.server.gradient_sums import GradientSums
 from textrl_swarm.swarm.server.served_model import ServedBlock
 
 # What is added at this moment, by target path. Petals' Runtime is one thread, one request at a time.
@@ -74,6 +75,8 @@ class LoraBackend(TransformerBackend):
     store: ClassVar[AdapterStore]
 
     store_pool: ClassVar[PrioritizedTaskPool]
+
+    sums: ClassVar[GradientSums]
 
     quantization: ClassVar[str | None] = None
 
@@ -230,7 +233,12 @@ class LoraBackend(TransformerBackend):
         return self.max_chunk_size_bytes // (heads * self.dtype.itemsize * (past + length))
 
     def lora_backward(
-        self, inputs: Tensor, grad_outputs: Tensor, key: str, need_input_grad: bool
+        self,
+        inputs: Tensor,
+        grad_outputs: Tensor,
+        key: str,
+        need_input_grad: bool,
+        summed: tuple[str, int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of one block, re-running its forward.
 
@@ -238,10 +246,12 @@ class LoraBackend(TransformerBackend):
             inputs, grad_outputs: (B, S, H).
             key: of a pushed adapter; "" = none changes this block.
             need_input_grad: False spares the pass through the layers below the first adapted one.
+            summed: name of a sum over micro-batches, index of this one, and their number.
 
         Returns:
             Gradient of the inputs (B, S, H), or an empty tensor; gradient of the block's flat adapter tensor,
-            fp32 (block_numel,), or an empty tensor for a block that the adapter does not change.
+            fp32 (block_numel,), or an empty tensor for a block that the adapter does not change. With
+            `summed`, the sum of all micro-batches, or an empty tensor while some are missing.
         """
         header, flat = self.store.get(key, self.block_index) if key else (None, None)
         if header is None or flat is None:
@@ -253,6 +263,10 @@ class LoraBackend(TransformerBackend):
                 outputs = self.block(inputs)
             wanted = (inputs, leaf) if need_input_grad else (leaf,)
             *grad_inputs, grad_leaf = torch.autograd.grad(outputs, wanted, grad_outputs.to(outputs.dtype))
+        if summed is not None:
+            name, index, count = summed
+            total = self.sums.add((name, self.block_index), index, count, grad_leaf.cpu())
+            grad_leaf = torch.empty(0) if total is None else total
         return (grad_inputs[0] if need_input_grad else torch.empty(0), grad_leaf)
 
     def _input_grad(self, inputs: Tensor, grad_outputs: Tensor, needed: bool) -> Tensor:

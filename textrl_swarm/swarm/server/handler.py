@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _BACKWARD_PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
 _PUSH_PRIORITY = 0.5  # before any computation
+_MAX_NAME = 64  # letters of the name of a sum
 _CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was told how it ended
 
 
@@ -99,7 +100,9 @@ class LoraHandler(TransformerConnectionHandler):
         `forward` takes inputs (B, S, H) and `active_adapter`, and gives outputs.
 
         `backward` takes inputs and grad_outputs (B, S, H), `active_adapter` and `need_input_grad`, and gives
-        the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block.
+        the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block. With `sum`
+        (a name, the index of this micro-batch, their number), the flat gradients are empty but for the
+        request that completes a block's sum.
         """
         answers = {"push": self._store, "forward": self._forward, "backward": self._backward}
         while True:
@@ -214,7 +217,8 @@ class LoraHandler(TransformerConnectionHandler):
         if key and not is_adapter_key(key):
             raise ShapeError("backward needs the key of a pushed adapter as active_adapter")
         need_input_grad = bool(metadata.get("need_input_grad", True))
-        return await _run_backward(backends, inputs, grad_outputs, key, need_input_grad)
+        summed = _checked_sum(metadata.get("sum"))
+        return await _run_backward(backends, inputs, grad_outputs, key, need_input_grad, summed)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         """Petals' answer plus what a training client checks before it relies on this server."""
@@ -295,6 +299,18 @@ def _check_header(metadata: dict[str, Any], backends: Sequence[LoraBackend], fla
             raise adapter_rejected(f"block {block}: the tensor is not the one the header names")
 
 
+def _checked_sum(raw: Any) -> tuple[str, int, int] | None:
+    if raw is None:
+        return None
+    try:
+        name, index, count = str(raw[0]), int(raw[1]), int(raw[2])
+    except (TypeError, ValueError, LookupError) as error:
+        raise ShapeError(f"malformed sum of gradients: {error!r}") from error
+    if len(name) > _MAX_NAME or not 0 <= index < count:
+        raise ShapeError(f"micro-batch {index} of {count} cannot be summed")
+    return name, index, count
+
+
 async def _run_forward(backends: Sequence[LoraBackend], hidden: Tensor, key: str) -> AsyncIterator[Tensor]:
     """The output of each block."""
     for backend in backends:
@@ -304,7 +320,12 @@ async def _run_forward(backends: Sequence[LoraBackend], hidden: Tensor, key: str
 
 
 async def _run_backward(
-    backends: Sequence[LoraBackend], inputs: Tensor, grad_outputs: Tensor, key: str, need_input_grad: bool
+    backends: Sequence[LoraBackend],
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    key: str,
+    need_input_grad: bool,
+    summed: tuple[str, int, int] | None,
 ) -> list[Tensor]:
     """[gradient of the inputs or empty, flat gradient of backends[0], of backends[1], ...]"""
     block_inputs = [inputs.to(backends[0].dtype)]
@@ -316,7 +337,7 @@ async def _run_backward(
         needed = need_input_grad or position > 0
         pool = backends[position].lora_backward_pool
         grad, flat = await pool.submit_task(
-            block_inputs[position], grad, key, needed, priority=_BACKWARD_PRIORITY
+            block_inputs[position], grad, key, needed, summed, priority=_BACKWARD_PRIORITY
         )
         flats.append(flat)
     return [grad, *reversed(flats)]

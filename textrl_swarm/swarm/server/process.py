@@ -53,6 +53,7 @@ from textrl_swarm.swarm.protocol import (  # noqa: E402
 )
 from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
 from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
+from textrl_swarm.swarm.server.gradient_sums import GradientSums  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
 from textrl_swarm.swarm.server.served_model import ServedModel, block_config  # noqa: E402
 
@@ -102,6 +103,7 @@ class LoraContainer(ModuleContainer):
             return (torch.tensor([store.size_bytes]),)
 
         LoraBackend.store = store
+        LoraBackend.sums = GradientSums(LoraServer.adapter_bytes_per_client)
         quant_type = kwargs["quant_type"].name.lower()
         LoraBackend.quantization = None if quant_type == "none" else quant_type
         LoraBackend.preloaded = _preload(LoraServer.adapter_sources, device)

@@ -1,0 +1,65 @@
+"""One micro-batch on its way back through a chain of servers: what is left to do, and to do once more."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from textrl_swarm.swarm.client.routing import Span
+
+Trail = list[tuple[Span, Tensor]]  # which server computed which blocks from which input (b, S, H)
+
+
+@dataclass
+class Piece:
+    """What one server has to go back through."""
+
+    span: Span
+
+    inputs: Tensor
+    """(b, S, W) of its first block."""
+
+    grad: Tensor | None = None
+    """(b, S, W) with respect to the output of its last block, once it is known."""
+
+
+class MicroBatchBackward:
+    """One micro-batch on its way back through the chain.
+
+    Args:
+        grad: with respect to its output.
+        trail: of its forward.
+    """
+
+    def __init__(self, grad: Tensor, trail: Trail):
+        self.left = [Piece(span, inputs) for span, inputs in trail]
+        self.left[-1].grad = grad
+        self._finished: list[Piece] = []
+
+    def needs_input_grad(self, of_the_first: bool) -> bool:
+        """Whether somebody waits for the gradient of the last piece's inputs."""
+        return self.left[-2].grad is None if len(self.left) > 1 else of_the_first
+
+    def finish_last(self, grad_input: Tensor | None) -> None:
+        """Hands the gradient of the last piece's inputs to the piece before."""
+        self._finished.append(self.left.pop())
+        if self.left and self.left[-1].grad is None:
+            self.left[-1].grad = grad_input
+
+    def replace_last(self, trail: Trail) -> None:
+        """The last piece's blocks are other servers' now."""
+        grad = self.left.pop().grad
+        self.left += [Piece(span, inputs) for span, inputs in trail]
+        self.left[-1].grad = grad
+
+    def again(self, blocks: set[int]) -> MicroBatchBackward:
+        """The same way back for the pieces that hold some of these blocks."""
+        again = copy.copy(self)
+        again._finished = []
+        again.left = []
+        for piece in reversed(self._finished):
+            if not blocks.isdisjoint(range(piece.span.start, piece.span.stop)):
+                again.left.append(piece)
+        return again
