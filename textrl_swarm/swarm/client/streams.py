@@ -32,6 +32,7 @@ class OpenStream:
     def __init__(self, requests: asyncio.Queue[runtime_pb2.ExpertRequest], answers: Any):
         self._requests = requests
         self._answers = answers
+        self._has_failed = False  # the server says nothing more
         self.used_at = time.monotonic()
 
     @staticmethod
@@ -69,11 +70,12 @@ class OpenStream:
             message = await anext(self._answers)
         except StopAsyncIteration:
             raise EOFError("the connection broke off in the middle of the answer") from None
-        ending = MSGPackSerializer.loads(message.metadata).get(ENDING) if message.metadata else None
+        ending = _ending_of(message)
         if ending is None:
             return await whole_tensor(message, self._answers, max_numbers)
         self.used_at = time.monotonic()
         if ending != "":
+            self._has_failed = True
             raise P2PHandlerError(ending)
         return None
 
@@ -88,14 +90,21 @@ class OpenStream:
         """Tells the server that nothing more comes; never raises."""
 
         async def drain() -> None:
-            self._requests.put_nowait(runtime_pb2.ExpertRequest())
-            async for _ in self._answers:
-                pass
+            async for message in self._answers:
+                if _ending_of(message) is not None:
+                    return
 
+        self._requests.put_nowait(runtime_pb2.ExpertRequest())
         with contextlib.suppress(Exception):  # the server may be gone
-            await asyncio.wait_for(drain(), _CLOSE_S)
+            if not self._has_failed:
+                await asyncio.wait_for(drain(), _CLOSE_S)
         with contextlib.suppress(Exception):
             await self._answers.aclose()
+
+
+def _ending_of(message: runtime_pb2.ExpertResponse) -> str | None:
+    """How an answer ended, of its last message: "" = it is complete, else the error."""
+    return MSGPackSerializer.loads(message.metadata).get(ENDING) if message.metadata else None
 
 
 class StreamPool:
