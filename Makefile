@@ -59,7 +59,7 @@ coverage: setup
 	$(BIN)/python -m pytest --cov=textrl_swarm --cov-report=term-missing:skip-covered $(ARGS)
 
 bench: setup
-	@for script in benchmarks/*.py; do echo "bench: $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+	@$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 # The environment and the caches. runs/ stays: it holds what was trained.
 clean:

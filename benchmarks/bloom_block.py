@@ -10,20 +10,18 @@ past that is copied for each token (petals 2.2, server/backend.py; models/bloom/
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import in_turn, report
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
 
+from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.models.base_model import resolve
 from textrl_swarm.swarm import compat
 
@@ -93,25 +91,15 @@ def main() -> None:
         config = BloomConfig(vocab_size=96, hidden_size=options.hidden, n_layer=2, n_head=16)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
         contenders, difference = make_contenders(Path(directory), config, options)
-        times: dict[tuple[str, str], list[float]] = {}
-        for repeat in range(options.repeats + 1):  # the first one warms up
-            for what, pair in contenders.items():
-                for whose, action in pair.items():
-                    started = time.perf_counter()
-                    action()
-                    if repeat:
-                        times.setdefault((what, whose), []).append(1000 * (time.perf_counter() - started))
-    table = Table(title=f"one BLOOM block, hidden {options.hidden}; median ms of {options.repeats}")
-    for heading in ("what", "petals'", "ours", "petals' / ours, median (min to max)"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    for what in contenders:
-        theirs, ours = times[what, "petals"], times[what, "ours"]
-        ratios = [one / other for one, other in zip(theirs, ours, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        table.add_row(what, f"{statistics.median(theirs):.1f}", f"{statistics.median(ours):.1f}", spread)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"largest difference of an output: {difference:.1e}")
+        rows = []
+        for what, pair in contenders.items():
+            times = in_turn(pair, options.repeats)
+            theirs, ours = times["petals"], times["ours"]
+            ratio = f"{theirs.ratio(ours):.2f}"
+            rows.append([what, f"{1000 * theirs.median:.1f}", f"{1000 * ours.median:.1f}", ratio])
+    title = f"one BLOOM block, hidden {options.hidden}; median ms of {options.repeats}"
+    report(title, ["what", "petals'", "ours", "petals' / ours"], rows)
+    print(f"largest difference of an output: {difference:.1e}")
 
 
 def make_contenders(
@@ -151,11 +139,11 @@ def make_contenders(
     contenders = {
         f"a generation step, {rows} rows behind {past} tokens": {
             "petals": no_grad(lambda: petals.step(token, keys, values, past)),
-            "ours": no_grad(lambda: served.block.step(token, served.cache_spec, ours, past)),
+            "ours": no_grad(lambda: served.block.step(token, served.cache_spec, ours, Chunk(past))),
         },
         "a prompt of 512 tokens, cached": {
             "petals": no_grad(lambda: petals(prompt, PetalsCache(None))),
-            "ours": no_grad(lambda: served.block.step(prompt, served.cache_spec, new, 0)),
+            "ours": no_grad(lambda: served.block.step(prompt, served.cache_spec, new, Chunk(0))),
         },
         "forward and backward, 512 tokens": {
             "petals": lambda: backward(petals),

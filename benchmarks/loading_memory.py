@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import report
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from textrl_swarm.models.base_model import resolve
@@ -92,9 +91,7 @@ def main() -> None:
         ("mixtral", "one file", torch.bfloat16, QuantType.NONE),
         ("mixtral", "shards", torch.bfloat16, QuantType.NF4),
     ]
-    table = Table(title=f"loading block 1 of {BLOCKS}, hidden {options.hidden}, from fp32 files")
-    for heading in ("model", "files", "loaded as", "block, MB", "peak, MB", "peak / block"):
-        table.add_column(heading, justify="right" if "," in heading or "/" in heading else "left")
+    rows = []
     spawn = multiprocessing.get_context("spawn")
     for family, files, dtype, quant_type in cases:
         with tempfile.TemporaryDirectory() as directory:
@@ -105,8 +102,10 @@ def main() -> None:
             size, peak = answer.get()
             child.join()
         kind = str(dtype).removeprefix("torch.") if quant_type == QuantType.NONE else "nf4"
-        table.add_row(family, files, kind, f"{size / 1e6:.1f}", f"{peak / 1e6:.1f}", f"{peak / size:.2f}")
-    Console(highlight=False).print(table)
+        numbers = f"{size / 1e6:.1f}", f"{peak / 1e6:.1f}", f"{peak / size:.2f}"
+        rows.append([f"{family}, {files}, as {kind}", *numbers])
+    title = f"loading block 1 of {BLOCKS}, hidden {options.hidden}, from fp32 files"
+    report(title, ["model, files, loaded as", "block, MB", "peak, MB", "peak / block"], rows)
 
 
 if __name__ == "__main__":

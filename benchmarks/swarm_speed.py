@@ -10,25 +10,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import in_turn, report
 from transformers.utils.logging import disable_progress_bar
 
 from textrl_swarm import LocalSwarm, LoraSettings, SamplingConfig, load_policy
 from textrl_swarm.models.tiny import random_bloom
 from textrl_swarm.swarm.client.chain import run_in_background
-
-
-def timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -43,31 +34,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
-    console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as directory:
         model = random_bloom(directory + "/bloom", hidden=options.hidden, layers=4)
         with contextlib.ExitStack() as stack:
             swarm = stack.enter_context(LocalSwarm(model, options.servers))
             contenders = make_contenders(model, swarm, options, stack)
-            times: dict[str, list[float]] = {name: [] for name in contenders}
-            for action, _ in contenders.values():
-                action()  # connections, pushes and caches are made before the clock starts
-            for _ in range(options.repeats):
-                for name, (action, _) in contenders.items():
-                    times[name].append(timed(action))
-    table = Table(
-        title=f"{options.servers} servers, hidden {options.hidden}, 4 blocks, {options.rows} rows; "
-        f"median of {options.repeats}"
-    )
-    for heading in ("what", "seconds", "min", "max", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
+            times = in_turn({name: action for name, (action, _) in contenders.items()}, options.repeats)
+    rows = []
     for name, seconds in times.items():
-        median = statistics.median(seconds)
-        tokens = contenders[name][1]
-        table.add_row(
-            name, f"{median:.3f}", f"{min(seconds):.3f}", f"{max(seconds):.3f}", f"{tokens / median:.0f}"
-        )
-    console.print(table)
+        rate = f"{contenders[name][1] / seconds.median:.0f}"
+        petals = times.get(f"{name.partition(',')[0]}, petals")
+        ratio = "" if petals is None else f"{seconds.ratio(petals):.2f}"
+        rows.append([name, f"{seconds.median:.3f}", seconds.spread, rate, ratio])
+    title = (
+        f"{options.servers} servers, hidden {options.hidden}, 4 blocks, {options.rows} rows; median of "
+        f"{options.repeats}"
+    )
+    report(title, ["what", "seconds", "spread", "tokens/s", "ratio to petals"], rows)
 
 
 def make_contenders(
@@ -112,11 +95,11 @@ def make_contenders(
 
     return {
         "generate, this machine": (lambda: local.generate(prompt, sampling), decoded),
-        "generate, our client with an adapter": (lambda: remote.generate(prompt, sampling), decoded),
-        "generate, petals' client without": (stock_generate, decoded),
+        "generate, ours with an adapter": (lambda: remote.generate(prompt, sampling), decoded),
+        "generate, petals": (stock_generate, decoded),
         "forward + backward, this machine": (lambda: forward_backward(local), passed),
-        "forward + backward, our client, LoRA gradients": (lambda: forward_backward(remote), passed),
-        "forward + backward, petals' client, input gradients": (stock_backward, passed),
+        "forward + backward, ours with LoRA gradients": (lambda: forward_backward(remote), passed),
+        "forward + backward, petals": (stock_backward, passed),
         "push a changed adapter, one-token forward": (push, 1),
     }
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from harness import DistantSwarm, in_turn, report
+from harness import DistantSwarm, Times, in_turn, report
 from transformers.utils.logging import disable_progress_bar
 
 from textrl_swarm import LoraSettings, PPOConfig, SamplingConfig, load_policy
@@ -21,7 +22,8 @@ from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.models.tiny import random_bloom
 from textrl_swarm.policies.base import Policy
 
-BLOCKS, HIDDEN, NEW_TOKENS, ROWS = 6, 256, 24, 32
+BLOCKS, HIDDEN, NEW_TOKENS, ROWS, EPOCHS = 6, 256, 24, 32, 2
+SAMPLING = SamplingConfig(max_new_tokens=NEW_TOKENS, stop_token_ids=(), seed=0)
 
 
 def main() -> None:
@@ -39,76 +41,104 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = random_bloom(directory + "/bloom", hidden=HIDDEN, layers=BLOCKS)
         for servers in options.servers:
-            for round_trip_ms in options.round_trip_ms:
-                for mbit in options.mbit:
+            near_s = None  # an update when the servers are on this machine
+            for round_trip_ms in (0.0, *options.round_trip_ms):
+                for mbit in options.mbit if round_trip_ms else (0.0,):
+                    link = Link(servers, round_trip_ms / 1000, mbit * 1e6)
                     with (
                         DistantSwarm(model, servers, round_trip_ms, mbit) as swarm,
                         load_policy(
                             model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8)
                         ) as policy,
                     ):
-                        link = f"S={servers}, {round_trip_ms:g} ms, " + (f"{mbit:g} Mbit/s" if mbit else "-")
-                        rows += [[link, *row] for row in measure(policy, servers, options.repeats)]
+                        if near_s is None:
+                            near_s = update_time(policy, options.repeats)[0].median
+                            continue
+                        rows += [[str(link), *row] for row in rollouts(policy, servers, options.repeats)]
+                        seconds, sent, received = update_time(policy, options.repeats)
+                        bound_s = link.bound_s(near_s, sent, received)
+                        what = f"update, {EPOCHS} epochs; bound {bound_s:.2f} s"
+                        share = f"{bound_s / seconds.median:.2f} of the bound"
+                        rows.append([str(link), what, f"{seconds.median:.2f}", seconds.spread, "", "", share])
     report(
         f"{BLOCKS} blocks, hidden {HIDDEN}, {NEW_TOKENS} new tokens; medians of {options.repeats}",
-        ["link", "what", "seconds", "spread", "ms/step", "tokens/s", "ratio to the first"],
+        ["link", "what", "seconds", "spread", "ms/step", "tokens/s", "time over the first's"],
         rows,
     )
 
 
-def measure(policy: Policy, servers: int, repeats: int) -> list[list[str]]:
+@dataclass(frozen=True)
+class Link:
+    servers: int
+    round_trip_s: float
+    bits_per_s: float
+
+    def __str__(self) -> str:
+        rate = f", {self.bits_per_s / 1e6:g} Mbit/s" if self.bits_per_s else ""
+        return f"S={self.servers}, {1000 * self.round_trip_s:g} ms{rate}"
+
+    def bound_s(self, near_s: float, sent: int, received: int) -> float:
+        """The least that an update could take: computing or, if that takes longer, each server's share of the
+        bytes; and the round trips of its passes through the chain, of which none can begin before the one
+        before has ended: a forward of policy and ref policy, and the backward and forward of each epoch.
+        """
+        passes = 1 + 2 * EPOCHS
+        wire_s = 0.0
+        if self.bits_per_s:
+            wire_s = 8 * max(sent, received) / self.servers / self.bits_per_s
+        return max(near_s, wire_s) + passes * self.servers * self.round_trip_s
+
+
+def rollouts(policy: Policy, servers: int, repeats: int) -> list[list[str]]:
     generator = torch.Generator().manual_seed(0)
 
     def prompts(lengths: Sequence[int]) -> list[list[int]]:
         return [torch.randint(3, 100, (length,), generator=generator).tolist() for length in lengths]
 
     def rollout(batch: list[list[int]], at_once: int) -> Callable[[], object]:
-        sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, stop_token_ids=(), seed=0)
-
         def run() -> object:
             policy.sessions_at_once = at_once
-            return policy.generate(batch, sampling)
+            return policy.generate(batch, SAMPLING)
 
         return run
 
-    few = prompts([8] * ROWS)
-    many = prompts([8] * ROWS * servers)
-    equal = prompts([34] * 16)
-    unequal = prompts([4 * i for i in range(1, 17)])
-    trained = policy.generate(
-        prompts([8] * ROWS), SamplingConfig(max_new_tokens=24, stop_token_ids=(), seed=0)
-    )
-    ppo = PPO(policy, PPOConfig(epochs=2, minibatch_size=ROWS, kl_coef=0.05))
-    rewards = torch.zeros(trained.response_mask.shape)
-    rewards[:, -1] = torch.randn(ROWS, generator=generator)
+    few, many = prompts([8] * ROWS), prompts([8] * ROWS * servers)
+    equal, unequal = prompts([34] * 16), prompts([4 * i for i in range(1, 17)])
     table = []
     for contenders in (
         {
             f"{ROWS} rows, one group": (rollout(few, 1), ROWS),
-            f"{ROWS} rows": (rollout(few, servers), ROWS),
-            f"{ROWS * servers} rows": (rollout(many, servers), ROWS * servers),
+            f"{ROWS} rows, {servers} groups": (rollout(few, servers), ROWS),
+            f"{ROWS * servers} rows, {servers} groups": (rollout(many, servers), ROWS * servers),
         },
         {
             "16 prompts of 34 tokens": (rollout(equal, servers), 16),
             "16 prompts of 4 to 64": (rollout(unequal, servers), 16),
         },
-        {"update, 2 epochs of 1024 tokens": (lambda: ppo.update(trained, rewards), ROWS)},
     ):
         times = in_turn({name: action for name, (action, _) in contenders.items()}, repeats)
         first = next(iter(times.values()))
         for name, seconds in times.items():
-            tokens = contenders[name][1] * NEW_TOKENS
-            table.append(
-                [
-                    name,
-                    f"{seconds.median:.2f}",
-                    seconds.spread,
-                    f"{1000 * seconds.median / NEW_TOKENS:.0f}",
-                    f"{tokens / seconds.median:.0f}",
-                    f"{seconds.ratio(first):.2f}",
-                ]
-            )
+            rate = contenders[name][1] * NEW_TOKENS / seconds.median
+            step_ms = f"{1000 * seconds.median / NEW_TOKENS:.0f}"
+            ratio = f"{seconds.ratio(first):.2f}"
+            table.append([name, f"{seconds.median:.2f}", seconds.spread, step_ms, f"{rate:.0f}", ratio])
     return table
+
+
+def update_time(policy: Policy, repeats: int) -> tuple[Times, int, int]:
+    """Of 1024 tokens; and the bytes of one update, sent and received."""
+    rollout = policy.generate([[5, 6, 7, 8, 9, 10, 11, 12]] * ROWS, SAMPLING)
+    ppo = PPO(policy, PPOConfig(epochs=EPOCHS, minibatch_size=ROWS, kl_coef=0.05))
+    rewards = torch.zeros(rollout.response_mask.shape)
+    rewards[:, -1] = torch.randn(ROWS, generator=torch.Generator().manual_seed(0))
+    times = in_turn({"update": lambda: ppo.update(rollout, rewards)}, repeats)["update"]
+    traffic = policy.traffic
+    assert traffic is not None, "the policy is in a swarm"
+    before = sum(traffic.sent.values()), sum(traffic.received.values())
+    ppo.update(rollout, rewards)
+    after = sum(traffic.sent.values()), sum(traffic.received.values())
+    return times, after[0] - before[0], after[1] - before[1]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""Runs every benchmark and writes benchmarks/RESULTS.md; `make bench` calls it.
+
+    python benchmarks/run_all.py [NAME ...]
+
+NAME is a script of this folder without ".py"; without any, all of them run, which takes about half an hour.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+from harness import RESULTS
+
+HERE = Path(__file__).parent
+# Options that keep each below ten minutes.
+BENCHMARKS = {
+    "local_speed": ["--repeats", "5"],
+    "swarm_speed": ["--repeats", "5"],
+    "wide_area": ["--servers", "2", "4", "--round-trip-ms", "50", "--repeats", "3"],
+    "bloom_block": [],
+    "loading_memory": [],
+}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(BENCHMARKS)
+    unknown = set(names) - BENCHMARKS.keys()
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    results = HERE / "RESULTS.md"
+    packages = ("torch", "transformers", "peft", "hivemind", "petals")
+    results.write_text(
+        "# Results\n\n"
+        "Written by `make bench`. Contenders take turns in one run; ratios are medians of each turn's.\n\n"
+        f"{date.today()}, {_processor()}, {os.cpu_count()} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB; Python {platform.python_version()}, "
+        f"{', '.join(f'{name} {version(name)}' for name in packages)}.\n\n",
+        encoding="utf-8",
+    )
+    for name in names:
+        print(f"bench: {name}", flush=True)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(f"## {name}.py\n\n")
+        subprocess.run(
+            [sys.executable, HERE / f"{name}.py", *BENCHMARKS[name]],
+            check=True,
+            env={**os.environ, RESULTS: str(results)},
+        )
+    print(f"bench: {results} is written")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
