@@ -314,6 +314,7 @@ def test_several_sessions_run_at_the_same_time(two_servers, tmp_path, monkeypatc
         open_now.discard(self)
         close(self)
 
+    monkeypatch.setattr("textrl_swarm.policies.generation._MIN_ROWS", 1)
     monkeypatch.setattr(GenerationSession, "run", run)
     monkeypatch.setattr(GenerationSession, "close", closed)
     with connect(two_servers, filled=44) as policy:

@@ -33,6 +33,8 @@ PromptLike = str | Sequence[int]
 
 # Ended rows leave once so many of a session's rows are still open, since the caches are copied then.
 _MAX_OPEN = 7 / 8
+# Of a session, before the rows are split over several: a step of fewer costs as much.
+_MIN_ROWS = 16
 
 
 class Decoder(Protocol):
@@ -334,7 +336,7 @@ def _groups(decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampli
     time, or more of them where the caches are too small. A prompt's samples stay together if they can.
     """
     samples, at_once = sampling.num_samples, decoder.sessions_at_once
-    most_rows = -(-len(prompts) * samples // at_once)
+    most_rows = max(_MIN_ROWS, -(-len(prompts) * samples // at_once))
     most_tokens = None if decoder.max_session_tokens is None else decoder.max_session_tokens // at_once
     groups: list[list[int]] = []
     for prompt in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
