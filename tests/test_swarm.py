@@ -331,6 +331,15 @@ def test_streams_stay_open_for_the_next_requests(two_servers, monkeypatch):
         assert len(opened) == 2  # one for each server
 
 
+def test_a_stream_that_was_idle_for_long_is_ended(two_servers, monkeypatch):
+    closed = _recorded(monkeypatch, OpenStream, "close", argument=0)
+    with connect(two_servers, filled=45) as policy:
+        run(policy, random_tokens(2, 5))
+        monkeypatch.setattr("textrl_swarm.swarm.client.streams._IDLE_S", -1.0)
+        run(policy, random_tokens(2, 5))
+        assert len(set(closed)) >= 2 and len(policy._client._calls._streams._idle) == 2
+
+
 def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, caplog):
     tokens = random_tokens(2, 5)
     with connect(two_servers, filled=46) as policy:

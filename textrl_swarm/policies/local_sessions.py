@@ -139,7 +139,7 @@ class CachedSession(LocalSession):
         passes_positions: give the decoder position_ids: some models do not count what the cache holds.
     """
 
-    def __init__(self, forward: Forward, passes_positions: bool, rows: int = 0, max_length: int = 0):
+    def __init__(self, forward: Forward, passes_positions: bool, rows: int, max_length: int):
         self._forward = forward
         self._passes_positions = passes_positions
         self._cache: Any = None
@@ -158,7 +158,7 @@ class CachedSession(LocalSession):
 class RecomputingSession(LocalSession):
     """Computes the whole sequences anew for every token, for models without a cache that works."""
 
-    def __init__(self, forward: Forward, rows: int = 0, max_length: int = 0):
+    def __init__(self, forward: Forward, rows: int, max_length: int):
         self._forward = forward
         self._tokens: Tensor | None = None
 

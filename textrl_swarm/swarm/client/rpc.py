@@ -79,7 +79,6 @@ class ServerCalls:
         self.traffic = traffic
         self._weights: dict[PeerID, Mapping[str, ServedWeights]] = {}
         self._streams = StreamPool()
-        self._closing: set[asyncio.Future[None]] = set()
 
     async def close(self) -> None:
         """Ends the streams that are kept open; never raises."""
@@ -176,9 +175,7 @@ class ServerCalls:
                 await stream.send(" ".join(uids), tensors, packed)
                 answer = await stream.receive_all(max_numbers)
             except BaseException as error:
-                close = asyncio.ensure_future(stream.close())
-                self._closing.add(close)
-                close.add_done_callback(self._closing.discard)
+                self._streams.discard(stream)
                 if was_idle and isinstance(error, _BROKEN):  # as an idle one may be
                     return await call()
                 raise

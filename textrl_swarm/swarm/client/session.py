@@ -157,11 +157,8 @@ class GenerationSession:
                 await leg.stream.send(leg.inputs[leg.sent], place.chunk, last_only=last_only)
                 leg.sent += 1
                 leg.changed.set()
-            elif leg.sent == len(leg.inputs) and (before is None or before.ended):
+            elif not await self._waited(before, leg):
                 return
-            else:
-                leg.changed.clear()
-                await leg.changed.wait()
 
     async def _receive(self, before: _Leg | None, leg: _Leg, following: _Leg | None) -> None:
         """Hands outputs to the leg that follows."""
@@ -176,11 +173,16 @@ class GenerationSession:
                     following.put(output)
                 leg.done += 1
                 leg.changed.set()
-            elif leg.sent == len(leg.inputs) and (before is None or before.ended):
+            elif not await self._waited(before, leg):
                 return
-            else:
-                leg.changed.clear()
-                await leg.changed.wait()
+
+    async def _waited(self, before: _Leg | None, leg: _Leg) -> bool:
+        """Waits until something has changed for a leg; False when nothing more comes in this round."""
+        if leg.sent == len(leg.inputs) and (before is None or before.ended):
+            return False
+        leg.changed.clear()
+        await leg.changed.wait()
+        return True
 
     async def _recover(self, leg: _Leg, error: BaseException, attempts: Attempts) -> None:
         await self._drop_stream(leg)

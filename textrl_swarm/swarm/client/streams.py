@@ -112,6 +112,7 @@ class StreamPool:
 
     def __init__(self) -> None:
         self._idle: defaultdict[PeerID, list[OpenStream]] = defaultdict(list)
+        self._closing: set[asyncio.Future[None]] = set()
 
     def take(self, peer: PeerID) -> OpenStream | None:
         """The one that was used last, whose window is the widest; None = there is none."""
@@ -120,14 +121,23 @@ class StreamPool:
             stream = idle.pop()
             if time.monotonic() - stream.used_at < _IDLE_S:
                 return stream
+            self.discard(stream)
         return None
-
-    async def close(self) -> None:
-        """Ends all of them, at most within seconds; never raises."""
-        streams = [stream for idle in self._idle.values() for stream in idle]
-        self._idle.clear()
-        await asyncio.gather(*(stream.close() for stream in streams))
 
     def give_back(self, peer: PeerID, stream: OpenStream) -> None:
         """For the next request."""
         self._idle[peer].append(stream)
+
+    def discard(self, stream: OpenStream) -> None:
+        """Ends a stream while others go on."""
+        closing = asyncio.ensure_future(stream.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Ends all of them, at most within seconds; never raises."""
+        for idle in self._idle.values():
+            for stream in idle:
+                self.discard(stream)
+        self._idle.clear()
+        await asyncio.gather(*self._closing)
