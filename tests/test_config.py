@@ -100,6 +100,14 @@ REFUSED = [
         for value in (0, 1.5, True)
     ],
     *[
+        case(
+            PPOConfig,
+            f"micro_batch_tokens must be a whole number >= 1 or None, got {value!r}",
+            micro_batch_tokens=value,
+        )
+        for value in (0, -512, 1.5, True, "all")
+    ],
+    *[
         finite(PPOConfig, name, value)
         for name in (*POSITIVE, *NOT_NEGATIVE, *FRACTIONS)
         for value in (NAN, INF, None, "1e-4")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from architectures import ARCHITECTURES, CONFIGS, tiny_model
+from architectures import ARCHITECTURES, CONFIGS, random_tokens, tiny_model
 from families import FAMILIES
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
@@ -152,6 +155,49 @@ def test_activations_are_about_what_autograd_keeps(architecture, least, most, dt
         del hidden
     expected = activation_bytes(model_sizes(model.config), LoraSettings(), rows, length, dtype.itemsize)
     assert least < sum(kept.values()) / expected < most
+
+
+def peak_bytes(run) -> int:
+    """Most memory that `run` held at once beside what was there before, as torch's allocator counts it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    changes, events = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return max(itertools.accumulate(size for _, size in sorted(changes)))
+
+
+@pytest.mark.parametrize(("architecture", "least"), [("bloom", 0.7), ("llama", 0.25)])
+@pytest.mark.parametrize("blocks", [4, 12])
+def test_gradient_checkpointing_takes_no_more_than_estimated(architecture, least, blocks):
+    tokens = random_tokens(8, 60)
+    count = {"bloom": "n_layer", "llama": "num_hidden_layers"}[architecture]
+    peaks = []
+    for checkpointing in (False, True):
+        model = tiny_model(architecture, **{count: blocks})
+        with load_policy(model, lora=LoraSettings(r=2), gradient_checkpointing=checkpointing) as policy:
+
+            def step(policy=policy):
+                policy.hidden_states(tokens).square().mean().backward()
+
+            step()  # memory that stays: gradients of the adapter
+            peaks.append(peak_bytes(step))
+    expected = activation_bytes(model_sizes(model.config), LoraSettings(r=2), 8, 60, 4, recomputed=True)
+    assert least < peaks[1] / expected < 1
+    assert peaks[1] < (0.5 if blocks == 4 else 0.2) * peaks[0]
+
+
+def test_bloomz_7b1_in_8_bits_trains_on_a_card_of_24_gb():
+    """Minibatches of 64 responses; test_gradient_checkpointing_takes_no_more_than_estimated checks a term."""
+    settings = {"quantization": "8bit", "responses": 64, "minibatch_size": 64, "epochs": 4}
+    lengths = {"prompt_tokens": 64, "response_tokens": 192}
+    for_cuda = GIB
+    assert run(BLOOMZ_7B1, **settings, **lengths).memory_bytes > 100 * GIB
+    parts = {"micro_batch_tokens": 1024, "gradient_checkpointing": True}
+    assert run(BLOOMZ_7B1, **settings, **lengths, **parts).memory_bytes + for_cuda < 24e9
 
 
 def test_a_server_has_room_for_weights_caches_adapters_and_a_backward():

@@ -519,6 +519,45 @@ def test_a_row_counts_by_its_tokens_however_rollouts_are_scored(make_policy, mon
     assert largest_difference(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("limit", [1, 20, 24])
+@pytest.mark.parametrize("minibatch_size", [4, 99])
+def test_parts_of_a_minibatch_add_up_to_the_whole(make_policy, monkeypatch, limit, minibatch_size):
+    """Rows have 3 to 11 tokens; a limit below a row's length computes it alone."""
+    rollout = make_rollout(some_rows())
+    config = PPOConfig(lr=1e-2, entropy_coef=0.01, kl_coef=0.2, minibatch_size=minibatch_size)
+    expected, metrics = updated(make_policy(filled=1), rollout, some_rewards(rollout), config)
+    policy, seen = make_policy(filled=1), []
+    original = policy.hidden_states
+    monkeypatch.setattr(policy, "hidden_states", lambda f: seen.append(f.shape) or original(f))
+    parted = dataclasses.replace(config, micro_batch_tokens=limit)
+    found, found_metrics = updated(policy, rollout, some_rewards(rollout), parted)
+    assert all(rows == 1 or rows * length <= limit for rows, length in seen)
+    assert max(rows for rows, _ in seen) == {1: 1, 20: 2, 24: 3}[limit]
+    assert largest_difference(found, expected) < 1e-5
+    assert found_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    first = PPO(make_policy(filled=1), parted).update(rollout, some_rewards(rollout))
+    assert first["ratio_first_pass_max_deviation"] == 0
+
+
+def test_a_part_that_is_not_finite_skips_the_whole_step(make_policy):
+    rollout = make_rollout(some_rows())
+    policy = make_policy(filled=1)
+    before = parameters_of(policy)
+    ppo = PPO(policy, PPOConfig(epochs=1, micro_batch_tokens=11))
+    original, calls = policy.value_head.forward, []
+
+    def sometimes(hidden):
+        calls.append(hidden)
+        spoils = torch.is_grad_enabled() and len(calls) > 20  # in the last part
+        return original(hidden) * (math.nan if spoils else 1)
+
+    policy.value_head.forward = sometimes
+    metrics = ppo.update(rollout, some_rewards(rollout))
+    assert (metrics["skipped_steps"], metrics["optimizer_steps"]) == (1, 0)
+    assert largest_difference(parameters_of(policy), before) == 0
+    assert all(parameter.grad is None for parameter in policy.trainable_parameters().values())
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 99])
 def test_minibatches_hold_each_row_once_per_epoch(make_policy, size):
     ppo = PPO(make_policy(), PPOConfig(epochs=3, minibatch_size=size))
@@ -561,9 +600,10 @@ def test_what_is_trained_on_is_each_row_of_the_rollout_once(make_policy, monkeyp
     assert sorted(texts[:6]) == sorted(texts[6:]) == expected
 
 
-def test_target_kl_ends_the_epochs(make_policy):
+@pytest.mark.parametrize("micro_batch_tokens", [None, 24])
+def test_target_kl_ends_the_epochs(make_policy, micro_batch_tokens):
     rollout = make_rollout(some_rows())
-    config = PPOConfig(lr=3e-2, epochs=10, target_kl=0.01)
+    config = PPOConfig(lr=3e-2, epochs=10, target_kl=0.01, micro_batch_tokens=micro_batch_tokens)
     metrics = PPO(make_policy(), config).update(rollout, some_rewards(rollout))
     assert metrics["stopped_early"] == 1 and 1 <= metrics["optimizer_steps"] < 10
     assert metrics["approx_kl"] < 0.01  # of the steps that were taken
@@ -825,6 +865,8 @@ LORAS = [LoraSettings(r=4), LoraSettings(r=4, layers=2)]
 def test_updates_through_a_swarm_equal_local_ones(two_servers, lora):
     rollout = make_rollout(some_rows(), temperature=0.8)
     config = PPOConfig(lr=1e-2, epochs=2, minibatch_size=4, entropy_coef=0.01, kl_coef=0.2)
+    if lora.layers is not None:
+        config = dataclasses.replace(config, minibatch_size=6, micro_batch_tokens=24)
     found = []
     for policy in (load_policy(two_servers.model, lora=lora), connect(two_servers, lora)):
         with policy:
@@ -879,8 +921,8 @@ def test_it_learns_through_a_swarm(two_servers):
     assert sum(scores[-3:]) / 3 > 0.7
 
 
-@pytest.mark.parametrize("minibatch_size", [1, 3, 12])
-def test_the_ratio_is_one_where_numbers_depend_on_what_is_computed_together(tmp_path, minibatch_size):
+@pytest.mark.parametrize(("minibatch_size", "limit"), [(1, None), (3, None), (12, None), (12, 64)])
+def test_the_ratio_is_one_where_numbers_depend_on_what_is_computed_together(tmp_path, minibatch_size, limit):
     """8-bit products choose their outlier columns per batch."""
     tiny_model("llama").save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
@@ -890,7 +932,6 @@ def test_the_ratio_is_one_where_numbers_depend_on_what_is_computed_together(tmp_
         rollout = policy.generate(
             ["the soup", "a", "my phone"], SamplingConfig(max_new_tokens=8, num_samples=4, seed=0)
         )
-        metrics = PPO(policy, PPOConfig(minibatch_size=minibatch_size, epochs=1)).update(
-            rollout, torch.rand(rollout.response_mask.shape)
-        )
+        config = PPOConfig(minibatch_size=minibatch_size, epochs=1, micro_batch_tokens=limit)
+        metrics = PPO(policy, config).update(rollout, torch.rand(rollout.response_mask.shape))
         assert metrics["ratio_first_pass_max_deviation"] == 0

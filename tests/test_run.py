@@ -650,6 +650,21 @@ def test_a_prompt_that_is_too_long_is_told_before_anything_is_trained(configure,
     assert not checkpoints(Path("runs/a"))
 
 
+def test_a_limit_below_the_longest_response_is_told_before_anything_is_trained(configure):
+    with pytest.raises(ConfigError, match="may have 25 tokens, which are computed at once: set it to 25 or"):
+        train(configure("runs/a", "ppo.micro_batch_tokens=24", prompts=["a", "a" * 20]))
+    assert not checkpoints(Path("runs/a"))
+
+
+def test_parts_and_checkpointing_train_the_same(configure):
+    """As fp32 sums them in another order."""
+    train(configure("runs/a"))
+    train(configure("runs/b", "ppo.micro_batch_tokens=30", "gradient_checkpointing=true"))
+    expected = trained("runs/a")
+    for name, tensor in trained("runs/b").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
 def test_one_process_at_a_time(configure):
     with (
         locked(Path("runs/a")),

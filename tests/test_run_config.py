@@ -121,6 +121,11 @@ def test_overrides(override, get, expected):
             "reward.0.label: YAML reads True; put a label such as yes or no in quotes",
         ),
         ({"swarm": {"initial_peers": ["a"]}, "quantization": "8bit"}, "servers of a swarm choose their own"),
+        (
+            {"swarm": {"initial_peers": ["a"]}, "gradient_checkpointing": True},
+            "servers always compute blocks again in backward",
+        ),
+        ({"ppo": {"micro_batch_tokens": 0}}, "micro_batch_tokens must be a whole number >= 1 or None, got 0"),
         ({"quantization": "3bit"}, "quantization: input should be '8bit' or '4bit', got \"3bit\""),
         ({"sampling": {"seed": 1}}, "sampling.seed: a run has one seed; set the key `seed` instead"),
         ({"sampling": {"temperature": 0}}, "temperature must be > 0"),

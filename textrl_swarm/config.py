@@ -127,8 +127,8 @@ class LoraSettings:
     "experts.down_proj": each expert has matrices of its own, so the adapter is large."""
 
     layers: int | None = None
-    """Adapt only the last k blocks; None = all. Through a swarm, the blocks below run once per rollout and
-    not in every forward; on this machine they run every time."""
+    """Adapt only the last k blocks; None = all. The blocks below run once per update, and not in every
+    forward."""
 
     def __post_init__(self) -> None:
         require(is_int(self.r) and self.r >= 1, f"LoRA rank r must be a whole number >= 1, got {self.r!r}")
@@ -244,6 +244,10 @@ class PPOConfig:
     minibatch_size: int = 64
     """Responses per optimizer step; a number above the rollout's size means the whole rollout."""
 
+    micro_batch_tokens: int | None = None
+    """Most tokens (responses x the longest of them with its prompt) of one forward. A larger minibatch is
+    computed in parts whose gradients add up to the same; None = whole minibatches, which take more memory."""
+
     gamma: float = 1.0
     """Discount per token (arXiv 1909.08593)."""
 
@@ -304,6 +308,12 @@ class PPOConfig:
         )
         _require_numbers(self, "max_grad_norm", "weight_decay", "adam_eps")
         _require_counts(self, "epochs", "minibatch_size", "adaptive_kl_horizon")
+        ok = self.micro_batch_tokens is None or (
+            is_int(self.micro_batch_tokens) and self.micro_batch_tokens >= 1
+        )
+        require(
+            ok, f"micro_batch_tokens must be a whole number >= 1 or None, got {self.micro_batch_tokens!r}"
+        )
         ok = self.lr_decay_updates is None or (is_int(self.lr_decay_updates) and self.lr_decay_updates >= 1)
         require(ok, f"lr_decay_updates must be a whole number >= 1 or None, got {self.lr_decay_updates!r}")
         for name in ("lr", "clip_range", "max_grad_norm", "adam_eps"):

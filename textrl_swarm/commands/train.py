@@ -184,6 +184,8 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
             response_tokens=config.sampling.max_new_tokens,
             epochs=config.ppo.epochs,
             minibatch_size=config.ppo.minibatch_size,
+            micro_batch_tokens=config.ppo.micro_batch_tokens,
+            gradient_checkpointing=config.gradient_checkpointing,
             samples=config.sampling.num_samples,
             wire_bytes=4 if str(model.dtype or "float32").endswith("float32") else 2,
             dtype=config.dtype,

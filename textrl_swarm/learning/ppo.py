@@ -3,8 +3,8 @@
 One teacher-forced forward per minibatch of whole sequences, never one per token. Old logprobs and values are
 recomputed with the same forward that is trained (arXiv 2505.07291 does so at every optimisation step): the
 ratio is 1 on the first pass, however sampling was filtered and whatever the servers' cached path rounds
-differently. Those of the first minibatch are its training forward's own. Knows nothing about prompts, texts,
-environments or where the policy's blocks are.
+differently. Those of the first minibatch are its training forward's own, if that is one. Knows nothing about
+prompts, texts, environments or where the policy's blocks are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from textrl_swarm.config import PPOConfig
 from textrl_swarm.errors import RewardError
-from textrl_swarm.maths.losses import PolicyLossStats, chunked_logprobs, policy_loss, value_loss
+from textrl_swarm.maths.losses import chunked_logprobs, policy_loss, value_loss
 from textrl_swarm.maths.returns import (
     estimate_advantages,
     explained_variance,
@@ -41,7 +42,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 EVALUATION_ROWS = 64  # rows per forward when nothing is trained
 # Metrics that are means over the optimizer steps of an update.
-_STEP_METRICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm")
+_STEP_METRICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,16 @@ class _Evaluation:
         )
 
 
-_Minibatch = tuple[Tensor, _Evaluation]  # row indices, what a forward says about them
+@dataclass(frozen=True)
+class _Targets:
+    """What B responses are trained towards."""
+
+    old: _Evaluation
+    advantages: Tensor
+    """(B, T)"""
+
+    returns: Tensor
+    """(B, T)"""
 
 
 class PPO:
@@ -138,10 +148,12 @@ class PPO:
         with torch.enable_grad():  # a reward's module may have switched gradients off for the whole process
             features = self.policy.features(rollout.tokens.to(self.policy.device))
             first_rows = next(minibatches)
-            first = self._evaluate(features, rollout, first_rows, with_entropy=True)
+            known: list[_Evaluation] = []
+            if len(self._parts(rollout, first_rows)) == 1:
+                known.append(self._evaluate(features, rollout, first_rows, with_entropy=True))
         with torch.no_grad():
-            groups = self._groups(len(rollout), first_rows)
-            old = self._evaluate_all(features, rollout, groups, first.detached())
+            groups = self._groups(rollout, first_rows)
+            old = self._evaluate_all(features, rollout, groups, *(first.detached() for first in known))
             with self.policy.reference():  # in the same groups, so that the KL of equal policies is 0
                 ref = self._evaluate_all(features, rollout, groups)
             shaped = shaped_rewards(rewards, old.logprobs, ref.logprobs, mask, kl_coef=self.kl_coef)
@@ -168,9 +180,9 @@ class PPO:
             "lr": self._set_lr(),
         }
         with torch.enable_grad():
-            metrics.update(
-                self._train(features, rollout, old, advantages, returns, (first_rows, first), minibatches)
-            )
+            targets = _Targets(old, advantages, returns)
+            steps = itertools.chain([first_rows], minibatches)
+            metrics.update(self._train(features, rollout, targets, steps, known))
         if config.adaptive_kl_target is not None and math.isfinite(kl):
             self.kl_coef = next_kl_coef(
                 self.kl_coef,
@@ -190,7 +202,7 @@ class PPO:
         """
         with torch.no_grad():
             features = self.policy.features(rollout.tokens.to(self.policy.device))
-            groups = list(torch.arange(len(rollout)).split(EVALUATION_ROWS))
+            groups = self._evaluation_groups(rollout, torch.arange(len(rollout)))
             now = self._evaluate_all(features, rollout, groups)
             with self.policy.reference():
                 return _kl(now, self._evaluate_all(features, rollout, groups))
@@ -199,58 +211,108 @@ class PPO:
         self,
         features: Tensor,
         rollout: RolloutBatch,
-        old: _Evaluation,
-        advantages: Tensor,
-        returns: Tensor,
-        evaluated: _Minibatch,
-        minibatches: Iterator[Tensor],
+        targets: _Targets,
+        minibatches: Iterable[Tensor],
+        known: list[_Evaluation],
     ) -> dict[str, float]:
         """All optimizer steps of an update.
 
         Args:
-            evaluated: the first minibatch, which is evaluated already: nothing has changed since.
-            minibatches: the others.
+            known: the first minibatch's evaluation, if there is one: nothing has changed since.
         """
-        config = self.config
-        sums = dict.fromkeys(_STEP_METRICS, 0.0)
+        sums = dict.fromkeys((*_STEP_METRICS, "grad_norm"), 0.0)
         taken = 0
-        first: PolicyLossStats | None = None
+        first: dict[str, float] | None = None
         stopped_early = False
         skipped_before = self.num_skipped
-        for rows, now in itertools.chain([evaluated], self._evaluated(features, rollout, minibatches)):
-            mask = rollout.response_mask[rows]
-            actor_loss, stats = policy_loss(
-                now.logprobs, old.logprobs[rows], advantages[rows], mask, clip_range=config.clip_range
-            )
-            critic_loss = value_loss(
-                now.values, old.values[rows], returns[rows], mask, clip_range=config.value_clip_range
-            )
-            loss = actor_loss + config.value_coef * critic_loss
-            if config.entropy_coef > 0:
-                loss = loss - config.entropy_coef * masked_mean(now.entropies, mask)
-            if first is None:
-                first = stats
-            if config.target_kl is not None and float(stats.approx_kl) > config.target_kl:
+        for rows in minibatches:
+            self.optimizer.zero_grad(set_to_none=True)
+            stats = self._add_gradients(features, rollout, targets, rows, known)
+            first = first or stats
+            target_kl = self.config.target_kl
+            if target_kl is not None and stats["approx_kl"] > target_kl:
+                self.optimizer.zero_grad(set_to_none=True)
                 stopped_early = True
                 break
-            grad_norm = self._optimizer_step(loss)
+            grad_norm = self._optimizer_step(is_finite=math.isfinite(stats["loss"]))
             if grad_norm is None:
                 continue
             taken += 1
-            sums["policy_loss"] += actor_loss.item()
-            sums["value_loss"] += critic_loss.item()
-            sums["clip_fraction"] += float(stats.clip_fraction)
-            sums["approx_kl"] += float(stats.approx_kl)
             sums["grad_norm"] += grad_norm
+            for name in _STEP_METRICS:
+                sums[name] += stats[name]
         assert first is not None, "a rollout has at least one row"
         return {
             **{name: total / taken if taken else math.nan for name, total in sums.items()},
-            "ratio_first_pass": float(first.ratio_mean),
-            "ratio_first_pass_max_deviation": float(first.ratio_max_deviation),
+            "ratio_first_pass": first["ratio_mean"],
+            "ratio_first_pass_max_deviation": first["ratio_max_deviation"],
             "optimizer_steps": float(taken),
             "skipped_steps": float(self.num_skipped - skipped_before),
             "stopped_early": float(stopped_early),
         }
+
+    def _add_gradients(
+        self,
+        features: Tensor,
+        rollout: RolloutBatch,
+        targets: _Targets,
+        minibatch: Tensor,
+        known: list[_Evaluation],
+    ) -> dict[str, float]:
+        """Adds the gradients of a minibatch's loss, part by part, each weighted by its share of the tokens.
+
+        Stops where the loss is no longer finite, or approx_kl is too large already: it never falls.
+
+        Args:
+            known: evaluations of the first parts, which are taken out.
+
+        Returns:
+            Losses and statistics of the minibatch, or of the parts until it stopped.
+        """
+        config = self.config
+        stats: dict[str, float] = defaultdict(float)
+        tokens = rollout.response_mask[minibatch].sum()
+        for rows in self._parts(rollout, minibatch):
+            mask = rollout.response_mask[rows]
+            now = (
+                known.pop()
+                if known
+                else self._evaluate(features, rollout, rows, with_entropy=config.entropy_coef > 0)
+            )
+            actor_loss, ratio = policy_loss(
+                now.logprobs,
+                targets.old.logprobs[rows],
+                targets.advantages[rows],
+                mask,
+                clip_range=config.clip_range,
+            )
+            critic_loss = value_loss(
+                now.values,
+                targets.old.values[rows],
+                targets.returns[rows],
+                mask,
+                clip_range=config.value_clip_range,
+            )
+            loss = actor_loss + config.value_coef * critic_loss
+            if config.entropy_coef > 0:
+                loss = loss - config.entropy_coef * masked_mean(now.entropies, mask)
+            share = mask.sum() / tokens
+            means = {
+                "loss": loss,
+                "policy_loss": actor_loss,
+                "value_loss": critic_loss,
+                "clip_fraction": ratio.clip_fraction,
+                "approx_kl": ratio.approx_kl,
+                "ratio_mean": ratio.ratio_mean,
+            }
+            for name, mean in means.items():
+                stats[name] += float(mean.detach() * share)
+            stats["ratio_max_deviation"] = max(stats["ratio_max_deviation"], float(ratio.ratio_max_deviation))
+            is_far = config.target_kl is not None and stats["approx_kl"] > config.target_kl
+            if is_far or not math.isfinite(stats["loss"]):
+                break
+            (loss * share).backward()
+        return stats
 
     def _set_lr(self) -> float:
         """Sets and returns this update's learning rate; it depends only on num_updates, so nothing is
@@ -262,16 +324,17 @@ class PPO:
                 group["lr"] = group["initial_lr"] * max(0.0, 1 - self.num_updates / decay)
         return self.optimizer.param_groups[0]["lr"]
 
-    def _optimizer_step(self, loss: Tensor) -> float | None:
-        """Backward, clip, step.
+    def _optimizer_step(self, *, is_finite: bool) -> float | None:
+        """Clip and step.
+
+        Args:
+            is_finite: whether the loss is.
 
         Returns:
             The gradient norm before clipping; None when the step was skipped because the loss or a gradient
             is not finite.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        if torch.isfinite(loss):
-            loss.backward()
+        if is_finite:
             grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
             if torch.isfinite(grad_norm):
                 self.optimizer.step()
@@ -292,21 +355,38 @@ class PPO:
         for _ in range(epochs or self.config.epochs):
             yield from torch.randperm(num_rows, generator=generator).split(self.config.minibatch_size)
 
-    def _evaluated(
-        self, features: Tensor, rollout: RolloutBatch, minibatches: Iterator[Tensor]
-    ) -> Iterator[_Minibatch]:
-        with_entropy = self.config.entropy_coef > 0
-        for rows in minibatches:
-            yield rows, self._evaluate(features, rollout, rows, with_entropy=with_entropy)
+    def _parts(self, rollout: RolloutBatch, rows: Tensor) -> list[Tensor]:
+        """Rows that are computed at once: all, or as many as `micro_batch_tokens` allows.
 
-    def _groups(self, num_rows: int, first: Tensor) -> list[Tensor]:
-        """Row indices of forwards without gradients: those of the first minibatch, and then the others'."""
-        if self.policy.rounds_by_batch:  # in the minibatches of the first pass, whose ratio is then 1
-            return list(self._minibatches(num_rows, epochs=1))
+        Parts hold rows of similar length. A row above the limit is a part of its own.
+        """
+        limit = self.config.micro_batch_tokens
+        lengths = (rollout.prompt_lengths + rollout.response_mask.sum(dim=1))[rows]
+        if limit is None or len(rows) * int(lengths.max()) <= limit:
+            return [rows]
+        order = lengths.argsort(descending=True, stable=True)
+        parts, start = [], 0
+        while start < len(rows):
+            stop = start + max(1, limit // int(lengths[order[start]]))
+            parts.append(rows[order[start:stop]])
+            start = stop
+        return parts
+
+    def _evaluation_groups(self, rollout: RolloutBatch, rows: Tensor) -> list[Tensor]:
+        """Rows of forwards without gradients."""
+        return [part for group in rows.split(EVALUATION_ROWS) for part in self._parts(rollout, group)]
+
+    def _groups(self, rollout: RolloutBatch, first: Tensor) -> list[Tensor]:
+        """Rows of forwards without gradients: those of the first minibatch, and then the others'."""
+        num_rows = len(rollout)
+        if self.policy.rounds_by_batch:  # in the forwards of the first pass, whose ratio is then 1
+            minibatches = self._minibatches(num_rows, epochs=1)
+            return [part for rows in minibatches for part in self._parts(rollout, rows)]
         is_left = torch.ones(num_rows, dtype=torch.bool)
         is_left[first] = False
         left = is_left.nonzero().flatten()
-        return [first, *left.split(EVALUATION_ROWS)] if len(left) else [first]
+        groups = self._parts(rollout, first)
+        return groups + self._evaluation_groups(rollout, left) if len(left) else groups
 
     def _evaluate_all(
         self, features: Tensor, rollout: RolloutBatch, groups: Sequence[Tensor], *known: _Evaluation

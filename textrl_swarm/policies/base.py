@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from textrl_swarm.swarm.traffic import Traffic
 
 
+MAX_FEATURE_BYTES = 1 << 30  # of a rollout
+
+
 class Policy(ABC):
     """A policy over token sequences. Context manager; `close` may be called twice."""
 
@@ -98,9 +101,10 @@ class Policy(ABC):
         """What does not change during an update: (B, S) int64 tokens -> (B, S, ...), input of
         `hidden_states`.
 
-        Through a swarm and with `LoraSettings.layers`, this is the output of the blocks below the adapted
-        ones, which then run once per rollout and not in every epoch. A local policy returns the tokens, and
-        runs all blocks in `hidden_states`. Rows, and columns from the left, may be sliced.
+        With `LoraSettings.layers`, this is the output of the blocks below the adapted ones, which then run
+        once per rollout: the ref policy and every epoch share it. Without blocks to spare, or where it would
+        take more than `MAX_FEATURE_BYTES`, it is the tokens themselves, and all blocks run in
+        `hidden_states`. Rows, and columns from the left, may be sliced.
         """
 
     @abstractmethod
@@ -118,6 +122,10 @@ class Policy(ABC):
     @abstractmethod
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's tensors by their PEFT state-dict names."""
+
+    def keeps_features(self, tokens: Tensor, dtype: torch.dtype) -> bool:
+        """Whether hidden states of so many tokens are small enough to be kept during an update."""
+        return tokens.numel() * self.hidden_size * dtype.itemsize <= MAX_FEATURE_BYTES
 
     def close(self) -> None:  # noqa: B027 - a policy that holds nothing need not override it
         """Releases what is held elsewhere."""

@@ -21,6 +21,7 @@ from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError
 from textrl_swarm.models.adapters import (
     add_adapter,
+    first_adapted_block,
     has_adapter,
     initial_tensor,
     model_lora_config,
@@ -45,6 +46,7 @@ from textrl_swarm.models.quantization import (
 from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
+from textrl_swarm.policies.local_blocks import LocalBlocks
 from textrl_swarm.policies.local_sessions import choose_session, is_close
 from textrl_swarm.policies.sessions import DecodingSession
 
@@ -70,6 +72,7 @@ def load_local_policy(
     device: torch.device | str | None,
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None,
+    gradient_checkpointing: bool = False,
 ) -> LocalPolicy:
     """See `loading.load_policy`."""
     if quantization not in (None, *QUANTIZATIONS):
@@ -84,13 +87,14 @@ def load_local_policy(
             earlier.close()
         plain = _require_plain_decoder(model)
         _require_same_options(plain, quantization, dtype, device)
-        return LocalPolicy(plain, lora, seed, tokenizer or find_tokenizer(plain.name_or_path))
+        found = tokenizer or find_tokenizer(plain.name_or_path)
+        return LocalPolicy(plain, lora, seed, found, gradient_checkpointing)
     base = resolve(model)
     _require_decoder(base.config, base.name)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     place = usable_device(default_device if device is None else device)
     loaded = _load(base, quantization, dtype, place)
-    return LocalPolicy(loaded, lora, seed, tokenizer or find_tokenizer(base.name))
+    return LocalPolicy(loaded, lora, seed, tokenizer or find_tokenizer(base.name), gradient_checkpointing)
 
 
 def _load(
@@ -188,12 +192,18 @@ class LocalPolicy(Policy):
     Args:
         model: a causal language model; until `close` it is in evaluation mode (no dropout), frozen, and has
             the adapter's layers.
+        gradient_checkpointing: keep only the blocks' inputs for backward.
     """
 
     max_step_tokens = 4096
 
     def __init__(
-        self, model: PreTrainedModel, lora: LoraSettings, seed: int, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        model: PreTrainedModel,
+        lora: LoraSettings,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+        gradient_checkpointing: bool = False,
     ):
         logging.getLogger("transformers.modeling_utils").addFilter(_is_no_mask_notice)
         name = type(model).__name__
@@ -224,6 +234,9 @@ class LocalPolicy(Policy):
         self._model: Any = model
         self._decoder: Any = _decoder(model)
         self._peft: PeftModel | None = None
+        self._gradient_checkpointing = gradient_checkpointing
+        self._blocks: LocalBlocks | None = None
+        self._enters_blocks = False
         self._was_training = model.training
         self._returned_dicts = model.config.return_dict
         self._was_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -262,6 +275,9 @@ class LocalPolicy(Policy):
                 self._parameters[name.replace(".default.", ".")] = parameter
         for name, parameter in self._parameters.items():
             parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
+        blocks = find_blocks(model)[1]
+        first = first_adapted_block(len(blocks), self.lora.layers)
+        self._blocks = LocalBlocks(blocks, first, recompute=self._gradient_checkpointing)
         setattr(model, _POLICY, self)  # notebooks run cells again: the next policy takes these layers out
         model.save_pretrained = _refuse_to_save
 
@@ -299,20 +315,42 @@ class LocalPolicy(Policy):
             self._decoder, config, self._run_decoder, tokens, hidden, tolerance, type(self._model).__name__
         )
         self.takes_padding = self._sessions.takes_padding
+        self._enters_blocks = first_adapted_block(config.num_hidden_layers, self.lora.layers) > 0
+        self._enters_blocks = self._enters_blocks and self._enters_exactly(tokens, hidden)
+
+    def _enters_exactly(self, tokens: Tensor, hidden: Tensor) -> bool:
+        """Whether the decoder, entered at the first adapted block, computes the same last hidden states."""
+        try:
+            return torch.equal(self.hidden_states(self._below(tokens)), hidden)
+        except Exception as error:  # of models whose later blocks look at the tokens or at earlier blocks
+            logger.debug("all blocks of %s run in every forward: %r", self.base_model, error)
+            return False
 
     # ------------------------------------------------------------------------------- as every policy
 
     def features(self, tokens: Tensor) -> Tensor:
-        """The tokens themselves: all blocks run in `hidden_states`."""
-        return tokens
+        """See Policy."""
+        if not self._enters_blocks or not self.keeps_features(tokens, self._model.dtype):
+            return tokens
+        with torch.no_grad():
+            rows = max(1, self.max_step_tokens // tokens.shape[1])
+            return torch.cat([self._below(part) for part in tokens.split(rows)])
+
+    def _below(self, tokens: Tensor) -> Tensor:
+        assert self._blocks is not None, "set while the adapter is in the model"
+        return self._blocks.below(lambda: self._run_decoder(tokens, use_cache=False))
 
     def hidden_states(self, features: Tensor) -> Tensor:
         """See Policy."""
-        return self._run_decoder(features, use_cache=False).last_hidden_state
+        if not features.is_floating_point():
+            return self._run_decoder(features, use_cache=False).last_hidden_state
+        assert self._blocks is not None, "set while the adapter is in the model"
+        with self._blocks.entered(features):
+            return self._run_decoder(inputs_embeds=features, use_cache=False).last_hidden_state
 
-    def _run_decoder(self, tokens: Tensor, **options: Any) -> Any:
+    def _run_decoder(self, *tokens: Tensor, **options: Any) -> Any:
         with self._adapter():
-            return self._decoder(tokens, **options)
+            return self._decoder(*tokens, **options)
 
     def project(self, hidden: Tensor) -> Tensor:
         """See Policy."""
@@ -344,6 +382,8 @@ class LocalPolicy(Policy):
 
     def _restore(self) -> None:
         self._model.config.return_dict = self._returned_dicts
+        if self._blocks is not None:
+            self._blocks.restore()
         remove_adapter(self._model)
         self._model.train(self._was_training)
         for parameter in self._was_trainable:

@@ -195,12 +195,18 @@ class RemotePolicy(Policy):
         return names
 
     def features(self, tokens: Tensor) -> Tensor:
-        """The output (B, S, H) of the blocks below the adapted ones."""
+        """See Policy."""
+        keeps = self._first > 0 and self.keeps_features(tokens, self._parts.skeleton.dtype)
+        return self._below(tokens) if keeps else tokens
+
+    def _below(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
             return self._client.blocks(self._parts.embed(tokens), 0, self._first)
 
     def hidden_states(self, features: Tensor) -> Tensor:
         """See Policy."""
+        if not features.is_floating_point():
+            features = self._below(features)
         if not self._adapter_on:
             hidden = self._client.blocks(features, self._first, self._num_blocks)
         else:

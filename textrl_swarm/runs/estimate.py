@@ -30,6 +30,7 @@ from textrl_swarm.decoders.sizes import (
 from textrl_swarm.learning.ppo import EVALUATION_ROWS
 from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
 from textrl_swarm.models.blocks import split_evenly
+from textrl_swarm.policies.base import MAX_FEATURE_BYTES
 from textrl_swarm.swarm.protocol import ADAPTER_STORE_BYTES, ATTENTION_CACHE_TOKENS
 
 GIB = 1 << 30
@@ -156,6 +157,8 @@ def estimate_run(
     response_tokens: int,
     epochs: int,
     minibatch_size: int = PPOConfig.minibatch_size,
+    micro_batch_tokens: int | None = None,
+    gradient_checkpointing: bool = False,
     wire_bytes: int = 4,
     samples: int = 1,
     dtype: torch.dtype | str | None = None,
@@ -170,7 +173,8 @@ def estimate_run(
             machine.
         responses: per iteration.
         prompt_tokens, response_tokens: per response; the mean and the limit.
-        epochs, minibatch_size: of the update, as in PPOConfig.
+        epochs, minibatch_size, micro_batch_tokens: of the update, as in PPOConfig.
+        gradient_checkpointing: of a model on this machine.
         wire_bytes: per number of a hidden state: 4 when the servers compute in fp32, 2 in bf16.
         samples: responses to each prompt, which is sent once for them.
         dtype: of the weights on this machine; None = as the checkpoint says.
@@ -183,6 +187,11 @@ def estimate_run(
     trainable = adapter + value_head_parameters(sizes)
     length = prompt_tokens + response_tokens
     minibatch = min(responses, minibatch_size)
+    at_once = minibatch  # rows of one forward with gradients
+    if micro_batch_tokens is not None:
+        at_once = min(minibatch, max(1, micro_batch_tokens // length))
+    kept = responses * length * sizes.hidden_size * number_bytes if first_adapted(sizes, lora) else 0
+    kept = kept if kept <= MAX_FEATURE_BYTES else 0
     traffic, copies = _NO_TRAFFIC, 4  # value, gradient and AdamW's two moments
     if swarm_servers:
         weights = sizes.outside * number_bytes
@@ -195,23 +204,25 @@ def estimate_run(
             response_tokens,
             epochs,
             minibatch_size,
+            at_once,
             wire_bytes,
             samples,
         )
         copies += 2  # autograd's flat tensors, and the snapshot that is pushed
         spans = split_evenly(sizes.num_blocks, swarm_servers)
         adapted_hops = sum(stop > first_adapted(sizes, lora) for _, stop in spans)
-        row = responses * number_bytes + minibatch * (1 + 2 * adapted_hops) * wire_bytes
-        hidden = sizes.hidden_size * row * length
-        working = hidden + _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
+        hidden = sizes.hidden_size * at_once * length * (1 + 2 * adapted_hops) * wire_bytes
+        working = kept + hidden + _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
     else:
         weights = sizes.outside * number_bytes
         for block in range(sizes.num_blocks):
             weights += block_bytes(sizes, block, quantization or precision, precision)
         cached = session_cache_bytes(sizes, responses, length, getattr(torch, precision))
         sampling = cached + _logits_bytes(sizes, responses)
-        activations = activation_bytes(sizes, lora, minibatch, length, number_bytes)
-        working = max(sampling, activations + _logits_bytes(sizes, LOGITS_CHUNK_TOKENS))
+        activations = activation_bytes(
+            sizes, lora, at_once, length, number_bytes, recomputed=gradient_checkpointing
+        )
+        working = max(sampling, kept + activations + _logits_bytes(sizes, LOGITS_CHUNK_TOKENS))
     return RunEstimate(
         trainable_parameters=trainable,
         total_parameters=sizes.total,
@@ -230,9 +241,16 @@ def session_cache_bytes(sizes: ModelSizes, rows: int, length: int, dtype: torch.
     return sum(tensors_bytes(cache.tensors(rows, length, dtype)) for cache in sizes.caches)
 
 
-def activation_bytes(sizes: ModelSizes, lora: LoraSettings, rows: int, length: int, number_bytes: int) -> int:
-    """What autograd keeps of one forward of rows x length tokens, without gradient checkpointing; an
-    estimate.
+def activation_bytes(
+    sizes: ModelSizes,
+    lora: LoraSettings,
+    rows: int,
+    length: int,
+    number_bytes: int,
+    *,
+    recomputed: bool = False,
+) -> int:
+    """What autograd keeps of one forward of rows x length tokens; an estimate.
 
         per token and block: (16 H + 2 heads * length) * bytes per number
                              + 4 bytes * inputs of the adapted layers, if those are not fp32
@@ -240,12 +258,20 @@ def activation_bytes(sizes: ModelSizes, lora: LoraSettings, rows: int, length: i
     The first term is equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) without dropout, the last is
     PEFT's fp32 copy of the input of LoRA's A. Measured: within 15 % for BLOOM and GPT-2; models with fused
     attention keep a fifth to a half less. Blocks below the first adapted one keep nothing.
+
+    Args:
+        recomputed: with gradient checkpointing, which keeps H numbers per token and block, and in backward
+            twice what one block keeps: those activations and their gradients. Measured: 0.8 of it for BLOOM,
+            0.4 for Llama.
     """
     blocks = sizes.num_blocks - first_adapted(sizes, lora)
     copies = 0
     if number_bytes < FP32_BYTES:
         copies = FP32_BYTES * sum(own.fan_in for own in adapted_layers(sizes, lora))
     per_block = (16 * sizes.hidden_size + 2 * sizes.num_heads * length) * number_bytes
+    if recomputed:
+        inputs = blocks * sizes.hidden_size * number_bytes
+        return rows * length * (inputs + 2 * (per_block + math.ceil(copies / blocks)))
     return rows * length * (blocks * per_block + copies)
 
 
@@ -271,6 +297,7 @@ def _traffic(
     response_tokens: int,
     epochs: int,
     minibatch_size: int,
+    at_once: int,
     wire_bytes: int,
     samples: int,
 ) -> _Traffic:
@@ -279,7 +306,7 @@ def _traffic(
     The client relays every hop. With H hops in all, L of them with blocks below the first adapted one and U
     with adapted blocks, P prompt tokens of distinct prompts, R response tokens less one per response, n
     response and prompt tokens of all responses, m those of a minibatch, and E epochs, in units of one hidden
-    state:
+    state (and m = 0 where minibatches are computed in parts):
 
         sent      P H + R H + n L + (2 n - m) U (policy and ref) + E n (U forward + 2 U backward: inputs and
         gradients) received  the same, but of P H only each prompt's last token from the last hop, and of
@@ -295,7 +322,8 @@ def _traffic(
     length = prompt_tokens + response_tokens
     minibatches = math.ceil(responses / minibatch_size)
     prompts = math.ceil(responses / samples)
-    scored = 2 * responses - min(responses, minibatch_size)
+    parts = math.ceil(min(responses, minibatch_size) / at_once)
+    scored = 2 * responses - (at_once if parts == 1 else 0)
     hidden = sizes.hidden_size * wire_bytes
     adapter = adapter_parameters(sizes, lora) * FP32_BYTES
     chosen = responses * (response_tokens - 1) * hops
@@ -310,7 +338,8 @@ def _traffic(
         "gradients": epochs * (hidden * responses * length * (upper - 1) + minibatches * adapter),
     }
     sessions = math.ceil(responses * length / ATTENTION_CACHE_TOKENS)
-    scoring = lower + upper * math.ceil(scored / EVALUATION_ROWS)
-    # A push, forward and backward for each minibatch; micro-batches overlap.
-    training = epochs * minibatches * 3 * upper
+    evaluated = EVALUATION_ROWS if parts == 1 else at_once
+    scoring = lower + upper * math.ceil(scored / evaluated)
+    # A push for each minibatch, forward and backward for each of its parts, in which micro-batches overlap.
+    training = epochs * minibatches * (1 + 2 * parts) * upper
     return _Traffic(sent, received, sessions * response_tokens * hops + scoring + training)

@@ -120,6 +120,7 @@ def open_policy(config: RunConfig, model: BaseModel) -> Iterator[Policy]:
         device=config.device,
         seed=config.seed,
         ref_adapter=config.ref_adapter,
+        gradient_checkpointing=config.gradient_checkpointing,
     ) as policy:
         yield policy
 
@@ -164,6 +165,12 @@ class Run:
             self.env.stop_also_at(policy.stop_ids)  # an impossible stop token ends the command here
         prompts = [prompt.ids for prompt in self.env.prompts()]
         check_lengths(policy, prompts, config.sampling.max_new_tokens)
+        longest = max(map(len, prompts)) + config.sampling.max_new_tokens
+        if config.ppo.micro_batch_tokens is not None and config.ppo.micro_batch_tokens < longest:
+            raise ConfigError(
+                f"ppo.micro_batch_tokens is {config.ppo.micro_batch_tokens}, but the longest prompt and its "
+                f"response may have {longest} tokens, which are computed at once: set it to {longest} or more"
+            )
         self.learner = Learner(policy, config.ppo, config.sampling)
         self._reward = ingredients.reward
         self._inputs = _inputs(config, ingredients)
