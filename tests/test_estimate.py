@@ -151,7 +151,7 @@ def test_activations_are_about_what_autograd_keeps(architecture, least, most, dt
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = policy.hidden_states(policy.features(torch.ones(rows, length, dtype=torch.int64)))
+            hidden = policy.hidden_states(policy.features(random_tokens(rows, length)))
         del hidden
     expected = activation_bytes(model_sizes(model.config), LoraSettings(), rows, length, dtype.itemsize)
     assert least < sum(kept.values()) / expected < most

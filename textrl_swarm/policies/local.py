@@ -49,6 +49,7 @@ from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.local_blocks import LocalBlocks
 from textrl_swarm.policies.local_sessions import choose_session, is_close
 from textrl_swarm.policies.sessions import DecodingSession
+from textrl_swarm.policies.shared_prefix import SharedPrefix, run_shared, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -237,6 +238,7 @@ class LocalPolicy(Policy):
         self._gradient_checkpointing = gradient_checkpointing
         self._blocks: LocalBlocks | None = None
         self._enters_blocks = False
+        self._shares_prefixes = False
         self._was_training = model.training
         self._returned_dicts = model.config.return_dict
         self._was_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -317,6 +319,8 @@ class LocalPolicy(Policy):
         self.takes_padding = self._sessions.takes_padding
         self._enters_blocks = first_adapted_block(config.num_hidden_layers, self.lora.layers) > 0
         self._enters_blocks = self._enters_blocks and self._enters_exactly(tokens, hidden)
+        # A block that is computed again would add to the cache twice.
+        self._shares_prefixes = not self._gradient_checkpointing and self._shares_closely(tokens, tolerance)
 
     def _enters_exactly(self, tokens: Tensor, hidden: Tensor) -> bool:
         """Whether the decoder, entered at the first adapted block, computes the same last hidden states."""
@@ -325,6 +329,31 @@ class LocalPolicy(Policy):
         except Exception as error:  # of models whose later blocks look at the tokens or at earlier blocks
             logger.debug("all blocks of %s run in every forward: %r", self.base_model, error)
             return False
+
+    def _shares_closely(self, tokens: Tensor, tolerance: float) -> bool:
+        """Whether prompts that are computed once give the same hidden states and gradients up to rounding.
+
+        Blocks whose states keep no gradients, such as Mamba's, do not.
+        """
+        rows = torch.cat([tokens, tokens.flip(1)])[[0, 1, 0]]
+        rows[2, -1] = tokens[0, 0]
+        prefix = SharedPrefix(2, rows=torch.tensor([0, 1]), index=torch.tensor([0, 1, 0]))
+        prefix = SharedPrefix(2, prefix.rows.to(self.device), prefix.index.to(self.device))
+        parameters = list(self._parameters.values())
+        found = []
+        try:
+            with torch.enable_grad():
+                for shared in (None, prefix):
+                    hidden = self._last_hidden_states(rows, shared)
+                    weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
+                    loss = (hidden.float() * weights).sum()
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    found.append([hidden, *(g for g in gradients if g is not None)])
+        except Exception as error:  # of models with caches of their own
+            logger.debug("prompts of %s are computed once per row: %r", self.base_model, error)
+            return False
+        pairs = zip(found[1], found[0], strict=True)
+        return all(is_close(ours, whole, tolerance) for ours, whole in pairs)
 
     # ------------------------------------------------------------------------------- as every policy
 
@@ -343,10 +372,16 @@ class LocalPolicy(Policy):
     def hidden_states(self, features: Tensor) -> Tensor:
         """See Policy."""
         if not features.is_floating_point():
-            return self._run_decoder(features, use_cache=False).last_hidden_state
+            shared = shared_prefix(features) if self._shares_prefixes else None
+            return self._last_hidden_states(features, shared)
         assert self._blocks is not None, "set while the adapter is in the model"
         with self._blocks.entered(features):
             return self._run_decoder(inputs_embeds=features, use_cache=False).last_hidden_state
+
+    def _last_hidden_states(self, tokens: Tensor, shared: SharedPrefix | None) -> Tensor:
+        if shared is None:
+            return self._run_decoder(tokens, use_cache=False).last_hidden_state
+        return run_shared(self._run_decoder, self._decoder.config, tokens, shared)
 
     def _run_decoder(self, *tokens: Tensor, **options: Any) -> Any:
         with self._adapter():
