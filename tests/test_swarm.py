@@ -360,6 +360,7 @@ def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, c
         ({"request": "forward"}, 2, r"expected 1 tensors of one shape"),
         ({"request": "forward"}, 3, "3 tensors, where at most 2 belong"),
         ({"request": "forward", "active_adapter": "lora-" + "0" * 40}, 1, "ADAPTER_MISSING"),
+        ({"request": "forward", "codec": "int4"}, 1, r"uint8 \(1, 2, 68\) are no hidden states in 'int4'"),
     ],
     ids=str,
 )
@@ -371,6 +372,7 @@ def test_requests_that_make_no_sense_are_answered(two_servers, changes, tensors,
 
         async def ask():
             stream = await OpenStream.open(calls._stub(span.peer).rpc_requests, 5)
+            stream.codec = changes.get("codec")
             try:
                 await stream.send(uid, hidden, changes)
                 return await asyncio.wait_for(stream.receive_all(1000), 10)

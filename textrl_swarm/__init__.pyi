@@ -1,5 +1,6 @@
 # The names of the package root, for type checkers; at run time `__init__.py` reads them from this file.
 
+from .config import Codec as Codec
 from .config import LoraSettings as LoraSettings
 from .config import PPOConfig as PPOConfig
 from .config import SamplingConfig as SamplingConfig

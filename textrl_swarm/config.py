@@ -16,7 +16,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from textrl_swarm.errors import ConfigError, closest
 
@@ -328,6 +328,31 @@ class PPOConfig:
                 require(getattr(self, name) > 0, f"{name} must be > 0 or None, got {getattr(self, name)!r}")
         _require_bools(self, "bootstrap_truncated", "whiten_advantages", "whiten_rewards")
         require(is_int(self.seed), f"seed must be a whole number, got {self.seed!r}")
+
+
+@document_fields
+@dataclass(frozen=True)
+class Codec:
+    """In how many bits hidden states and their gradients travel, and how much that may change.
+
+    Both limits are measured when a policy is made, on 128 random tokens: one that is exceeded is an error.
+    """
+
+    kind: Literal["fp16", "int8"]
+    """Numbers in 16 bits with a scale per token, or in 8 with a scale for each 128 of them. Servers that
+    compute in 16 bits send 16 without a codec."""
+
+    max_nats: float = 0.05
+    """Most nats by which logprobs may differ: the mean over tokens drawn from the model."""
+
+    min_cosine: float = 0.98
+    """Least cosine between the adapter's gradient with and without."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("fp16", "int8"), f"codec must be fp16 or int8, got {self.kind!r}")
+        _require_numbers(self, "max_nats", "min_cosine")
+        require(self.max_nats > 0, f"max_nats must be > 0, got {self.max_nats!r}")
+        require(0 < self.min_cosine <= 1, f"min_cosine must be in (0, 1], got {self.min_cosine!r}")
 
 
 @document_fields

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from textrl_swarm.config import LoraSettings
+from textrl_swarm.config import Codec, LoraSettings
 from textrl_swarm.display import spinner
 from textrl_swarm.errors import RewardError
 from textrl_swarm.learning.loop import Iteration
@@ -103,6 +103,13 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
     trainable = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
     model = f"{config.model}{quantized} {where}"
     _print(console, f"{model}; {trainable:,} trainable parameters; {num_prompts} prompts")
+    loss = getattr(policy, "codec_loss", None)
+    if loss is not None:
+        _print(
+            console,
+            f"hidden states travel in fewer bits: logprobs differ by {loss.nats:.4f} nats, gradients by a "
+            f"cosine of {loss.cosine:.4f} (on random tokens)",
+        )
     if run.start:
         _print(
             console, f"continuing {config.output} after iteration {run.start} of {config.train.iterations}"
@@ -173,6 +180,8 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
     tokens = _mean_tokens(ingredients)
     responses = config.train.prompts_per_iteration * config.sampling.num_samples
 
+    codec = config.swarm.codec if config.swarm else None
+
     def estimate(servers: int) -> RunEstimate:
         return estimate_run(
             model,
@@ -187,6 +196,7 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
             micro_batch_tokens=config.ppo.micro_batch_tokens,
             gradient_checkpointing=config.gradient_checkpointing,
             samples=config.sampling.num_samples,
+            codec=codec.kind if isinstance(codec, Codec) else None,
             wire_bytes=4 if str(model.dtype or "float32").endswith("float32") else 2,
             dtype=config.dtype,
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from textrl_swarm.config import LoraSettings, Timeouts
+from textrl_swarm.config import Codec, LoraSettings, Timeouts
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.models import adapter_files
 from textrl_swarm.models.base_model import BaseModel
@@ -35,6 +35,7 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     ref_adapter: str | Path | None = None,
     timeouts: Timeouts | None = None,
+    codec: Codec | Literal["fp16", "int8"] | None = None,
     **unknown: Never,
 ) -> Policy:
     """Makes a policy on this machine or through a swarm.
@@ -56,10 +57,12 @@ def load_policy(
         ref_adapter: directory of a PEFT LoRA adapter to start from, which is then also the ref policy; None =
             start from the base model, which is then the ref policy.
         timeouts: how long to wait for the swarm; None = the defaults.
+        codec: "fp16", "int8" or a Codec with limits of its own: hidden states travel in fewer bits; None = in
+            the servers' dtype, which changes nothing.
 
     Raises:
         ModelError: the model cannot be used.
-        ConfigError: impossible arguments, or an unknown one.
+        ConfigError: impossible arguments, an unknown one, or a codec that changes more than it may.
         AdapterError: `ref_adapter` does not fit.
         AddressError, PetalsMissing, BlocksUnavailable, ServerMismatch: the swarm cannot be used.
     """
@@ -88,9 +91,10 @@ def load_policy(
             seed=seed,
             tokenizer=tokenizer,
             timeouts=timeouts or Timeouts(),
+            codec=codec if codec is None or isinstance(codec, Codec) else Codec(codec),
         )
     else:
-        for name, value in (("dht_prefix", dht_prefix), ("timeouts", timeouts)):
+        for name, value in (("dht_prefix", dht_prefix), ("timeouts", timeouts), ("codec", codec)):
             if value is not None:
                 raise ConfigError(
                     f"{name}={value!r} is for a model in a swarm: give initial_peers too, or leave it out"

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from textrl_swarm.config import LoraSettings, Timeouts
+from textrl_swarm.config import Codec, LoraSettings, Timeouts
 from textrl_swarm.decoders.chunks import Step
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError
@@ -57,6 +57,7 @@ def load_remote_policy(
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None,
     timeouts: Timeouts,
+    codec: Codec | None,
 ) -> RemotePolicy:
     """See `loading.load_policy`."""
     if quantization is not None:
@@ -108,10 +109,40 @@ def load_remote_policy(
         owns_dht=base is not None,
     )
     try:
-        return RemotePolicy(parts, client, lora, seed, tokenizer)
+        policy = RemotePolicy(parts, client, lora, seed, tokenizer)
+        if codec is not None:
+            policy.use_codec(codec)
+        return policy
     except BaseException:
         client.close()
         raise
+
+
+class _Probe(NamedTuple):
+    logprobs: Tensor
+    """(B, T, V)"""
+
+    gradient: Tensor
+    """(n,) of the adapter."""
+
+
+@dataclass(frozen=True)
+class CodecLoss:
+    """What a codec changed on random tokens."""
+
+    nats: float
+    """By which the logprob of a token drawn from the model differs, in the mean."""
+
+    cosine: float
+    """Between the adapter's gradients."""
+
+    @staticmethod
+    def between(exact: _Probe, coded: _Probe) -> CodecLoss:
+        """Of the same tokens without and with the codec."""
+        differences = (coded.logprobs - exact.logprobs).abs()
+        nats = float((exact.logprobs.exp() * differences).sum(dim=-1).mean())
+        cosine = torch.nn.functional.cosine_similarity(exact.gradient, coded.gradient, dim=0)
+        return CodecLoss(nats, float(cosine))
 
 
 class RemotePolicy(Policy):
@@ -159,6 +190,42 @@ class RemotePolicy(Policy):
         self._parameters = self._initial_parameters(seed)
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
         self._snapshot: AdapterSnapshot | None = None
+        self.codec_loss: CodecLoss | None = None
+
+    def use_codec(self, codec: Codec) -> None:
+        """From now on hidden states travel in fewer bits; `codec_loss` says what that costs.
+
+        Raises:
+            ConfigError: it costs more than it may; nothing is changed then.
+        """
+        if self._client.carries_more:
+            raise ConfigError(
+                f"codec={codec.kind}: blocks of {self.base_model} hand on whole numbers beside hidden "
+                "states, which must arrive exactly; leave codec out"
+            )
+        exact = self._probe()
+        self._client.use_codec(codec.kind)
+        loss = CodecLoss.between(exact, self._probe())
+        if not (loss.nats <= codec.max_nats and loss.cosine >= codec.min_cosine):
+            self._client.use_codec(None)
+            raise ConfigError(
+                f"codec={codec.kind} changes logprobs of {self.base_model} by {loss.nats:.4f} nats "
+                f"(max_nats: {codec.max_nats:g}) and leaves a cosine of {loss.cosine:.6f} between gradients "
+                f"(min_cosine: {codec.min_cosine:g}); leave codec out, "
+                f"{'take fp16, ' if codec.kind == 'int8' else ''}or allow that much"
+            )
+        self.codec_loss = loss
+
+    def _probe(self) -> _Probe:
+        """What random tokens give."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.vocab_size, (4, 32), generator=generator)
+        parameters = list(self.adapter_parameters().values())
+        with torch.enable_grad():
+            logprobs = self(tokens).logits[:, :-1].float().log_softmax(dim=-1)
+            chosen = logprobs.gather(-1, tokens[:, 1:, None].to(logprobs.device)).mean()
+            gradients = torch.autograd.grad(chosen, parameters)
+        return _Probe(logprobs.detach(), torch.cat([gradient.flatten() for gradient in gradients]))
 
     def _find_unused(self, layers: Mapping[str, str]) -> set[str]:
         """Layers that the servers have found to be without a use; see `never_called`."""

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, Timeouts, document_fields
+from textrl_swarm.config import Codec, LoraSettings, PPOConfig, SamplingConfig, Timeouts, document_fields
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.runs.digest import content_digest
 
@@ -42,6 +42,14 @@ class SwarmConfig:
 
     timeouts: Timeouts = field(default_factory=Timeouts)
     """How long to wait for the swarm."""
+
+    codec: Codec | Literal["fp16", "int8"] | None = None
+    """In how many bits hidden states travel: "fp16", "int8", or a section with `kind` and limits; null = in
+    the servers' dtype, which changes nothing."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.codec, str):
+            object.__setattr__(self, "codec", Codec(self.codec))
 
 
 @document_fields

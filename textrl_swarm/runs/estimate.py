@@ -31,6 +31,7 @@ from textrl_swarm.learning.ppo import EVALUATION_ROWS
 from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
 from textrl_swarm.models.blocks import split_evenly
 from textrl_swarm.policies.base import MAX_FEATURE_BYTES
+from textrl_swarm.swarm.codec import encoded_bytes
 from textrl_swarm.swarm.protocol import ADAPTER_STORE_BYTES, ATTENTION_CACHE_TOKENS
 
 GIB = 1 << 30
@@ -160,6 +161,7 @@ def estimate_run(
     micro_batch_tokens: int | None = None,
     gradient_checkpointing: bool = False,
     wire_bytes: int = 4,
+    codec: str | None = None,
     samples: int = 1,
     dtype: torch.dtype | str | None = None,
     sizes: ModelSizes | None = None,
@@ -176,6 +178,7 @@ def estimate_run(
         epochs, minibatch_size, micro_batch_tokens: of the update, as in PPOConfig.
         gradient_checkpointing: of a model on this machine.
         wire_bytes: per number of a hidden state: 4 when the servers compute in fp32, 2 in bf16.
+        codec: in which hidden states travel, see swarm/codec.py.
         samples: responses to each prompt, which is sent once for them.
         dtype: of the weights on this machine; None = as the checkpoint says.
         sizes: what `model_sizes(config)` returned, to spare another second.
@@ -205,7 +208,7 @@ def estimate_run(
             epochs,
             minibatch_size,
             at_once,
-            wire_bytes,
+            sizes.hidden_size * wire_bytes if codec is None else encoded_bytes(sizes.hidden_size, codec),
             samples,
         )
         copies += 2  # autograd's flat tensors, and the snapshot that is pushed
@@ -298,7 +301,7 @@ def _traffic(
     epochs: int,
     minibatch_size: int,
     at_once: int,
-    wire_bytes: int,
+    hidden: int,
     samples: int,
 ) -> _Traffic:
     """Bytes sent and received by kind, and round trips that follow one another.
@@ -306,7 +309,7 @@ def _traffic(
     The client relays every hop. With H hops in all, L of them with blocks below the first adapted one and U
     with adapted blocks, P prompt tokens of distinct prompts, R response tokens less one per response, n
     response and prompt tokens of all responses, m those of a minibatch, and E epochs, in units of one hidden
-    state (and m = 0 where minibatches are computed in parts):
+    state, which takes `hidden` bytes (and m = 0 where minibatches are computed in parts):
 
         sent      P H + R H + n L + (2 n - m) U (policy and ref) + E n (U forward + 2 U backward: inputs and
         gradients) received  the same, but of P H only each prompt's last token from the last hop, and of
@@ -324,7 +327,6 @@ def _traffic(
     prompts = math.ceil(responses / samples)
     parts = math.ceil(min(responses, minibatch_size) / at_once)
     scored = 2 * responses - (at_once if parts == 1 else 0)
-    hidden = sizes.hidden_size * wire_bytes
     adapter = adapter_parameters(sizes, lora) * FP32_BYTES
     chosen = responses * (response_tokens - 1) * hops
     passed = length * (responses * lower + scored * upper + epochs * responses * upper)

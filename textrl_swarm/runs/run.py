@@ -110,6 +110,7 @@ def open_policy(config: RunConfig, model: BaseModel) -> Iterator[Policy]:
             "initial_peers": list(config.swarm.initial_peers),
             "dht_prefix": config.swarm.dht_prefix,
             "timeouts": config.swarm.timeouts,
+            "codec": config.swarm.codec,
         }
     with load_policy(
         model,

@@ -41,6 +41,9 @@ INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients 
 # error.
 ENDING = "textrl_swarm_ending"
 
+# Metadata key of a request: how its hidden states and those of its answer are encoded; see swarm/codec.py.
+CODEC = "textrl_swarm_codec"
+
 # Metadata key of a request: `weights_key` of the blocks that the client expects to find under the uids.
 WEIGHTS = "textrl_swarm_weights"
 

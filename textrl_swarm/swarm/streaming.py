@@ -16,15 +16,28 @@ from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
+from textrl_swarm.swarm.codec import decode, encode
 
 
-def tensor_parts(tensor: Tensor) -> list[runtime_pb2.Tensor]:
-    """Parts of a tensor, each of which fits into a message."""
+def tensor_parts(tensor: Tensor, codec: str | None = None) -> list[runtime_pb2.Tensor]:
+    """Parts of a tensor, each of which fits into a message.
+
+    Args:
+        codec: of tensors (rows, tokens, W); None = in their own dtype, as flat tensors always are.
+    """
+    if codec is not None and tensor.ndim == 3:
+        tensor = encode(tensor, codec)
     return list(split_for_streaming(serialize_torch_tensor(tensor), DEFAULT_MAX_MSG_SIZE))
 
 
+def decoded(tensor: Tensor, codec: str | None) -> Tensor:
+    """What was given to `tensor_parts`, or nearly that."""
+    return tensor if codec is None or tensor.ndim != 3 else decode(tensor, codec)
+
+
 async def whole_tensor(first: Any, messages: AsyncIterator[Any], max_numbers: int) -> Tensor:
-    """The tensor whose first part is in the message `first`, and whose others are in the next messages.
+    """The tensor whose first part is in the message `first`, and whose others are in the next messages;
+    encoded as it was sent.
 
     Raises:
         ShapeError: it has more numbers than `max_numbers`, or parts that do not belong together; before all

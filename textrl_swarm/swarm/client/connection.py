@@ -146,6 +146,8 @@ class SwarmClient:
         self._close: Callable[[], object] = (
             weakref.finalize(self, shut_down, dht, p2p) if owns_dht else _nothing
         )
+        self.carries_more = boundary is not None and bool(boundary.parts)
+        """Whether numbers travel beside hidden states."""
         self._calls = ServerCalls(p2p, timeouts, self.traffic, boundary)
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
         self.chain = BlockChain(self.router, self._calls)
@@ -181,6 +183,7 @@ class SwarmClient:
         misfit = self._other_weights(span, weights)
         if misfit is not None:
             return misfit
+        self._calls.knows_codecs(span.peer, info.get("codecs", ()))
         self._calls.expect(span.peer, {self.router.uids[block]: held for block, held in weights.items()})
         self._tell_mixture(span, weights)
         self.chain.limits = self.chain.limits.within(info)
@@ -220,6 +223,10 @@ class SwarmClient:
                 self.router.dht_prefix,
                 mixture,
             )
+
+    def use_codec(self, codec: str | None) -> None:
+        """From now on hidden states travel so, to and from the servers that know this codec."""
+        self._calls.codec = codec
 
     def blocks(
         self,

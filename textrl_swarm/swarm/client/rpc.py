@@ -6,7 +6,7 @@ Runs inside hivemind's event loop thread. Knows nothing about routes, retries or
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ class ServerCalls:
         self.traffic = traffic
         self._weights: dict[PeerID, Mapping[str, ServedWeights]] = {}
         self._streams = StreamPool()
+        self.codec: str | None = None  # of hidden states, see swarm/codec.py; for servers that know it
+        self._codecs: dict[PeerID, Collection[str]] = {}
 
     async def close(self) -> None:
         """Ends the streams that are kept open; never raises."""
@@ -89,6 +91,13 @@ class ServerCalls:
         that holds others refuses them.
         """
         self._weights[peer] = dict(weights)
+
+    def knows_codecs(self, peer: PeerID, codecs: Collection[str]) -> None:
+        """Notes which codecs this server has told."""
+        self._codecs[peer] = codecs
+
+    def _codec(self, peer: PeerID) -> str | None:
+        return self.codec if self.codec in self._codecs.get(peer, ()) else None
 
     def _naming_weights(self, peer: PeerID, uids: Sequence[str]) -> dict[str, str]:
         known = self._weights.get(peer)
@@ -166,13 +175,15 @@ class ServerCalls:
         """
         packed = {"request": what, **metadata, **self._naming_weights(peer, uids)}
 
-        async def call() -> list[Tensor]:
+        async def call() -> tuple[list[Tensor], int, int]:
             stream = self._streams.take(peer)
             was_idle = stream is not None
             if stream is None:
                 stream = await OpenStream.open(self._stub(peer).rpc_requests, self.timeouts.connect_s)
+            stream.codec = self._codec(peer)
+            before = stream.received
             try:
-                await stream.send(" ".join(uids), tensors, packed)
+                sent = await stream.send(" ".join(uids), tensors, packed)
                 answer = await stream.receive_all(max_numbers)
             except BaseException as error:
                 self._streams.discard(stream)
@@ -180,14 +191,14 @@ class ServerCalls:
                     return await call()
                 raise
             self._streams.give_back(peer, stream)
-            return answer
+            return answer, sent, stream.received - before
 
         try:
-            answer = await asyncio.wait_for(call(), self.timeouts.request_s)
+            answer, sent, received = await asyncio.wait_for(call(), self.timeouts.request_s)
         except (*_FOREIGN, ShapeError) as error:
             raise _translated(error, peer, what) from error
-        self.traffic.sent[kinds[0]] += sum(tensor.nbytes for tensor in tensors)
-        self.traffic.received[kinds[1]] += sum(tensor.nbytes for tensor in answer)
+        self.traffic.sent[kinds[0]] += sent
+        self.traffic.received[kinds[1]] += received
         return answer
 
     async def open_generation(
@@ -196,6 +207,7 @@ class ServerCalls:
         """A stream that keeps the caches of one batch on the server: so many rows, and tokens in each."""
         try:
             stream = await OpenStream.open(self._stub(peer).rpc_generate, self.timeouts.connect_s)
+            stream.codec = self._codec(peer)
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_generate") from error
         opening = {
@@ -224,18 +236,18 @@ class GenerationStream:
         """The tokens (b, k, H) of a chunk. Several may be on their way; they are answered in order."""
         metadata = {**self._opening, "chunk": chunk.encode(), "last_only": last_only}
         self._opening = {}
-        await self._stream.send(self._uid, [hidden], metadata)
-        self._calls.traffic.sent["activations"] += hidden.nbytes
+        self._calls.traffic.sent["activations"] += await self._stream.send(self._uid, [hidden], metadata)
 
     async def receive(self, hidden: Tensor, *, last_only: bool) -> Tensor:
         """The output for what was sent and not yet answered: (b, k, W), or (b, 1, W) with `last_only`."""
         most = _MAX_GROWTH * (hidden.numel() + 1024)
+        before = self._stream.received
         try:
             outputs = await asyncio.wait_for(self._stream.receive(most), self._calls.timeouts.request_s)
         except (*_FOREIGN, ShapeError) as error:
             raise _translated(error, self._peer, "a generation step") from error
         (outputs,) = _complete([] if outputs is None else [outputs], 1, self._peer)
-        self._calls.traffic.received["activations"] += outputs.nbytes
+        self._calls.traffic.received["activations"] += self._stream.received - before
         expected = hidden[:, -1:] if last_only else hidden
         return _checked(outputs, expected, self._peer, self._calls.boundary)
 

@@ -19,19 +19,26 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
-from textrl_swarm.swarm.protocol import ENDING
-from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
+from textrl_swarm.swarm.protocol import CODEC, ENDING
+from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 
 _CLOSE_S = 2.0
 _IDLE_S = 60.0  # after which a stream is not used again; the server ends it after some minutes
 
 
 class OpenStream:
-    """An RPC whose requests and answers are streams; made by `open`."""
+    """An RPC whose requests and answers are streams; made by `open`.
+
+    Attributes:
+        codec: of hidden states in the next request and its answer, see swarm/codec.py; None = as they are.
+        received: bytes of tensors so far.
+    """
 
     def __init__(self, requests: asyncio.Queue[runtime_pb2.ExpertRequest], answers: Any):
         self._requests = requests
         self._answers = answers
+        self.codec: str | None = None
+        self.received = 0
         self._has_failed = False  # the server says nothing more
         self.used_at = time.monotonic()
 
@@ -49,17 +56,24 @@ class OpenStream:
 
         return OpenStream(requests, await asyncio.wait_for(method(feed()), timeout_s))
 
-    async def send(self, uid: str, tensors: Sequence[Tensor], metadata: Mapping[str, Any]) -> None:
-        """A request, in messages of a size that hivemind carries; the first of them has the metadata."""
-        packed = MSGPackSerializer.dumps({**metadata, "tensors": len(tensors)})
+    async def send(self, uid: str, tensors: Sequence[Tensor], metadata: Mapping[str, Any]) -> int:
+        """A request, in messages of a size that hivemind carries; the first of them has the metadata.
+
+        Returns:
+            The bytes of the tensors.
+        """
+        packed = MSGPackSerializer.dumps({**metadata, "tensors": len(tensors), CODEC: self.codec})
         loop = asyncio.get_running_loop()
+        sent = 0
         for tensor in tensors:
-            for part in await loop.run_in_executor(None, tensor_parts, tensor):
+            for part in await loop.run_in_executor(None, tensor_parts, tensor, self.codec):
                 self._requests.put_nowait(runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed))
+                sent += len(part.buffer)
                 packed = b""
+        return sent
 
     async def receive(self, max_numbers: int) -> Tensor | None:
-        """The next tensor of an answer; None at its end.
+        """The next tensor of an answer; None at its end. `received` counts its bytes.
 
         Raises:
             P2PHandlerError: the answer ended with an error.
@@ -72,7 +86,9 @@ class OpenStream:
             raise EOFError("the connection broke off in the middle of the answer") from None
         ending = _ending_of(message)
         if ending is None:
-            return await whole_tensor(message, self._answers, max_numbers)
+            tensor = await whole_tensor(message, self._answers, max_numbers)
+            self.received += tensor.nbytes
+            return decoded(tensor, self.codec)
         self.used_at = time.monotonic()
         if ending != "":
             self._has_failed = True

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import ShapeError
+from textrl_swarm.swarm.protocol import CODEC
 from textrl_swarm.swarm.server.backend import LoraBackend
-from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
+from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses
 
 _PRIORITY = 1.0  # petals' own for generation, before forward and backward
@@ -67,6 +68,7 @@ async def generate(
         ) as handles,
     ):
         live = rows
+        codec = MSGPackSerializer.loads(first.metadata).get(CODEC)
         async for hidden, metadata in _steps(first, requests, handler.step_timeout, backends[0]):
             chunk = Chunk.decode(metadata.get("chunk", {}))
             step_rows, length, _ = hidden.shape
@@ -74,7 +76,7 @@ async def generate(
             live = len(chunk.keep) or live
             hidden = await _compute(backends, handles, hidden, adapter, chunk)
             answered = hidden[:, -1:] if metadata.get("last_only") else hidden
-            for part in tensor_parts(answered.contiguous()):
+            for part in tensor_parts(answered.contiguous(), codec):
                 yield runtime_pb2.ExpertResponse(tensors=[part])
 
 
@@ -101,7 +103,7 @@ async def _steps(
     request = first
     while request.tensors:
         metadata = MSGPackSerializer.loads(request.metadata)
-        hidden = await whole_tensor(request, requests, most)
+        hidden = decoded(await whole_tensor(request, requests, most), metadata.get(CODEC))
         if hidden.ndim != 3 or not hidden.is_floating_point():
             raise ShapeError(
                 f"hidden states are {hidden.dtype} {tuple(hidden.shape)}, not (rows, tokens, H) floats"

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from textrl_swarm.decoders.caches import cache_bytes
 from textrl_swarm.errors import ServerMismatch, ShapeError
+from textrl_swarm.swarm.codec import CODECS
 from textrl_swarm.swarm.protocol import (
+    CODEC,
     ENDING,
     INFO_KEY,
     WEIGHTS,
@@ -36,7 +38,7 @@ from textrl_swarm.swarm.protocol import (
 )
 from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
-from textrl_swarm.swarm.streaming import tensor_parts, whole_tensor
+from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
 logger = logging.getLogger(__name__)
@@ -124,8 +126,10 @@ class LoraHandler(TransformerConnectionHandler):
                     self._log_request(what, first.uid.split(), context)
                     tensors = await self._read(first, requests, metadata, backends)
                     is_whole = True
+                    codec = metadata.get(CODEC)
+                    tensors = [decoded(tensor, codec) for tensor in tensors]
                     for tensor in await answers[what](backends, tensors, metadata, context):
-                        for part in tensor_parts(tensor):
+                        for part in tensor_parts(tensor, codec):
                             yield runtime_pb2.ExpertResponse(tensors=[part])
             except Exception as error:
                 ending = _text(error)
@@ -242,6 +246,7 @@ class LoraHandler(TransformerConnectionHandler):
             "max_batch_tokens": backend.forward_pool.max_batch_size,
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
+            "codecs": list(CODECS),
             "takes_padding": all(other.takes_padding for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
