@@ -280,6 +280,31 @@ def test_bytes_are_those_of_a_real_iteration(
     assert dict(received) == estimate.received
 
 
+@pytest.mark.swarm
+@pytest.mark.parametrize(
+    ("minibatch_size", "layers", "nearness"), [(64, None, 0), (64, 1, 0), (6, None, 0.1)]
+)
+def test_bytes_of_prompts_that_travel_once(two_servers, minibatch_size, layers, nearness):
+    """Which prompts meet in a smaller minibatch is a matter of chance: within a tenth."""
+    prompts = [[first, *range(6, 36)] for first in (5, 6, 7)]
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=4, seed=0, stop_token_ids=())
+    lora = LoraSettings(r=4, layers=layers)
+    with load_policy(two_servers.model, initial_peers=two_servers.initial_peers, lora=lora) as policy:
+        ppo = PPO(policy, PPOConfig(epochs=2, minibatch_size=minibatch_size))
+        ppo.update(rollout := policy.generate(prompts, sampling), torch.rand(rollout.response_mask.shape))
+        before = {"sent": policy.traffic.sent.copy(), "received": policy.traffic.received.copy()}
+        ppo.update(rollout := policy.generate(prompts, sampling), torch.rand(rollout.response_mask.shape))
+        sent, received = policy.traffic.sent - before["sent"], policy.traffic.received - before["received"]
+    sizes = {"responses": 12, "samples": 4, "prompt_tokens": 31, "response_tokens": 12}
+    config = AutoConfig.from_pretrained(two_servers.model)
+    settings = {"swarm_servers": 2, "epochs": 2, "minibatch_size": minibatch_size, **sizes}
+    estimate = run(config, lora, **settings)
+    assert dict(sent) == pytest.approx(estimate.sent, rel=nearness)
+    assert dict(received) == pytest.approx(estimate.received, rel=nearness)
+    whole = run(config, lora, **{**settings, "samples": 1})
+    assert estimate.sent["activations"] < 0.6 * whole.sent["activations"]
+
+
 def test_activations_per_token_are_the_bounds_worked_out_by_hand():
     """BLOOM-176B, 4 epochs, 3 servers, 16 bits: about 24 hidden states per hop and token, 14 of them up."""
     estimate = run(

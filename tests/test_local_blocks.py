@@ -77,6 +77,7 @@ def test_blocks_below_the_adapted_ones_run_once_per_update(monkeypatch):
     blocks[0].mlp.register_forward_hook(lambda *_: runs.append("below"))
     blocks[-1].mlp.register_forward_hook(lambda *_: runs.append("adapted"))
     with load_policy(model, lora=LoraSettings(r=2, layers=1)) as policy:
+        policy._shares_prefixes = False
         rollout = policy.generate([[5, 6, 7]], SamplingConfig(max_new_tokens=5, num_samples=4, seed=0))
         rewards = torch.rand(rollout.response_mask.shape) * rollout.response_mask
         counts = []

@@ -47,6 +47,7 @@ from textrl_swarm.swarm.local import LocalSwarm
 pytestmark = pytest.mark.swarm
 
 TOKENS = random_tokens(6, 9, seed=3)
+TOKENS[3:, :6] = TOKENS[:3, :6]  # two rows of each prompt, which travels once
 PROMPTS = [row.tolist() for row in (TOKENS[0, :2], TOKENS[1, :7], TOKENS[2, :5])]
 SAMPLING = SamplingConfig(max_new_tokens=8, num_samples=2, seed=9)
 SHORT = Timeouts(connect_s=5, request_s=10, discovery_s=3, recovery_s=4)
@@ -153,11 +154,11 @@ def test_sums_of_gradients_are_the_same_whatever_happens(replicas, monkeypatch, 
     monkeypatch.setattr("textrl_swarm.swarm.protocol._MIN_MICRO_BATCH_TOKENS", 9)
     original, received, told = ServerCalls.backward, [], []
 
-    async def backward(self, peer, uids, hidden, grad, key, need_input_grad, summed=None):
+    async def backward(self, peer, uids, hidden, grad, key, need_input_grad, summed=None, packed=None):
         name, index, count = summed or ("", 0, 1)
         if "no sums" in told and summed:
             summed = name + str(index), 0, 2  # that are never completed
-        answer = await original(self, peer, uids, hidden, grad, key, need_input_grad, summed)
+        answer = await original(self, peer, uids, hidden, grad, key, need_input_grad, summed, packed)
         received.append((name, index, count))
         if len(received) == 3 and disturbed:
             disturb(replicas, told)

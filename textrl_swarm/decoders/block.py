@@ -15,6 +15,7 @@ from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.caches import CacheSpec, DummyLayer, copy_rows, fresh, planned
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.planner import Planner
+from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import ModelError
 
 _PROBE_TOKENS = 13
@@ -37,11 +38,27 @@ class DecoderBlock(nn.Module):
         self.index = index
         self._planner = planner
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, packed: PackedRows | None = None) -> Tensor:
         """Output (B, S, W) for hidden states (B, S, W) from the first token on; W is H for most models, see
         Boundary.
+
+        Args:
+            packed: how rows lie in `hidden` (1, n, W) and in the output; None = next to each other.
         """
-        return self._call(hidden, None, None)
+        if packed is None:
+            return self._call(hidden, None, None)
+        prefixes, rest = packed.split(hidden)
+        layer = copy.deepcopy(self._planner.templates[self.index])
+        outputs = [self._call(prefixes, 0, self._cache(layer, 0))]
+        packed.reorder(layer)
+        outputs.append(self._call(rest, packed.length, self._cache(layer, packed.length)))
+        return packed.join(*outputs)
+
+    def _cache(self, layer: Any, past: int) -> Cache:
+        """With this layer as the block's own."""
+        layers = [planned(template, past) for template in self._planner.templates]
+        layers[self.index] = layer
+        return Cache(layers=layers)
 
     def step(self, hidden: Tensor, spec: CacheSpec, tensors: Sequence[Tensor], chunk: Chunk) -> Tensor:
         """Output (B, S, W) for the tokens of a chunk.
@@ -49,9 +66,8 @@ class DecoderBlock(nn.Module):
         Args:
             tensors: of `spec.tensors`, with the earlier tokens in them; these are added.
         """
-        layers = [planned(template, chunk.past) for template in self._planner.templates]
-        layers[self.index] = spec.layer(spec.part(tensors, chunk, len(hidden)), chunk.past)
-        output = self._call(hidden, chunk.past, Cache(layers=layers), chunk.padding)
+        layer = spec.layer(spec.part(tensors, chunk, len(hidden)), chunk.past)
+        output = self._call(hidden, chunk.past, self._cache(layer, chunk.past), chunk.padding)
         if chunk.copies > 1:
             copy_rows(tensors, chunk, len(hidden))
         return output
@@ -177,6 +193,35 @@ def padding_is_exact(block: DecoderBlock, spec: CacheSpec) -> bool:
             return True
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return False  # transformers' code for it takes no masks
+
+
+def sharing_is_exact(block: DecoderBlock) -> bool:
+    """Whether prefixes that are computed once give the outputs and gradients of whole rows; some recurrent
+    states of transformers' keep no gradients.
+    """
+    planner = block._planner
+    if planner.boundary.parts:
+        return False  # as wide as a row is long
+    packed = PackedRows(_PROBE_TOKENS - 4, (0, 1, 0))
+    first = torch.tensor([0, 1])
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn((3, _PROBE_TOKENS, planner.hidden_size), generator=generator)
+    rows[2, : packed.length] = rows[0, : packed.length]
+    rows = rows.to(planner.device, planner.dtype)
+    weights = torch.randn(rows.shape, generator=generator).to(rows)
+    try:
+        with torch.enable_grad():
+            whole = rows.clone().requires_grad_()
+            expected = block(whole)
+            (gradient,) = torch.autograd.grad(expected, whole, weights)
+            shared = packed.pack(rows, first).requires_grad_()
+            found = block(shared, packed)
+            (shared_gradient,) = torch.autograd.grad(found, shared, packed.pack_gradient(weights))
+    except Exception:  # transformers' code for it takes no such caches
+        return False
+    expected_gradient = packed.pack_gradient(gradient)
+    size = planner.hidden_size
+    return _near(packed.unpack(found), expected, size) and _near(shared_gradient, expected_gradient, size)
 
 
 def _zeros(spec: CacheSpec, rows: int, hidden: Tensor) -> list[Tensor]:

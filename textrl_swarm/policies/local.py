@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from textrl_swarm.config import QUANTIZATIONS, LoraSettings
 from textrl_swarm.decoders.loading import load_by_blocks
+from textrl_swarm.decoders.sharing import SharedPrefix, run_shared, shared_prefix
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError
 from textrl_swarm.models.adapters import (
@@ -49,7 +50,6 @@ from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.local_blocks import LocalBlocks
 from textrl_swarm.policies.local_sessions import choose_session, is_close
 from textrl_swarm.policies.sessions import DecodingSession
-from textrl_swarm.policies.shared_prefix import SharedPrefix, run_shared, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -278,8 +278,8 @@ class LocalPolicy(Policy):
         for name, parameter in self._parameters.items():
             parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed))
         blocks = find_blocks(model)[1]
-        first = first_adapted_block(len(blocks), self.lora.layers)
-        self._blocks = LocalBlocks(blocks, first, recompute=self._gradient_checkpointing)
+        self._first = first_adapted_block(len(blocks), self.lora.layers)
+        self._blocks = LocalBlocks(blocks, self._first, recompute=self._gradient_checkpointing)
         setattr(model, _POLICY, self)  # notebooks run cells again: the next policy takes these layers out
         model.save_pretrained = _refuse_to_save
 
@@ -317,8 +317,7 @@ class LocalPolicy(Policy):
             self._decoder, config, self._run_decoder, tokens, hidden, tolerance, type(self._model).__name__
         )
         self.takes_padding = self._sessions.takes_padding
-        self._enters_blocks = first_adapted_block(config.num_hidden_layers, self.lora.layers) > 0
-        self._enters_blocks = self._enters_blocks and self._enters_exactly(tokens, hidden)
+        self._enters_blocks = self._first > 0 and self._enters_exactly(tokens, hidden)
         # A block that is computed again would add to the cache twice.
         self._shares_prefixes = not self._gradient_checkpointing and self._shares_closely(tokens, tolerance)
 
@@ -343,8 +342,9 @@ class LocalPolicy(Policy):
         found = []
         try:
             with torch.enable_grad():
+                features = self.features(rows)
                 for shared in (None, prefix):
-                    hidden = self._last_hidden_states(rows, shared)
+                    hidden = self._last_hidden_states(features, shared)
                     weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
                     loss = (hidden.float() * weights).sum()
                     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -371,17 +371,21 @@ class LocalPolicy(Policy):
 
     def hidden_states(self, features: Tensor) -> Tensor:
         """See Policy."""
+        return self._last_hidden_states(features, shared_prefix(features) if self._shares_prefixes else None)
+
+    def _last_hidden_states(self, features: Tensor, shared: SharedPrefix | None) -> Tensor:
+        if shared is None:
+            return self._run(features, use_cache=False)
+        skipped = self._first if features.is_floating_point() else 0
+        return run_shared(self._run, self._decoder.config, features, shared, skipped)
+
+    def _run(self, features: Tensor, **options: Any) -> Tensor:
+        """Last hidden states of tokens, or of what the blocks below the adapted ones made of them."""
         if not features.is_floating_point():
-            shared = shared_prefix(features) if self._shares_prefixes else None
-            return self._last_hidden_states(features, shared)
+            return self._run_decoder(features, **options).last_hidden_state
         assert self._blocks is not None, "set while the adapter is in the model"
         with self._blocks.entered(features):
-            return self._run_decoder(inputs_embeds=features, use_cache=False).last_hidden_state
-
-    def _last_hidden_states(self, tokens: Tensor, shared: SharedPrefix | None) -> Tensor:
-        if shared is None:
-            return self._run_decoder(tokens, use_cache=False).last_hidden_state
-        return run_shared(self._run_decoder, self._decoder.config, tokens, shared)
+            return self._run_decoder(inputs_embeds=features, **options).last_hidden_state
 
     def _run_decoder(self, *tokens: Tensor, **options: Any) -> Any:
         with self._adapter():

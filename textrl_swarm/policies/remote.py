@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from textrl_swarm.config import Codec, LoraSettings, Timeouts
 from textrl_swarm.decoders.chunks import Step
+from textrl_swarm.decoders.sharing import shared_prefix
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.models.adapters import (
@@ -268,18 +269,20 @@ class RemotePolicy(Policy):
 
     def _below(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
-            return self._client.blocks(self._parts.embed(tokens), 0, self._first)
+            shared = shared_prefix(tokens) if self._first > 0 else None
+            return self._client.blocks(self._parts.embed(tokens), 0, self._first, shared=shared)
 
     def hidden_states(self, features: Tensor) -> Tensor:
         """See Policy."""
+        shared = shared_prefix(features)
         if not features.is_floating_point():
             features = self._below(features)
         if not self._adapter_on:
-            hidden = self._client.blocks(features, self._first, self._num_blocks)
+            hidden = self._client.blocks(features, self._first, self._num_blocks, shared=shared)
         else:
             flats = self._flats()
             snapshot = self._take_snapshot(flats)
-            hidden = self._client.blocks(features, self._first, self._num_blocks, snapshot, flats)
+            hidden = self._client.blocks(features, self._first, self._num_blocks, snapshot, flats, shared)
         return self._parts.finish(hidden)
 
     def project(self, hidden: Tensor) -> Tensor:

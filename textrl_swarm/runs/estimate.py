@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from textrl_swarm.config import LoraSettings, PPOConfig
 from textrl_swarm.decoders.caches import cache_bytes, server_cache_bytes, tensors_bytes
+from textrl_swarm.decoders.sharing import WORTHWHILE
 from textrl_swarm.decoders.sizes import (
     FP32_BYTES,
     ModelSizes,
@@ -32,7 +33,12 @@ from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
 from textrl_swarm.models.blocks import split_evenly
 from textrl_swarm.policies.base import MAX_FEATURE_BYTES
 from textrl_swarm.swarm.codec import encoded_bytes
-from textrl_swarm.swarm.protocol import ADAPTER_STORE_BYTES, ATTENTION_CACHE_TOKENS
+from textrl_swarm.swarm.protocol import (
+    ADAPTER_STORE_BYTES,
+    ATTENTION_CACHE_TOKENS,
+    MICRO_BATCH_TOKENS,
+    micro_batch_tokens,
+)
 
 GIB = 1 << 30
 
@@ -308,8 +314,9 @@ def _traffic(
 
     The client relays every hop. With H hops in all, L of them with blocks below the first adapted one and U
     with adapted blocks, P prompt tokens of distinct prompts, R response tokens less one per response, n
-    response and prompt tokens of all responses, m those of a minibatch, and E epochs, in units of one hidden
-    state, which takes `hidden` bytes (and m = 0 where minibatches are computed in parts):
+    tokens that travel for all responses and their prompts (`_travelling`), m those of a minibatch, and E
+    epochs, in units of one hidden state, which takes `hidden` bytes (and m = 0 where minibatches are computed
+    in parts):
 
         sent      P H + R H + n L + (2 n - m) U (policy and ref) + E n (U forward + 2 U backward: inputs and
         gradients) received  the same, but of P H only each prompt's last token from the last hop, and of
@@ -327,17 +334,25 @@ def _traffic(
     prompts = math.ceil(responses / samples)
     parts = math.ceil(min(responses, minibatch_size) / at_once)
     scored = 2 * responses - (at_once if parts == 1 else 0)
+
+    def travelling(rows: float) -> float:
+        return _travelling(rows, responses, samples, prompt_tokens, response_tokens)
+
+    rest = responses - at_once
+    trained = responses / at_once * travelling(at_once)
+    scored_tokens = travelling(at_once) + 2 * travelling(rest) if parts == 1 else 2 * trained
     adapter = adapter_parameters(sizes, lora) * FP32_BYTES
     chosen = responses * (response_tokens - 1) * hops
-    passed = length * (responses * lower + scored * upper + epochs * responses * upper)
+    passed = travelling(responses) * lower + (scored_tokens + epochs * trained) * upper
     sent = {
-        "activations": hidden
-        * (prompts * prompt_tokens * hops + chosen + passed + 2 * epochs * responses * length * upper),
+        "activations": round(
+            hidden * (prompts * prompt_tokens * hops + chosen + passed + 2 * epochs * trained * upper)
+        ),
         "adapters": epochs * minibatches * adapter,
     }
     received = {
-        "activations": hidden * (prompts * (prompt_tokens * (hops - 1) + 1) + chosen + passed),
-        "gradients": epochs * (hidden * responses * length * (upper - 1) + minibatches * adapter),
+        "activations": round(hidden * (prompts * (prompt_tokens * (hops - 1) + 1) + chosen + passed)),
+        "gradients": round(epochs * (hidden * trained * (upper - 1) + minibatches * adapter)),
     }
     sessions = math.ceil(responses * length / ATTENTION_CACHE_TOKENS)
     evaluated = EVALUATION_ROWS if parts == 1 else at_once
@@ -345,3 +360,21 @@ def _traffic(
     # A push for each minibatch, forward and backward for each of its parts, in which micro-batches overlap.
     training = epochs * minibatches * (1 + 2 * parts) * upper
     return _Traffic(sent, received, sessions * response_tokens * hops + scoring + training)
+
+
+def _travelling(rows: float, responses: int, samples: int, prompt_tokens: int, response_tokens: int) -> float:
+    """Tokens that travel for some rows, drawn from all responses: a prompt that several of them have in
+    common travels once, or once for each micro-batch over which they are spread.
+    """
+    if rows == 0:
+        return 0
+    whole = rows * (prompt_tokens + response_tokens)
+    prompts = responses / samples
+    distinct = prompts * (1 - (1 - rows / responses) ** samples)
+    left = distinct * prompt_tokens + rows * response_tokens
+    if left > WORTHWHILE * whole:
+        return whole
+    most = micro_batch_tokens(math.ceil(left), MICRO_BATCH_TOKENS)
+    together = rows / distinct
+    fitting = max(1, (most - prompt_tokens) // response_tokens)
+    return distinct * math.ceil(together / fitting) * prompt_tokens + rows * response_tokens

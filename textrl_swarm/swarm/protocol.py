@@ -80,17 +80,14 @@ def require_servable(base: BaseModel) -> Boundary:
     return planner.boundary
 
 
-def micro_batch_rows(rows: int, length: int, max_tokens: int = MICRO_BATCH_TOKENS) -> int:
-    """How many of `rows` sequences of so many tokens travel in one request.
-
-    It does not depend on servers or on what was measured: a sum of gradients is the same to the bit wherever
-    the blocks are.
+def micro_batch_tokens(tokens: int, max_tokens: int) -> int:
+    """Most tokens of one request, of so many in all; it depends neither on servers nor on what was measured.
 
     Args:
-        max_tokens: of one request.
+        max_tokens: that the servers take.
     """
-    wanted = max(_MIN_MICRO_BATCH_TOKENS, -(-rows * length // _MICRO_BATCHES))
-    return max(1, min(MICRO_BATCH_TOKENS, max_tokens, wanted) // length)
+    wanted = max(_MIN_MICRO_BATCH_TOKENS, -(-tokens // _MICRO_BATCHES))
+    return min(MICRO_BATCH_TOKENS, max_tokens, wanted)
 
 
 # -------------------------------------------------------------------------------- errors on the wire

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.swarm.client.routing import Span
 
 Trail = list[tuple[Span, Tensor]]  # which server computed which blocks from which input (b, S, H)
@@ -31,9 +32,11 @@ class MicroBatchBackward:
     Args:
         grad: with respect to its output.
         trail: of its forward.
+        packed: how rows lie in all of these tensors.
     """
 
-    def __init__(self, grad: Tensor, trail: Trail):
+    def __init__(self, grad: Tensor, trail: Trail, packed: PackedRows | None = None):
+        self.packed = packed
         self.left = [Piece(span, inputs) for span, inputs in trail]
         self.left[-1].grad = grad
         self._finished: list[Piece] = []

@@ -23,13 +23,15 @@ from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import PeerID
 from torch import Tensor
 
+from textrl_swarm.decoders.sharing import PackedRows, SharedPrefix
 from textrl_swarm.errors import AdapterMissing, PromptError, RemoteFailure, ServerFailed
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.attempts import Attempts
 from textrl_swarm.swarm.client.backward import MicroBatchBackward, Trail
+from textrl_swarm.swarm.client.micro_batches import MicroBatch, cut, put_together
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls
-from textrl_swarm.swarm.protocol import AdapterSnapshot, micro_batch_rows
+from textrl_swarm.swarm.protocol import AdapterSnapshot
 
 Result = TypeVar("Result")
 
@@ -55,6 +57,9 @@ class ChainLimits:
     takes_padding: bool = True
     """Whether rows of unequal length may share a generation."""
 
+    takes_sharing: bool = True
+    """Whether prefixes that rows have in common may be computed once."""
+
     def within(self, info: Mapping[str, Any]) -> ChainLimits:
         """What these and one more server's, as its rpc_info tells them, allow together."""
         return ChainLimits(
@@ -63,6 +68,7 @@ class ChainLimits:
             cache_tokens=min(self.cache_tokens, info["cache_tokens"]),
             cache_row_tokens=max(self.cache_row_tokens, info["cache_row_tokens"]),
             takes_padding=self.takes_padding and info["takes_padding"],
+            takes_sharing=self.takes_sharing and info.get("takes_sharing", False),
         )
 
 
@@ -88,23 +94,26 @@ class BlockChain:
         stop: int,
         adapter: AdapterSnapshot | None = None,
         flats: Mapping[int, Tensor] | None = None,
+        shared: SharedPrefix | None = None,
     ) -> Tensor:
         """Output (B, S, H) of blocks start..stop for hidden states (B, S, H).
 
         Args:
             adapter: applied by the servers; None = the base model.
             flats: the differentiable tensors that `adapter` was taken from; None = no gradient is wanted.
+            shared: first columns that rows have in common, which travel and are computed once; None = rows
+                are computed whole.
         """
         if start == stop:
             return hidden
         if adapter is None or flats is None or not torch.is_grad_enabled():
-            return self._forward(hidden.detach(), start, stop, adapter)[0]
+            return self._forward(hidden.detach(), start, stop, adapter, self._cut(hidden, shared))[0]
         wanted = [block for block in range(start, stop) if block in flats]
         return _RemoteBlocks.apply(
-            self, hidden, start, stop, adapter, wanted, *(flats[block] for block in wanted)
+            self, hidden, start, stop, adapter, shared, wanted, *(flats[block] for block in wanted)
         )
 
-    def _micro_batches(self, hidden: Tensor) -> Sequence[Tensor]:
+    def _cut(self, hidden: Tensor, shared: SharedPrefix | None) -> list[MicroBatch]:
         rows, length, _ = hidden.shape
         if length > self.limits.max_batch_tokens:
             raise PromptError(
@@ -112,23 +121,39 @@ class BlockChain:
                 f"({self.limits.max_batch_tokens}); "
                 "shorten it, or start the servers with a larger --max_batch_size"
             )
-        return hidden.split(micro_batch_rows(rows, length, self.limits.max_batch_tokens))
+        shared = shared if self.limits.takes_sharing else None
+        return cut(rows, length, self.limits.max_batch_tokens, shared)
 
     def _forward(
-        self, hidden: Tensor, start: int, stop: int, adapter: AdapterSnapshot | None
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        adapter: AdapterSnapshot | None,
+        batches: Sequence[MicroBatch],
     ) -> tuple[Tensor, list[Trail]]:
-        parts = self._micro_batches(hidden.cpu())
-        jobs = [self.through(part, start, stop, adapter) for part in parts]
-        results = self._run_all(jobs, parts[0].nbytes)
-        outputs = torch.cat([output for output, _ in results])
+        whole = hidden.cpu()
+        parts = [batch.inputs(whole) for batch in batches]
+        jobs = []
+        for part, batch in zip(parts, batches, strict=True):
+            jobs.append(self.through(part, start, stop, adapter, batch.packed))
+        results = self._run_all(jobs, max(part.nbytes for part in parts))
+        found = [batch.outputs(output) for batch, (output, _) in zip(batches, results, strict=True)]
+        outputs = put_together(batches, found)
         return outputs.to(device=hidden.device, dtype=hidden.dtype), [trail for _, trail in results]
 
     def _backward(
-        self, grad: Tensor, trails: list[Trail], adapter: AdapterSnapshot, need_input_grad: bool
+        self,
+        grad: Tensor,
+        trails: list[Trail],
+        adapter: AdapterSnapshot,
+        need_input_grad: bool,
+        batches: Sequence[MicroBatch],
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        rows = [trail[0][1].shape[0] for trail in trails]
-        parts = grad.detach().cpu().split(rows)
-        tasks = [MicroBatchBackward(part, trail) for part, trail in zip(parts, trails, strict=True)]
+        whole = grad.detach().cpu()
+        tasks = []
+        for batch, trail in zip(batches, trails, strict=True):
+            tasks.append(MicroBatchBackward(batch.grad_outputs(whole), trail, batch.packed))
         first, last = trails[0][0][0].start, trails[0][-1][0].stop
         sums: dict[int, Tensor] = {}
         grad_input = None
@@ -136,7 +161,8 @@ class BlockChain:
         for is_summed in (*[len(tasks) > 1] * _MAX_SUMS, False):
             grads = self._backward_once(tasks, adapter, need_input_grad, is_summed, missing, sums)
             if grad_input is None and need_input_grad:
-                grad_input = torch.cat(grads).to(device=grad.device, dtype=grad.dtype)
+                found = [batch.grad_inputs(part) for batch, part in zip(batches, grads, strict=True)]
+                grad_input = put_together(batches, found).to(device=grad.device, dtype=grad.dtype)
             missing -= sums.keys()
             if not missing:
                 break
@@ -190,7 +216,12 @@ class BlockChain:
         return run_in_background(run())
 
     async def through(
-        self, hidden: Tensor, start: int, stop: int, adapter: AdapterSnapshot | None
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        adapter: AdapterSnapshot | None,
+        packed: PackedRows | None = None,
     ) -> tuple[Tensor, Trail]:
         """Runs one micro-batch (b, S, H) through blocks start..stop; also returns which server got which
         input.
@@ -205,7 +236,7 @@ class BlockChain:
             sent = hidden.to(span.dtype)
             try:
                 key = await self.ensure_pushed(span, adapter)
-                hidden = await self.calls.forward(span.peer, self._uids(span), sent, key)
+                hidden = await self.calls.forward(span.peer, self._uids(span), sent, key, packed)
             except AdapterMissing:
                 self.forget(span, adapter)
                 attempts.lost_adapter()
@@ -238,7 +269,7 @@ class BlockChain:
                 key = await self.ensure_pushed(span, adapter)
                 grad = piece.grad.to(span.dtype)
                 grad_input, span_flats = await self.calls.backward(
-                    span.peer, self._uids(span), piece.inputs, grad, key, needed, summed
+                    span.peer, self._uids(span), piece.inputs, grad, key, needed, summed, task.packed
                 )
             except AdapterMissing:
                 self.forget(span, adapter)
@@ -249,7 +280,7 @@ class BlockChain:
                 await attempts.pause(error)
                 # Other servers take over, however many that takes: their inputs come from running the span
                 # again.
-                _, trail = await self.through(piece.inputs, span.start, span.stop, adapter)
+                _, trail = await self.through(piece.inputs, span.start, span.stop, adapter, task.packed)
                 task.replace_last(trail)
                 continue
             self.router.report_success(span.peer)
@@ -291,10 +322,12 @@ class _RemoteBlocks(torch.autograd.Function):
         start: int,
         stop: int,
         adapter: AdapterSnapshot,
+        shared: SharedPrefix | None,
         wanted: list[int],
         *flats: Tensor,
     ) -> Tensor:
-        outputs, ctx.trails = chain._forward(hidden.detach(), start, stop, adapter)
+        ctx.batches = chain._cut(hidden, shared)
+        outputs, ctx.trails = chain._forward(hidden.detach(), start, stop, adapter, ctx.batches)
         ctx.chain = chain
         ctx.adapter = adapter
         ctx.wanted = wanted
@@ -302,9 +335,10 @@ class _RemoteBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, sums = ctx.chain._backward(grad, ctx.trails, ctx.adapter, ctx.needs_input_grad[1])
+        needed = ctx.needs_input_grad[1]
+        grad_hidden, sums = ctx.chain._backward(grad, ctx.trails, ctx.adapter, needed, ctx.batches)
         flat_grads = [sums[block].to(grad.device) for block in ctx.wanted]
-        return (None, grad_hidden, None, None, None, None, *flat_grads)
+        return (None, grad_hidden, None, None, None, None, None, *flat_grads)
 
 
 def start_in_background(coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from textrl_swarm.config import Timeouts
 from textrl_swarm.decoders.boundary import Boundary
+from textrl_swarm.decoders.sharing import SharedPrefix
 from textrl_swarm.errors import AddressError
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.models.layers import LayerSizes
@@ -235,9 +236,10 @@ class SwarmClient:
         stop: int,
         adapter: AdapterSnapshot | None = None,
         flats: Mapping[int, Tensor] | None = None,
+        shared: SharedPrefix | None = None,
     ) -> Tensor:
         """See BlockChain.__call__."""
-        return self.chain(hidden, start, stop, adapter, flats)
+        return self.chain(hidden, start, stop, adapter, flats, shared)
 
     def session(self, adapter: AdapterSnapshot | None, *, rows: int, max_length: int) -> GenerationSession:
         """A generation with the caches on the servers, for rows of at most `max_length` tokens."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from textrl_swarm.config import Timeouts
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.chunks import Chunk
+from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed, ShapeError
 from textrl_swarm.swarm.client.streams import OpenStream, StreamPool
 from textrl_swarm.swarm.protocol import (
@@ -123,9 +124,16 @@ class ServerCalls:
         metadata = {"header": adapter.header.encode()}
         await self._request(peer, "push", uids, flats, metadata, 0, ("adapters", "adapters"))
 
-    async def forward(self, peer: PeerID, uids: Sequence[str], hidden: Tensor, key: str) -> Tensor:
-        """Output (B, S, H) of a chain of blocks; `key` "" runs without adapter."""
-        metadata = {"active_adapter": key}
+    async def forward(
+        self, peer: PeerID, uids: Sequence[str], hidden: Tensor, key: str, packed: PackedRows | None = None
+    ) -> Tensor:
+        """Output (B, S, H) of a chain of blocks.
+
+        Args:
+            key: of the adapter; "" = none.
+            packed: how rows lie in `hidden` and in the output.
+        """
+        metadata = {"active_adapter": key, **_packing(packed)}
         most = _MAX_GROWTH * (hidden.numel() + 1024)
         kinds = "activations", "activations"
         answer = await self._request(peer, "forward", uids, [hidden], metadata, most, kinds)
@@ -141,14 +149,18 @@ class ServerCalls:
         key: str,
         need_input_grad: bool,
         summed: tuple[str, int, int] | None = None,
+        packed: PackedRows | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor.
 
         Args:
             summed: name of a sum over micro-batches, index of this one, and their number: each block's
                 gradient is that of all of them, or empty while the server has not seen all.
+            packed: how rows lie in `hidden` and `grad`.
         """
-        metadata = {"active_adapter": key, "need_input_grad": need_input_grad, "sum": summed}
+        metadata = {
+            "active_adapter": key, "need_input_grad": need_input_grad, "sum": summed, **_packing(packed)
+        }  # fmt: skip
         kinds = "activations", "gradients"
         answer = await self._request(peer, "backward", uids, [hidden, grad], metadata, _ANY, kinds)
         grad_input, *flats = _complete(answer, 1 + len(uids), peer)
@@ -254,6 +266,10 @@ class GenerationStream:
     async def close(self) -> None:
         """Tells the server to free the cache; never raises."""
         await self._stream.close()
+
+
+def _packing(packed: PackedRows | None) -> dict[str, Any]:
+    return {} if packed is None else {"packed": packed.encode()}
 
 
 def _complete(answer: list[Tensor], count: int, peer: PeerID) -> list[Tensor]:

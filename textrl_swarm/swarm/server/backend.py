@@ -31,6 +31,7 @@ from textrl_swarm.decoders.block import DecoderBlock
 from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, keep_rows
 from textrl_swarm.decoders.chunks import Chunk
+from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.models.experts import LowRank, add_to_matrices, route
 from textrl_swarm.models.layers import LayerSizes, is_routed
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
@@ -105,6 +106,7 @@ class LoraBackend(TransformerBackend):
         self.cache_spec: CacheSpec = module.cache_spec
         self.takes_chunks: bool = module.takes_chunks
         self.takes_padding: bool = module.takes_padding
+        self.takes_sharing: bool = module.takes_sharing
         self.device: torch.device = module.device
         self.linears: dict[str, LayerSizes] = module.linears
         self._add_hooks(self.block.module)
@@ -162,16 +164,16 @@ class LoraBackend(TransformerBackend):
             yield
 
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
-        hidden, name = inputs
+        hidden, name, *packed = inputs
         with torch.no_grad(), self._adapter(name):
-            return (self.block(hidden),)
+            return (self.block(hidden, *packed),)
 
     def backward(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Gradient (B, S, H) of a block's input (B, S, H), re-running its forward."""
-        hidden, grad_outputs, name = inputs
+        hidden, grad_outputs, name, *packed = inputs
         with torch.inference_mode(False), torch.enable_grad(), self._adapter(name):
             hidden = hidden.detach().clone().requires_grad_(True)
-            outputs = self.block(hidden)
+            outputs = self.block(hidden, *packed)
             return torch.autograd.grad(outputs, hidden, grad_outputs.to(outputs.dtype))
 
     @torch.inference_mode()
@@ -239,6 +241,7 @@ class LoraBackend(TransformerBackend):
         key: str,
         need_input_grad: bool,
         summed: tuple[str, int, int] | None = None,
+        packed: PackedRows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of one block, re-running its forward.
 
@@ -247,6 +250,7 @@ class LoraBackend(TransformerBackend):
             key: of a pushed adapter; "" = none changes this block.
             need_input_grad: False spares the pass through the layers below the first adapted one.
             summed: name of a sum over micro-batches, index of this one, and their number.
+            packed: how rows lie in inputs and grad_outputs.
 
         Returns:
             Gradient of the inputs (B, S, H), or an empty tensor; gradient of the block's flat adapter tensor,
@@ -255,12 +259,13 @@ class LoraBackend(TransformerBackend):
         """
         header, flat = self.store.get(key, self.block_index) if key else (None, None)
         if header is None or flat is None:
-            return self._input_grad(inputs, grad_outputs, need_input_grad), torch.empty(0)
+            grad = self.backward(inputs, grad_outputs, "", packed)[0] if need_input_grad else torch.empty(0)
+            return grad, torch.empty(0)
         with torch.inference_mode(False), torch.enable_grad():
             inputs = inputs.detach().clone().requires_grad_(need_input_grad)
             leaf = flat.detach().requires_grad_(True)
             with _applied(header, self.block_index, leaf):
-                outputs = self.block(inputs)
+                outputs = self.block(inputs, packed)
             wanted = (inputs, leaf) if need_input_grad else (leaf,)
             *grad_inputs, grad_leaf = torch.autograd.grad(outputs, wanted, grad_outputs.to(outputs.dtype))
         if summed is not None:
@@ -268,9 +273,6 @@ class LoraBackend(TransformerBackend):
             total = self.sums.add((name, self.block_index), index, count, grad_leaf.cpu())
             grad_leaf = torch.empty(0) if total is None else total
         return (grad_inputs[0] if need_input_grad else torch.empty(0), grad_leaf)
-
-    def _input_grad(self, inputs: Tensor, grad_outputs: Tensor, needed: bool) -> Tensor:
-        return self.backward(inputs, grad_outputs, "")[0] if needed else torch.empty(0)
 
     def shutdown(self) -> None:
         self.lora_backward_pool = None

@@ -23,6 +23,7 @@ from petals.server.handler import TransformerConnectionHandler
 from torch import Tensor
 
 from textrl_swarm.decoders.caches import cache_bytes
+from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import ServerMismatch, ShapeError
 from textrl_swarm.swarm.codec import CODECS
 from textrl_swarm.swarm.protocol import (
@@ -99,7 +100,8 @@ class LoraHandler(TransformerConnectionHandler):
         `push` stores an adapter for the named blocks: one flat fp32 tensor per block, in the order of the
         uids; `header` is an encoded AdapterHeader. It is answered once the adapter can be used.
 
-        `forward` takes inputs (B, S, H) and `active_adapter`, and gives outputs.
+        `forward` takes inputs (B, S, H) and `active_adapter`, and gives outputs. With `packed` (see
+        PackedRows), here and in `backward`, rows share prefixes.
 
         `backward` takes inputs and grad_outputs (B, S, H), `active_adapter` and `need_input_grad`, and gives
         the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block. With `sum`
@@ -205,7 +207,8 @@ class LoraHandler(TransformerConnectionHandler):
         context: P2PContext,
     ) -> list[Tensor]:
         (hidden,) = _checked_hidden(tensors, 1)
-        async for output in _run_forward(backends, hidden, self._get_active_adapter(metadata)):
+        packed = _checked_packed(metadata.get("packed"), hidden, backends)
+        async for output in _run_forward(backends, hidden, self._get_active_adapter(metadata), packed):
             hidden = output
         return [hidden]
 
@@ -222,7 +225,8 @@ class LoraHandler(TransformerConnectionHandler):
             raise ShapeError("backward needs the key of a pushed adapter as active_adapter")
         need_input_grad = bool(metadata.get("need_input_grad", True))
         summed = _checked_sum(metadata.get("sum"))
-        return await _run_backward(backends, inputs, grad_outputs, key, need_input_grad, summed)
+        packed = _checked_packed(metadata.get("packed"), inputs, backends)
+        return await _run_backward(backends, inputs, grad_outputs, key, need_input_grad, summed, packed)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         """Petals' answer plus what a training client checks before it relies on this server."""
@@ -248,6 +252,7 @@ class LoraHandler(TransformerConnectionHandler):
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
             "codecs": list(CODECS),
             "takes_padding": all(other.takes_padding for other in backends.values()),
+            "takes_sharing": all(other.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
         }
@@ -317,11 +322,21 @@ def _checked_sum(raw: Any) -> tuple[str, int, int] | None:
     return name, index, count
 
 
-async def _run_forward(backends: Sequence[LoraBackend], hidden: Tensor, key: str) -> AsyncIterator[Tensor]:
+def _checked_packed(raw: Any, hidden: Tensor, backends: Sequence[LoraBackend]) -> PackedRows | None:
+    if raw is None:
+        return None
+    if len(hidden) != 1 or not all(backend.takes_sharing for backend in backends):
+        raise ShapeError("these blocks take no rows that share prefixes, or not in this shape")
+    return PackedRows.decode(raw, hidden.shape[1])
+
+
+async def _run_forward(
+    backends: Sequence[LoraBackend], hidden: Tensor, key: str, packed: PackedRows | None
+) -> AsyncIterator[Tensor]:
     """The output of each block."""
     for backend in backends:
         hidden = hidden.to(backend.dtype)
-        (hidden,) = await backend.forward_pool.submit_task(hidden, key, priority=_BACKWARD_PRIORITY)
+        (hidden,) = await backend.forward_pool.submit_task(hidden, key, packed, priority=_BACKWARD_PRIORITY)
         yield hidden
 
 
@@ -332,10 +347,11 @@ async def _run_backward(
     key: str,
     need_input_grad: bool,
     summed: tuple[str, int, int] | None,
+    packed: PackedRows | None,
 ) -> list[Tensor]:
     """[gradient of the inputs or empty, flat gradient of backends[0], of backends[1], ...]"""
     block_inputs = [inputs.to(backends[0].dtype)]
-    async for hidden in _run_forward(backends[:-1], inputs, key):
+    async for hidden in _run_forward(backends[:-1], inputs, key, packed):
         block_inputs.append(hidden)
     grad = grad_outputs.to(backends[-1].dtype)
     flats: list[Tensor] = []
@@ -343,7 +359,7 @@ async def _run_backward(
         needed = need_input_grad or position > 0
         pool = backends[position].lora_backward_pool
         grad, flat = await pool.submit_task(
-            block_inputs[position], grad, key, needed, summed, priority=_BACKWARD_PRIORITY
+            block_inputs[position], grad, key, needed, summed, packed, priority=_BACKWARD_PRIORITY
         )
         flats.append(flat)
     return [grad, *reversed(flats)]

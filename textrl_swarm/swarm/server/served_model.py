@@ -13,7 +13,13 @@ from petals.utils.convert_block import QuantType
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from textrl_swarm.decoders.block import DecoderBlock, cache_spec, chunks_are_exact, padding_is_exact
+from textrl_swarm.decoders.block import (
+    DecoderBlock,
+    cache_spec,
+    chunks_are_exact,
+    padding_is_exact,
+    sharing_is_exact,
+)
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, server_cache_bytes
 from textrl_swarm.decoders.checkpoint import Checkpoint
 from textrl_swarm.decoders.chunks import Chunk
@@ -47,6 +53,7 @@ class ServedBlock(nn.Module):
         digest: of the checkpoint's numbers.
         takes_chunks: False = behind the first tokens of a row, the others come one by one.
         takes_padding: whether prompts of unequal length may share a generation.
+        takes_sharing: whether prefixes that rows share may be computed once.
     """
 
     def __init__(
@@ -59,11 +66,13 @@ class ServedBlock(nn.Module):
         linears: dict[str, LayerSizes],
         takes_chunks: bool,
         takes_padding: bool,
+        takes_sharing: bool,
     ):
         super().__init__()
         self.block, self.cache_spec, self.device = block, spec, device
         self.digest, self.linears = digest, linears
         self.takes_chunks, self.takes_padding = takes_chunks, takes_padding
+        self.takes_sharing = takes_sharing
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.block(hidden)
@@ -191,6 +200,7 @@ class ServedModel:
             linears={path: sizes for path, sizes in linears.items() if path not in unused},
             takes_chunks=chunks_are_exact(decoder_block, spec),
             takes_padding=padding_is_exact(decoder_block, spec),
+            takes_sharing=sharing_is_exact(decoder_block),
         )
 
     def _trial_tokens(self) -> Tensor:

@@ -1,16 +1,25 @@
 """Prompts that rows share: which prefix is chosen; computing it once changes nothing but the time."""
 
+import asyncio
+import dataclasses
+
 import pytest
 import torch
 from architectures import perturb, tiny_model
 from families import FAMILIES, random_checkpoint
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_peft import connect
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
+from textrl_swarm.decoders.sharing import PackedRows, SharedPrefix, shared_prefix
+from textrl_swarm.errors import ShapeError
 from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.policies.loading import load_policy
-from textrl_swarm.policies.shared_prefix import shared_prefix
+from textrl_swarm.swarm.client.chain import run_in_background
+from textrl_swarm.swarm.client.micro_batches import cut, put_together
+from textrl_swarm.swarm.client.streams import OpenStream
 
 # Recurrent states of transformers keep no gradients.
 RECURRENT = {"qwen3_next", "qwen3_5_text", "bamba", "mamba2", "mamba", "jamba"}
@@ -116,3 +125,90 @@ def test_an_update_computes_a_prompt_once(monkeypatch):
 def test_blocks_that_are_computed_again_share_nothing():
     with load_policy(tiny_model("llama"), gradient_checkpointing=True) as policy:
         assert not policy._shares_prefixes
+
+
+# ----------------------------------------------------------------------------------- packed, and real servers
+
+
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 6), st.integers(1, 40), st.randoms())
+def test_rows_and_gradients_come_out_of_micro_batches_as_they_went_in(prompts, each, rest, limit, random):
+    """Gradients of a prefix's rows add up in one place, and come back in one of its rows."""
+    tokens = samples(prompts, each, 4, 4 + rest)[
+        torch.tensor(random.sample(range(prompts * each), prompts * each))
+    ]
+    shared = SharedPrefix(4, *distinct(tokens[:, :4]))
+    numbers = torch.nn.functional.one_hot(tokens, 90).float()
+    gradient = torch.randint(-9, 9, numbers.shape).float()
+    batches = cut(*tokens.shape, limit, shared)
+    assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(len(tokens)))
+    sent = [batch.inputs(numbers) for batch in batches]
+    for part, batch in zip(sent, batches, strict=True):
+        assert part.shape[:2] == (1, part.shape[1]) and (part.shape[1] <= limit or len(batch.rows) == 1)
+        assert PackedRows.decode(batch.packed.encode(), part.shape[1]) == batch.packed
+    returned = put_together(batches, [batch.outputs(part) for batch, part in zip(batches, sent, strict=True)])
+    assert torch.equal(returned, numbers)
+    packed = [batch.grad_outputs(gradient) for batch in batches]
+    back = put_together(batches, [b.grad_inputs(part) for b, part in zip(batches, packed, strict=True)])
+    assert torch.equal(back[:, 4:], gradient[:, 4:])
+    zeros = torch.zeros(len(shared.rows), *gradient[0, :4].shape)
+    sums = [zeros.index_add(0, shared.index, grads[:, :4]) for grads in (gradient, back)]
+    assert torch.equal(*sums)
+
+
+def distinct(prefixes):
+    unique, index = prefixes.unique(dim=0, return_inverse=True)
+    rows = torch.tensor([int((index == i).nonzero()[0]) for i in range(len(unique))])
+    return rows, index
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [None, 5, [], [2], [0, [0]], [2, []], [2, [0, 2]], [2, [1]], [2, ["x"]], [99, [0]], [2, [0, 1, 0, 1]]],
+)
+def test_a_strangers_packing(raw):
+    with pytest.raises(ShapeError, match="share prefixes"):
+        PackedRows.decode(raw, 10 - 1)
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("layers", [None, 1])
+def test_prompts_travel_once(two_servers, layers):
+    """Half the bytes here; hidden states to the bit, gradients up to the order of their sums."""
+    tokens = samples(4, 8, 24, 40)
+    with connect(two_servers, LoraSettings(r=4, layers=layers), filled=3) as policy:
+        found, sent = [], []
+        for shares in (True, True, False):
+            limits = policy._client.chain.limits
+            policy._client.chain.limits = dataclasses.replace(limits, takes_sharing=shares)
+            policy.hidden_states(policy.features(tokens[:1]))  # the adapter is there
+            before = policy.traffic.sent["activations"]
+            hidden = policy.hidden_states(policy.features(tokens))
+            loss = policy.project(hidden).log_softmax(-1)[..., 5].mean()
+            gradients = torch.autograd.grad(loss, list(policy.adapter_parameters().values()))
+            sent.append(policy.traffic.sent["activations"] - before)
+            found.append([hidden.detach(), *gradients])
+    once, again, whole = found
+    assert sent[0] == sent[1] == sent[2] * (4 * 24 + 32 * 16) / (32 * 40)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(once, whole, strict=True))
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("raw", [[3, [0, 0]], [2, [0, 9]], "x"])
+def test_a_packing_that_makes_no_sense_is_answered(two_servers, raw):
+    with connect(two_servers, filled=1) as policy:
+        calls, span = policy._client._calls, policy._client.spans[0]
+        uid = " ".join(policy._client.router.uids[span.start : span.stop])
+
+        async def ask():
+            stream = await OpenStream.open(calls._stub(span.peer).rpc_requests, 5)
+            try:
+                await stream.send(
+                    uid, [torch.zeros(1, 4, policy.hidden_size)], {"request": "forward", "packed": raw}
+                )
+                return await asyncio.wait_for(stream.receive_all(1000), 10)
+            finally:
+                await stream.close()
+
+        with pytest.raises(P2PHandlerError, match="share prefixes"):
+            run_in_background(ask())
