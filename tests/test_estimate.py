@@ -287,7 +287,7 @@ def test_bytes_are_those_of_a_real_iteration(
 def test_bytes_of_prompts_that_travel_once(two_servers, minibatch_size, layers, nearness):
     """Which prompts meet in a smaller minibatch is a matter of chance: within a tenth."""
     prompts = [[first, *range(6, 36)] for first in (5, 6, 7)]
-    sampling = SamplingConfig(max_new_tokens=12, num_samples=4, seed=0, stop_token_ids=())
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=12, seed=0, stop_token_ids=())  # two groups
     lora = LoraSettings(r=4, layers=layers)
     with load_policy(two_servers.model, initial_peers=two_servers.initial_peers, lora=lora) as policy:
         ppo = PPO(policy, PPOConfig(epochs=2, minibatch_size=minibatch_size))
@@ -295,7 +295,7 @@ def test_bytes_of_prompts_that_travel_once(two_servers, minibatch_size, layers, 
         before = {"sent": policy.traffic.sent.copy(), "received": policy.traffic.received.copy()}
         ppo.update(rollout := policy.generate(prompts, sampling), torch.rand(rollout.response_mask.shape))
         sent, received = policy.traffic.sent - before["sent"], policy.traffic.received - before["received"]
-    sizes = {"responses": 12, "samples": 4, "prompt_tokens": 31, "response_tokens": 12}
+    sizes = {"responses": 36, "samples": 12, "prompt_tokens": 31, "response_tokens": 12}
     config = AutoConfig.from_pretrained(two_servers.model)
     settings = {"swarm_servers": 2, "epochs": 2, "minibatch_size": minibatch_size, **sizes}
     estimate = run(config, lora, **settings)

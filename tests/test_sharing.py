@@ -155,6 +155,13 @@ def test_rows_and_gradients_come_out_of_micro_batches_as_they_went_in(prompts, e
     assert torch.equal(*sums)
 
 
+def test_a_long_prompt_is_not_sent_for_every_few_of_its_samples():
+    """1300 tokens in all, more than usual; but no more than the servers take."""
+    tokens = samples(1, 8, 500, 600)
+    assert [len(batch.rows) for batch in cut(8, 600, 2048, shared_prefix(tokens))] == [8]
+    assert [len(batch.rows) for batch in cut(8, 600, 1000, shared_prefix(tokens))] == [5, 3]
+
+
 def distinct(prefixes):
     unique, index = prefixes.unique(dim=0, return_inverse=True)
     rows = torch.tensor([int((index == i).nonzero()[0]) for i in range(len(unique))])

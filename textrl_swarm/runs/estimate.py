@@ -36,7 +36,7 @@ from textrl_swarm.swarm.codec import encoded_bytes
 from textrl_swarm.swarm.protocol import (
     ADAPTER_STORE_BYTES,
     ATTENTION_CACHE_TOKENS,
-    MICRO_BATCH_TOKENS,
+    BATCH_TOKENS,
     micro_batch_tokens,
 )
 
@@ -374,7 +374,7 @@ def _travelling(rows: float, responses: int, samples: int, prompt_tokens: int, r
     left = distinct * prompt_tokens + rows * response_tokens
     if left > WORTHWHILE * whole:
         return whole
-    most = micro_batch_tokens(math.ceil(left), MICRO_BATCH_TOKENS)
+    most = micro_batch_tokens(math.ceil(left), BATCH_TOKENS, prompt_tokens)
     together = rows / distinct
     fitting = max(1, (most - prompt_tokens) // response_tokens)
     return distinct * math.ceil(together / fitting) * prompt_tokens + rows * response_tokens

@@ -50,6 +50,7 @@ WEIGHTS = "textrl_swarm_weights"
 MICRO_BATCH_TOKENS = 1024  # rows x tokens of one request for forward or backward, at most
 _MIN_MICRO_BATCH_TOKENS = 256  # with fewer, the requests cost more than the blocks
 _MICRO_BATCHES = 8  # of one large forward or backward, so that all servers of a chain work
+BATCH_TOKENS = 2048  # petals' --max_batch_size: rows x tokens of one request for forward or backward
 ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
 ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
@@ -80,14 +81,15 @@ def require_servable(base: BaseModel) -> Boundary:
     return planner.boundary
 
 
-def micro_batch_tokens(tokens: int, max_tokens: int) -> int:
+def micro_batch_tokens(tokens: int, max_tokens: int, prefix: int = 0) -> int:
     """Most tokens of one request, of so many in all; it depends neither on servers nor on what was measured.
 
     Args:
         max_tokens: that the servers take.
+        prefix: tokens that rows share: where each request has them again, they are at most about a quarter.
     """
     wanted = max(_MIN_MICRO_BATCH_TOKENS, -(-tokens // _MICRO_BATCHES))
-    return min(MICRO_BATCH_TOKENS, max_tokens, wanted)
+    return min(max_tokens, max(min(MICRO_BATCH_TOKENS, wanted), 4 * prefix))
 
 
 # -------------------------------------------------------------------------------- errors on the wire

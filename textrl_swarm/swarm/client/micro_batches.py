@@ -70,7 +70,7 @@ def cut(rows: int, length: int, max_tokens: int, shared: SharedPrefix | None) ->
 def _groups(rows: int, length: int, max_tokens: int, shared: SharedPrefix) -> Iterator[Tensor]:
     """Rows with the same prefix together, as far as they fit."""
     rest = length - shared.length
-    most = micro_batch_tokens(len(shared.rows) * shared.length + rows * rest, max_tokens)
+    most = micro_batch_tokens(len(shared.rows) * shared.length + rows * rest, max_tokens, shared.length)
     group: list[int] = []
     tokens = 0
     for together in shared.order().split(torch.bincount(shared.index).tolist()):

@@ -248,7 +248,8 @@ class GenerationStream:
         """The tokens (b, k, H) of a chunk. Several may be on their way; they are answered in order."""
         metadata = {**self._opening, "chunk": chunk.encode(), "last_only": last_only}
         self._opening = {}
-        self._calls.traffic.sent["activations"] += await self._stream.send(self._uid, [hidden], metadata)
+        sent = await self._stream.send(self._uid, [hidden], metadata)  # others send meanwhile
+        self._calls.traffic.sent["activations"] += sent
 
     async def receive(self, hidden: Tensor, *, last_only: bool) -> Tensor:
         """The output for what was sent and not yet answered: (b, k, W), or (b, 1, W) with `last_only`."""
