@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from textrl_swarm.maths import losses
 from textrl_swarm.maths.losses import chunked_logprobs, entropy, policy_loss, value_loss
 
 NEG = -math.inf
@@ -386,8 +387,19 @@ def test_entropies_of_bf16_logits_are_divided_by_the_temperature_in_fp32():
 
 
 def test_an_entropy_that_nobody_asks_for_is_not_computed(monkeypatch):
-    monkeypatch.setattr("textrl_swarm.maths.losses.entropy", None)  # a call would raise
-    chunked_logprobs(randn(10, 8), lambda h: h, torch.zeros(10, dtype=torch.int64), temperature=1.0)
+    original, calls = losses._entropy_of, []
+    monkeypatch.setattr(losses, "_entropy_of", lambda log_probs: calls.append(1) or original(log_probs))
+    hidden, tokens = randn(10, 8).requires_grad_(), torch.zeros(10, dtype=torch.int64)
+    for options, expected in (
+        ({}, 0),
+        ({"with_entropy": True}, 2),  # once more in backward
+        ({"with_entropy": True, "entropy_grad": False}, 1),
+    ):
+        calls.clear()
+        logprobs, entropies = chunked_logprobs(hidden, lambda h: h, tokens, temperature=1.0, **options)
+        logprobs.sum().backward()
+        assert len(calls) == expected
+    assert not entropies.requires_grad
 
 
 def test_chunked_logprobs_of_bf16_are_fp32_and_of_nothing_are_empty():

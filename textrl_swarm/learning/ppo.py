@@ -410,7 +410,12 @@ class PPO:
         states = hidden[row.to(hidden.device), before.to(hidden.device)]  # (N, H)
         chosen = rollout.tokens[rows][row, before + 1].to(hidden.device)
         logprobs, entropies = chunked_logprobs(
-            states, self.policy.project, chosen, temperature=rollout.temperature, with_entropy=with_entropy
+            states,
+            self.policy.project,
+            chosen,
+            temperature=rollout.temperature,
+            with_entropy=with_entropy,
+            entropy_grad=self.config.entropy_coef > 0,
         )
         final = hidden[torch.arange(len(rows)), (lengths - 1).to(hidden.device)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.maths.returns import check_same_shape, masked_mean, zero_outside
-from textrl_swarm.maths.sampling import token_logprobs
+from textrl_swarm.maths.sampling import check_scored, scaled_log_probs
 
 LOGITS_CHUNK_TOKENS = 512  # tokens whose logits exist at the same time in `chunked_logprobs`
 
@@ -136,8 +137,52 @@ def entropy(logits: Tensor) -> Tensor:
     """
     if logits.dim() == 0:
         raise ShapeError("logits must be (..., V), got a scalar; pass the scores of the whole vocabulary")
-    log_probs = logits.float().log_softmax(dim=-1)
-    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(dim=-1)
+    return _entropy_of(logits.float().log_softmax(dim=-1))
+
+
+def _entropy_of(log_probs: Tensor) -> Tensor:
+    """(...) for the logarithms (..., V) of probabilities."""
+    finite = log_probs.clamp(min=torch.finfo(torch.float32).min)  # 0 log 0
+    return -torch.linalg.vecdot(log_probs.exp(), finite)
+
+
+class _Scores(torch.autograd.Function):
+    """(n,) logprobs of tokens and entropies, from one log-softmax of (n, V) logits.
+
+    In backward, with p the probabilities, T the temperature and H the entropy:
+
+        d logprob[t] / d logit[v] = ([v = t] - p[v]) / T
+        d H / d logit[v]          = -p[v] (log p[v] + H) / T
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, entropy_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        log_probs = scaled_log_probs(logits, temperature)
+        entropies = _entropy_of(log_probs) if with_entropy else log_probs.new_empty(0)
+        ctx.save_for_backward(log_probs, tokens, *((entropies,) if entropy_grad else ()))
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropies)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.set_materialize_grads(False)
+        return log_probs.gather(-1, tokens[:, None]).squeeze(-1), entropies
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        log_probs, tokens, *entropies = ctx.saved_tensors
+        grad_logits = log_probs.exp()
+        if grad_entropy is None:
+            grad_logits *= -(torch.zeros(()) if grad is None else grad[:, None])
+        else:
+            finite = log_probs.clamp(min=torch.finfo(torch.float32).min)
+            of_chosen = 0.0 if grad is None else grad[:, None]
+            grad_logits *= -of_chosen - (finite + entropies[0][:, None]) * grad_entropy[:, None]
+        if grad is not None:
+            grad_logits.scatter_add_(-1, tokens[:, None], grad[:, None])
+        if ctx.temperature != 1:
+            grad_logits /= ctx.temperature
+        return grad_logits.to(ctx.dtype), None, None, None, None
 
 
 def chunked_logprobs(
@@ -148,6 +193,7 @@ def chunked_logprobs(
     temperature: float,
     chunk_tokens: int = LOGITS_CHUNK_TOKENS,
     with_entropy: bool = False,
+    entropy_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of tokens from hidden states, without all logits in memory at once.
 
@@ -164,6 +210,7 @@ def chunked_logprobs(
         temperature: > 0; the logits are divided by it.
         chunk_tokens: rows projected at a time, >= 1.
         with_entropy: also return the entropy of each row's distribution at the temperature.
+        entropy_grad: False = the entropies carry no gradient, and backward does not compute them again.
 
     Returns:
         (N,) fp32 logprobs, nats; and with `with_entropy` (N,) fp32 entropies, nats, else None.
@@ -181,13 +228,18 @@ def chunked_logprobs(
     if chunk_tokens < 1:
         raise ShapeError(f"chunk_tokens must be >= 1, got {chunk_tokens!r}")
 
-    def evaluate(hidden_chunk: Tensor, tokens_chunk: Tensor) -> tuple[Tensor, ...]:
+    entropy_grad = entropy_grad and with_entropy
+    is_backward = False
+
+    def evaluate(hidden_chunk: Tensor, tokens_chunk: Tensor) -> tuple[Tensor, Tensor]:
         logits = project(hidden_chunk)  # (n, V)
-        logprobs = token_logprobs(logits, tokens_chunk, temperature=temperature)
-        return (logprobs, entropy(logits.float() / temperature)) if with_entropy else (logprobs,)
+        check_scored(logits, tokens_chunk, temperature)
+        wanted = entropy_grad if is_backward else with_entropy
+        return _Scores.apply(logits, tokens_chunk, temperature, wanted, entropy_grad)
 
     pairs = zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
     # With gradients off, `checkpoint` is a plain call.
     chunks = [checkpoint(evaluate, *pair, use_reentrant=False) for pair in pairs]
-    logprobs, *entropies = (torch.cat(column) for column in zip(*chunks, strict=True))
-    return logprobs, (entropies[0] if with_entropy else None)
+    is_backward = True  # from now on `evaluate` is called to be gone back through
+    logprobs, entropies = (torch.cat(column) for column in zip(*chunks, strict=True))
+    return logprobs, (entropies if with_entropy else None)

@@ -84,6 +84,12 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Ten
 
     Source: Ziegler et al. 2019, arXiv 1909.08593 (its code scores at the sampling temperature).
     """
+    check_scored(logits, tokens, temperature)
+    return scaled_log_probs(logits, temperature).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def check_scored(logits: Tensor, tokens: Tensor, temperature: float) -> None:
+    """Raises ShapeError, see `token_logprobs`."""
     if logits.shape[:-1] != tokens.shape or logits.dim() == 0:
         raise ShapeError(
             f"logits {tuple(logits.shape)} must have the shape of tokens {tuple(tokens.shape)} plus the "
@@ -93,6 +99,13 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Ten
         raise ShapeError(
             f"temperature must be > 0, got {temperature!r}; pass the temperature of the sampling"
         )
-    # log_softmax subtracts the maximum first: BLOOM's logits can be in the hundreds, where x - logsumexp(x)
-    # would lose digits.
-    return (logits.float() / temperature).log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def scaled_log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """(..., V) fp32 log softmax(logits / temperature).
+
+    It subtracts the maximum first: BLOOM's logits can be in the hundreds, where x - logsumexp(x) would lose
+    digits.
+    """
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    return scaled.log_softmax(dim=-1)
