@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from textrl_swarm import Codec, LoraSettings, PPOConfig, SamplingConfig, load_policy
 from textrl_swarm.learning.ppo import PPO
+from textrl_swarm.models.layers import find_blocks
 from textrl_swarm.models.tiny import make_tiny_bloom
 
 ROWS, NEW_TOKENS, EPOCHS = 32, 24, 2
@@ -62,6 +65,7 @@ def main() -> None:
                     "" if loss is None else f"{loss.cosine:.5f}",
                 ]
             )
+        differences(model)
     report(
         f"update of {ROWS} responses, {EPOCHS} epochs, the demo's tiny BLOOM, 2 servers "
         f"{options.round_trip_ms:g} ms away at {options.mbit:g} Mbit/s; medians of {options.repeats}",
@@ -70,13 +74,57 @@ def main() -> None:
     )
 
 
-def update(policy: Any) -> Callable[[], object]:
+def differences(model: Path) -> None:
+    """AQ-SGD (arXiv 2206.01299): both ends keep a token's hidden state, and only its change since the last
+    epoch is sent. Here for the state in the middle of the model: its change relative to itself, and the error
+    of 8 and 4 bits for the state and for the change, relative to the state.
+    """
+    with load_policy(model, lora=LoraSettings(r=4)) as policy:
+        step = update(policy, epochs=4, lr=1e-3)
+        blocks = find_blocks(policy._model)[1]  # type: ignore[attr-defined]
+        inputs: dict[int, list[torch.Tensor]] = {0: [], len(blocks) // 2: []}
+        hooks = []
+        for index, seen in inputs.items():
+
+            def keep(module: object, args: tuple[torch.Tensor], seen: list[torch.Tensor] = seen) -> None:
+                if torch.is_grad_enabled():
+                    seen.append(args[0].detach())
+
+            hooks.append(blocks[index].register_forward_pre_hook(keep))
+        step()
+        for hook in hooks:
+            hook.remove()
+    embedded, middle = inputs.values()  # each epoch has an order of rows of its own
+    states = [state[first.sum((1, 2)).argsort()] for first, state in zip(embedded, middle, strict=True)]
+    rows = []
+    for epoch, (before, now) in enumerate(itertools.pairwise(states), start=2):
+        size = now.norm()
+        errors = []
+        for bits in (8, 4):
+            errors.append(float((rounded(now, bits) - now).norm() / size))
+            errors.append(float((before + rounded(now - before, bits) - now).norm() / size))
+        rows.append([f"{epoch}", f"{float((now - before).norm() / size):.4f}", *(f"{e:.5f}" for e in errors)])
+    report(
+        "hidden states in the middle of the demo's tiny BLOOM against the last epoch's, lr 1e-3",
+        ["epoch", "change", "state, 8 bits", "change, 8 bits", "state, 4 bits", "change, 4 bits"],
+        rows,
+    )
+
+
+def rounded(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """In steps of the largest of each 64 numbers over 2^(bits - 1) - 1."""
+    blocks = numbers.unflatten(-1, (-1, 64))
+    steps = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 1)
+    return ((blocks / steps).round() * steps).flatten(-2)
+
+
+def update(policy: Any, epochs: int = EPOCHS, lr: float = 1e-4) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 100, (ROWS, 8), generator=generator).tolist()
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, stop_token_ids=(), seed=0)
     rollout = policy.generate(prompts, sampling)
     rewards = torch.rand(rollout.response_mask.shape, generator=generator)
-    ppo = PPO(policy, PPOConfig(epochs=EPOCHS, minibatch_size=ROWS))
+    ppo = PPO(policy, PPOConfig(epochs=epochs, minibatch_size=ROWS, lr=lr))
     return lambda: ppo.update(rollout, rewards)
 
 

@@ -46,6 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = random_bloom(directory + "/bloom", hidden=256, layers=6, heads=8, vocab=2048)
         rollouts(model, options.repeats)
+        early_ends(model, options.repeats)
         for epochs in options.epochs:
             iterations(model, epochs, options.repeats)
 
@@ -94,6 +95,40 @@ def rollouts(model: Path, repeats: int) -> None:
     report(
         f"local rollout, {NEW_TOKENS} new tokens, {THREADS} threads: seconds, medians of {repeats}",
         ["prompts", "generate", "ours", "spread", "ours / generate"],
+        rows,
+    )
+
+
+def early_ends(model: Path, repeats: int) -> None:
+    """Responses that end early against what they should cost: a step of n rows takes a + b n seconds, with a
+    and b from rollouts in which nothing ends.
+    """
+    steps, many, few = 96, 256, 32
+    prompts = [[3, 4, 5, 6, 7, 8, 9, i % 90 + 3] for i in range(many)]
+    never = SamplingConfig(max_new_tokens=steps, stop_token_ids=(), seed=0)
+    often = SamplingConfig(max_new_tokens=steps, stop_token_ids=tuple(range(0, 2048, 16)), seed=0)
+    with load_policy(model, lora=LoraSettings(r=8)) as policy:
+        lengths = policy.generate(prompts, often).response_mask.sum(dim=1)
+        times = in_turn(
+            {
+                f"{few} rows": lambda: policy.generate(prompts[:few], never),
+                f"{many} rows": lambda: policy.generate(prompts, never),
+                "ending": lambda: policy.generate(prompts, often),
+            },
+            repeats,
+        )
+    whole, part = times[f"{many} rows"].median / steps, times[f"{few} rows"].median / steps
+    per_row = (whole - part) / (many - few)
+    live = [int((lengths > step).sum()) for step in range(int(lengths.max()))]
+    expected = sum(part - few * per_row + per_row * rows for rows in live)
+    rows = []
+    for name, seconds in times.items():
+        note = f"{expected:.2f}" if name == "ending" else ""
+        rows.append([name, f"{seconds.median:.2f}", seconds.spread, note])
+    report(
+        f"{many} responses of at most {steps} tokens, {float(lengths.float().mean()):.0f} in the mean where "
+        f"they end; medians of {repeats}",
+        ["rollout", "seconds", "spread", "by arithmetic"],
         rows,
     )
 

@@ -24,6 +24,10 @@ BENCHMARKS = {
     "local_speed": ["--repeats", "3"],
     "swarm_speed": ["--repeats", "5"],
     "wide_area": ["--servers", "2", "4", "--round-trip-ms", "50", "--repeats", "2"],
+    "traffic": [],
+    "codec_speed": ["--repeats", "3"],
+    "scale": ["--repeats", "2"],
+    "gpu": [],
     "bloom_block": [],
     "loading_memory": [],
 }
