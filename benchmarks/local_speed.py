@@ -1,9 +1,11 @@
-"""PPO on this machine beside TRL's GRPO and RLOO, and rollouts beside transformers' own generate.
+"""PPO on this machine beside TRL's GRPO and RLOO and TextRL's loop; rollouts beside transformers' generate.
 
     python benchmarks/local_speed.py [--repeats 5] [--epochs 1 4]
 
-TRL lives in a virtual environment of its own that is made here (benchmarks/.venv-trl) and borrows torch and
-transformers from ours, so that both run on the same ones. Ours has a critic; TRL's objectives have none.
+The others live in virtual environments of their own that are made here (benchmarks/.venv-*). TRL borrows
+torch and transformers from ours, so that both run on the same ones; TextRL 0.2.15 needs transformers of its
+time. Ours has a critic and KL to the ref policy. TRL's objectives have no critic; TextRL trains the LM head,
+without KL.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sysconfig
 import tempfile
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ from textrl_swarm import LoraSettings, PPOConfig, SamplingConfig, load_policy
 from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.models.tiny import random_bloom
 
-TRL = "trl==1.16.0"
+TRL = ["trl==1.16.0"]
+TEXTRL = ["textrl==0.2.15", "transformers==4.46.3", "tokenizers==0.20.3", "huggingface_hub==0.26.5"]
 RESPONSES, NEW_TOKENS, SAMPLES, THREADS = 64, 32, 8, 2
 PROMPT = "write a few words: "
 
@@ -153,6 +157,7 @@ def iterations(model: Path, epochs: int, repeats: int) -> None:
         contenders: dict[str, Callable[[], Any]] = {"ours, PPO": ours}
         for objective in ("GRPO", "RLOO"):
             contenders[f"TRL {objective}"] = stack.enter_context(trl(objective, model, epochs))
+        contenders["TextRL 0.2.15"] = stack.enter_context(textrl(model, epochs))
         times = in_turn(contenders, repeats)
     mine = times["ours, PPO"]
     for name, seconds in times.items():
@@ -169,12 +174,22 @@ def reward(text: str) -> float:
     return text.count("e") / max(1, len(text))
 
 
-@contextlib.contextmanager
-def trl(objective: str, model: Path, epochs: int) -> Iterator[Callable[[], None]]:
-    """A TRL trainer in a process of its own, which makes one iteration per call."""
+def trl(objective: str, model: Path, epochs: int) -> AbstractContextManager[Callable[[], None]]:
+    """A TRL trainer that makes one iteration per call."""
     sizes = [RESPONSES, NEW_TOKENS, SAMPLES, THREADS, epochs]
-    worker = Path(__file__).with_name("trl_worker.py")
-    command = [_trl_python(), worker, objective, model, PROMPT, *map(str, sizes)]
+    return worker("trl", TRL, [objective, model, PROMPT, *sizes])
+
+
+def textrl(model: Path, epochs: int) -> AbstractContextManager[Callable[[], None]]:
+    """TextRL's own loop over as many tokens."""
+    return worker("textrl", TEXTRL, [model, PROMPT, RESPONSES, NEW_TOKENS, SAMPLES, THREADS, epochs])
+
+
+@contextlib.contextmanager
+def worker(name: str, packages: list[str], arguments: list[object]) -> Iterator[Callable[[], None]]:
+    """A trainer in a process and an environment of its own, which makes one iteration per call."""
+    script = Path(__file__).with_name(f"{name}_worker.py")
+    command = [str(part) for part in (_python(name, packages), script, *arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -189,7 +204,7 @@ def trl(objective: str, model: Path, epochs: int) -> Iterator[Callable[[], None]
         for line in process.stdout:
             if line == "done\n":
                 return
-        raise SystemExit(f"TRL ended:\n{process.stderr.read()}")
+        raise SystemExit(f"{script.name} ended:\n{process.stderr.read()}")
 
     try:
         yield iterate
@@ -198,14 +213,14 @@ def trl(objective: str, model: Path, epochs: int) -> Iterator[Callable[[], None]
         process.wait()
 
 
-def _trl_python() -> Path:
-    directory = Path(__file__).with_name(".venv-trl")
+def _python(name: str, packages: list[str]) -> Path:
+    directory = Path(__file__).with_name(f".venv-{name}")
     python = directory / "bin" / "python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(directory), "platbase": str(directory)}))
-    if not (site / "trl").is_dir():
+    if not (site / name).is_dir():
         venv.create(directory, with_pip=True, clear=True)
         (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", TRL], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *packages], check=True)
     return python
 
 

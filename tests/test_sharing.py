@@ -160,6 +160,8 @@ def test_a_long_prompt_is_not_sent_for_every_few_of_its_samples():
     tokens = samples(1, 8, 500, 600)
     assert [len(batch.rows) for batch in cut(8, 600, 2048, shared_prefix(tokens))] == [8]
     assert [len(batch.rows) for batch in cut(8, 600, 1000, shared_prefix(tokens))] == [5, 3]
+    many = samples(1, 40, 500, 501)  # attention sees the prompt once for each
+    assert [len(batch.rows) for batch in cut(40, 501, 2048, shared_prefix(many))] == [16, 16, 8]
 
 
 def distinct(prefixes):
@@ -201,18 +203,19 @@ def test_prompts_travel_once(two_servers, layers):
 
 
 @pytest.mark.swarm
-@pytest.mark.parametrize("raw", [[3, [0, 0]], [2, [0, 9]], "x"])
-def test_a_packing_that_makes_no_sense_is_answered(two_servers, raw):
+@pytest.mark.parametrize(
+    ("raw", "tokens"), [([3, [0, 0]], 4), ([2, [0, 9]], 4), ("x", 4), ([2500, [0] * 4], 2504)]
+)
+def test_a_packing_that_makes_no_sense_is_answered(two_servers, raw, tokens):
     with connect(two_servers, filled=1) as policy:
         calls, span = policy._client._calls, policy._client.spans[0]
         uid = " ".join(policy._client.router.uids[span.start : span.stop])
 
         async def ask():
             stream = await OpenStream.open(calls._stub(span.peer).rpc_requests, 5)
+            hidden = torch.zeros(1, tokens, policy.hidden_size)
             try:
-                await stream.send(
-                    uid, [torch.zeros(1, 4, policy.hidden_size)], {"request": "forward", "packed": raw}
-                )
+                await stream.send(uid, [hidden], {"request": "forward", "packed": raw})
                 return await asyncio.wait_for(stream.receive_all(1000), 10)
             finally:
                 await stream.close()

@@ -84,6 +84,10 @@ class PackedRows:
         """U"""
         return max(self.index) + 1
 
+    def unpacked(self, tokens: int) -> int:
+        """b * S, for n tokens: what attention sees."""
+        return len(self.index) * self.length + tokens - self.prefixes * self.length
+
     def _index(self, device: torch.device) -> Tensor:
         return torch.tensor(self.index, device=device)
 
@@ -150,9 +154,8 @@ def shared_prefix(tokens: Tensor) -> SharedPrefix | None:
     order = np.lexsort(table.T[::-1])
     ordered = table[order]
     differs = ordered[1:] != ordered[:-1]
-    common = np.where(
-        differs.any(axis=1), differs.argmax(axis=1), width
-    )  # columns shared with the row before
+    # Columns that each row has in common with the one before.
+    common = np.where(differs.any(axis=1), differs.argmax(axis=1), width)
     lengths = np.arange(1, width)
     distinct = 1 + (common < lengths[:, None]).sum(axis=1)
     left = distinct * lengths + count * (width - lengths)

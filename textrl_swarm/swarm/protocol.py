@@ -50,6 +50,9 @@ WEIGHTS = "textrl_swarm_weights"
 MICRO_BATCH_TOKENS = 1024  # rows x tokens of one request for forward or backward, at most
 _MIN_MICRO_BATCH_TOKENS = 256  # with fewer, the requests cost more than the blocks
 _MICRO_BATCHES = 8  # of one large forward or backward, so that all servers of a chain work
+MAX_UNPACKED = (
+    4  # of rows that share prefixes, tokens with those prefixes over tokens that a request may have
+)
 BATCH_TOKENS = 2048  # petals' --max_batch_size: rows x tokens of one request for forward or backward
 ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from textrl_swarm.decoders.sharing import PackedRows, SharedPrefix
-from textrl_swarm.swarm.protocol import micro_batch_tokens
+from textrl_swarm.swarm.protocol import MAX_UNPACKED, micro_batch_tokens
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,16 @@ def _groups(rows: int, length: int, max_tokens: int, shared: SharedPrefix) -> It
     """Rows with the same prefix together, as far as they fit."""
     rest = length - shared.length
     most = micro_batch_tokens(len(shared.rows) * shared.length + rows * rest, max_tokens, shared.length)
+    most_rows = max(1, MAX_UNPACKED * max_tokens // length)
     group: list[int] = []
     tokens = 0
     for together in shared.order().split(torch.bincount(shared.index).tolist()):
         more = shared.length
-        if group and tokens + more + len(together) * rest > most:
+        if group and (tokens + more + len(together) * rest > most or len(group) + len(together) > most_rows):
             yield torch.tensor(group)
             group, tokens = [], 0
         for row in together.tolist():
-            if group and tokens + more + rest > most:
+            if group and (tokens + more + rest > most or len(group) == most_rows):
                 yield torch.tensor(group)
                 group, tokens, more = [], 0, shared.length
             group.append(row)

@@ -30,6 +30,7 @@ from textrl_swarm.swarm.protocol import (
     CODEC,
     ENDING,
     INFO_KEY,
+    MAX_UNPACKED,
     WEIGHTS,
     AdapterHeader,
     adapter_rejected,
@@ -327,7 +328,12 @@ def _checked_packed(raw: Any, hidden: Tensor, backends: Sequence[LoraBackend]) -
         return None
     if len(hidden) != 1 or not all(backend.takes_sharing for backend in backends):
         raise ShapeError("these blocks take no rows that share prefixes, or not in this shape")
-    return PackedRows.decode(raw, hidden.shape[1])
+    tokens = hidden.shape[1]
+    packed = PackedRows.decode(raw, tokens)
+    most = MAX_UNPACKED * backends[0].forward_pool.max_batch_size
+    if packed.unpacked(tokens) > most:
+        raise ShapeError(f"rows that share prefixes have {packed.unpacked(tokens)} tokens, more than {most}")
+    return packed
 
 
 async def _run_forward(
