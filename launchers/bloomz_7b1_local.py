@@ -1,10 +1,10 @@
 """PPO of bloomz-7b1 on one GPU: 8-bit weights, LoRA in every block, nothing but this machine.
 
 What it does    asks how much memory there is, takes the best of a list of settings that fits (and says so
-                when that is not bloomz-7b1 in 8 bits with minibatches of 16), and trains through
+                when that is not bloomz-7b1 in 8 bits with 16 responses at once), and trains through
                 `textrl-swarm train`'s own code. The same command continues a run.
-What it needs   bitsandbytes (pip install bitsandbytes) and a CUDA GPU with 16 GB; with 24 GB the minibatches
-                are larger, with 10 GB the weights are 4-bit. Without a GPU a smaller bloomz is trained on the
+What it needs   bitsandbytes (pip install bitsandbytes) and a CUDA GPU with 16 GB; with 24 GB more responses are
+                computed at once, with 10 GB the weights are 4-bit. Without a GPU a smaller bloomz is trained on the
                 CPU. The first start downloads the model (14 GB).
 
     python launchers/bloomz_7b1_local.py                        # sentiment of short opinions
@@ -43,7 +43,7 @@ from textrl_swarm.runs.config import load_config
 from textrl_swarm.runs.estimate import estimate_run
 
 SPARE = 0.9  # share of the free memory that may be planned for: CUDA and fragmentation take the rest
-PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 16, 48, 64
+PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES, MINIBATCH = 16, 48, 64, 16
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,24 @@ class Choice:
     model: str  # directory or hub id
     config: PretrainedConfig  # written out, so that nothing is downloaded before the choice is made
     quantization: str | None
-    minibatch_size: int
+    at_once: int  # responses that are computed together; a minibatch's gradients add up in parts
     device: str  # "cuda" or "cpu"
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        return None if self.at_once >= MINIBATCH else self.at_once * (PROMPT_TOKENS + RESPONSE_TOKENS)
 
     @property
     def memory_bytes(self) -> int:
         return estimate_run(
             self.config, LoraSettings(), quantization=self.quantization, swarm_servers=0,
             responses=RESPONSES, prompt_tokens=PROMPT_TOKENS, response_tokens=RESPONSE_TOKENS,
-            epochs=4, minibatch_size=self.minibatch_size,
+            epochs=4, minibatch_size=MINIBATCH, micro_batch_tokens=self.micro_batch_tokens,
         ).memory_bytes  # fmt: skip
 
     def __str__(self) -> str:
         precision = self.quantization or str(self.config.dtype).removeprefix("torch.")
-        return f"{self.model} ({precision}, minibatches of {self.minibatch_size}, {self.device})"
+        return f"{self.model} ({precision}, {self.at_once} responses at once, {self.device})"
 
 
 def bloomz(
@@ -75,12 +79,12 @@ def bloomz(
     blocks: int,
     heads: int,
     quantization: str | None,
-    minibatch_size: int,
+    at_once: int,
     device: str,
 ) -> Choice:
     dtype = "float16" if device == "cuda" else "float32"
     config = BloomConfig(vocab_size=250880, hidden_size=hidden, n_layer=blocks, n_head=heads, dtype=dtype)
-    return Choice(f"bigscience/bloomz-{size}", config, quantization, minibatch_size, device)
+    return Choice(f"bigscience/bloomz-{size}", config, quantization, at_once, device)
 
 
 CHOICES = [
@@ -151,7 +155,13 @@ def configuration(args: argparse.Namespace, choice: Choice) -> dict:
         "device": choice.device,
         "lora": {"r": 8, "alpha": 16},
         "sampling": {"max_new_tokens": RESPONSE_TOKENS, "num_samples": 4},
-        "ppo": {"lr": 1e-4, "epochs": 4, "minibatch_size": choice.minibatch_size, "kl_coef": 0.05},
+        "ppo": {
+            "lr": 1e-4,
+            "epochs": 4,
+            "kl_coef": 0.05,
+            "minibatch_size": MINIBATCH,
+            "micro_batch_tokens": choice.micro_batch_tokens,
+        },
         "prompts": args.prompts or DEMO_PROMPTS,
         "reward": args.reward or {"model": "lvwerra/distilbert-imdb", "label": "POSITIVE"},
         "train": {

@@ -101,7 +101,7 @@ def test_bloomz_runs_the_same_lines_in_8_bits_on_the_cpu(tmp_path):
         directory=tmp_path,
     )
     check_run(done, tmp_path / "run")
-    assert "8bit, minibatches of 16, cpu) fits" in done.stdout
+    assert "8bit, 16 responses at once, cpu) fits" in done.stdout
     assert "in 8bit on this machine (cpu)" in done.stdout
 
 
@@ -149,7 +149,7 @@ def bloomz() -> dict:
 
 
 @pytest.mark.parametrize(
-    ("free", "model", "quantization", "minibatch_size", "told"),
+    ("free", "model", "quantization", "at_once", "told"),
     [
         ({"cpu": 64 * GB, "cuda": 24 * GB}, "bigscience/bloomz-7b1-mt", "8bit", 16, "fits"),
         (
@@ -170,9 +170,9 @@ def bloomz() -> dict:
         ),
     ],
 )
-def test_the_best_that_fits_is_chosen_and_said(bloomz, free, model, quantization, minibatch_size, told):
+def test_the_best_that_fits_is_chosen_and_said(bloomz, free, model, quantization, at_once, told):
     choice, sentence = bloomz["choose"](bloomz["CHOICES"], free, quantizes=True)
-    assert (choice.model, choice.quantization, choice.minibatch_size) == (model, quantization, minibatch_size)
+    assert (choice.model, choice.quantization, choice.at_once) == (model, quantization, at_once)
     assert told in sentence
 
 
@@ -192,7 +192,7 @@ def test_a_machine_on_which_nothing_fits_is_told_what_is_needed(bloomz):
 def test_no_fallback_stops_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = launch_here(monkeypatch, "bloomz_7b1_local.py", "--no-fallback")
-    assert said.startswith("error: bigscience/bloomz-7b1-mt (8bit, minibatches of 16, cuda) needs about")
+    assert said.startswith("error: bigscience/bloomz-7b1-mt (8bit, 16 responses at once, cuda) needs about")
 
 
 @pytest.mark.parametrize("name", ["bloom_petals.py", "private_swarm.py", "bloomz_7b1_local.py"])

@@ -902,7 +902,7 @@ def test_device_0_is_not_no_device(tmp_path, monkeypatch):
     tiny_model("gpt2").save_pretrained(tmp_path)
     asked = []
     monkeypatch.setattr(
-        "textrl_swarm.policies.local.usable_device",
+        "textrl_swarm.policies.local_loading.usable_device",
         lambda device: asked.append(device) or torch.device("cpu"),
     )
     load_policy(tmp_path, device=0)

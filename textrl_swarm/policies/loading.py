@@ -99,7 +99,7 @@ def load_policy(
                 raise ConfigError(
                     f"{name}={value!r} is for a model in a swarm: give initial_peers too, or leave it out"
                 )
-        from textrl_swarm.policies.local import load_local_policy
+        from textrl_swarm.policies.local_loading import load_local_policy
 
         policy = load_local_policy(
             model,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from textrl_swarm.models.pretrained import find_tokenizer, require_finite
 from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
+from textrl_swarm.policies.codec_loss import CodecLoss, probe
 from textrl_swarm.policies.sessions import DecodingSession, Pending
 from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.protocol import MICRO_BATCH_TOKENS, AdapterLayout, AdapterSnapshot, require_servable
@@ -119,33 +120,6 @@ def load_remote_policy(
         raise
 
 
-class _Probe(NamedTuple):
-    logprobs: Tensor
-    """(B, T, V)"""
-
-    gradient: Tensor
-    """(n,) of the adapter."""
-
-
-@dataclass(frozen=True)
-class CodecLoss:
-    """What a codec changed on random tokens."""
-
-    nats: float
-    """By which the logprob of a token drawn from the model differs, in the mean."""
-
-    cosine: float
-    """Between the adapter's gradients."""
-
-    @staticmethod
-    def between(exact: _Probe, coded: _Probe) -> CodecLoss:
-        """Of the same tokens without and with the codec."""
-        differences = (coded.logprobs - exact.logprobs).abs()
-        nats = float((exact.logprobs.exp() * differences).sum(dim=-1).mean())
-        cosine = torch.nn.functional.cosine_similarity(exact.gradient, coded.gradient, dim=0)
-        return CodecLoss(nats, float(cosine))
-
-
 class RemotePolicy(Policy):
     """A decoder with its blocks in a swarm.
 
@@ -204,9 +178,9 @@ class RemotePolicy(Policy):
                 f"codec={codec.kind}: blocks of {self.base_model} hand on whole numbers beside hidden "
                 "states, which must arrive exactly; leave codec out"
             )
-        exact = self._probe()
+        exact = probe(self)
         self._client.use_codec(codec.kind)
-        loss = CodecLoss.between(exact, self._probe())
+        loss = CodecLoss.between(exact, probe(self))
         if not (loss.nats <= codec.max_nats and loss.cosine >= codec.min_cosine):
             self._client.use_codec(None)
             raise ConfigError(
@@ -216,17 +190,6 @@ class RemotePolicy(Policy):
                 f"{'take fp16, ' if codec.kind == 'int8' else ''}or allow that much"
             )
         self.codec_loss = loss
-
-    def _probe(self) -> _Probe:
-        """What random tokens give."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.vocab_size, (4, 32), generator=generator)
-        parameters = list(self.adapter_parameters().values())
-        with torch.enable_grad():
-            logprobs = self(tokens).logits[:, :-1].float().log_softmax(dim=-1)
-            chosen = logprobs.gather(-1, tokens[:, 1:, None].to(logprobs.device)).mean()
-            gradients = torch.autograd.grad(chosen, parameters)
-        return _Probe(logprobs.detach(), torch.cat([gradient.flatten() for gradient in gradients]))
 
     def _find_unused(self, layers: Mapping[str, str]) -> set[str]:
         """Layers that the servers have found to be without a use; see `never_called`."""
