@@ -3,9 +3,9 @@
 What it does    asks how much memory there is, takes the best of a list of settings that fits (and says so
                 when that is not bloomz-7b1 in 8 bits with 16 responses at once), and trains through
                 `textrl-swarm train`'s own code. The same command continues a run.
-What it needs   bitsandbytes (pip install bitsandbytes) and a CUDA GPU with 16 GB; with 24 GB more responses are
-                computed at once, with 10 GB the weights are 4-bit. Without a GPU a smaller bloomz is trained on the
-                CPU. The first start downloads the model (14 GB).
+What it needs   bitsandbytes (pip install bitsandbytes) and a CUDA GPU with 16 GB; with 24 GB more responses
+                are computed at once, with 10 GB the weights are 4-bit. Without a GPU a smaller bloomz is
+                trained on the CPU. The first start downloads the model (14 GB).
 
     python launchers/bloomz_7b1_local.py                        # sentiment of short opinions
     python launchers/bloomz_7b1_local.py --reward mine.py:score --prompts prompts.txt --output runs/mine
