@@ -282,7 +282,12 @@ def test_bytes_are_those_of_a_real_iteration(
 
 @pytest.mark.swarm
 @pytest.mark.parametrize(
-    ("minibatch_size", "layers", "nearness"), [(64, None, 0), (64, 1, 0), (6, None, 0.1)]
+    ("minibatch_size", "layers", "nearness"),
+    [
+        (64, None, 0),
+        pytest.param(64, 1, 0, marks=pytest.mark.slow),
+        pytest.param(6, None, 0.1, marks=pytest.mark.slow),
+    ],
 )
 def test_bytes_of_prompts_that_travel_once(two_servers, minibatch_size, layers, nearness):
     """Which prompts meet in a smaller minibatch is a matter of chance: within a tenth."""

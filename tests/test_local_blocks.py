@@ -13,7 +13,7 @@ from textrl_swarm.policies.loading import load_policy
 
 # The first blocks' output is not as wide as the embeddings; or blocks hand on more than hidden states.
 RUN_ALL_BLOCKS = {"opt", "glm_moe_dsa"}
-USUAL = {"bloom", "gpt2", "llama", "gemma3_text", "qwen3_next", "opt"}
+USUAL = {"bloom", "gemma3_text", "opt"}
 
 
 def gradients(policy, features):
