@@ -125,6 +125,11 @@ def test_overrides(override, get, expected):
             {"swarm": {"initial_peers": ["a"]}, "gradient_checkpointing": True},
             "servers always compute blocks again in backward",
         ),
+        ({"swarm": {"initial_peers": ["a"], "codec": "8bit"}}, "codec must be fp16 or int8, got '8bit'"),
+        (
+            {"swarm": {"initial_peers": ["a"], "codec": {"kind": "int8", "max_nats": 0}}},
+            "max_nats must be > 0, got 0",
+        ),
         ({"ppo": {"micro_batch_tokens": 0}}, "micro_batch_tokens must be a whole number >= 1 or None, got 0"),
         ({"quantization": "3bit"}, "quantization: input should be '8bit' or '4bit', got \"3bit\""),
         ({"sampling": {"seed": 1}}, "sampling.seed: a run has one seed; set the key `seed` instead"),

@@ -43,13 +43,13 @@ class SwarmConfig:
     timeouts: Timeouts = field(default_factory=Timeouts)
     """How long to wait for the swarm."""
 
-    codec: Codec | Literal["fp16", "int8"] | None = None
+    codec: Codec | str | None = None
     """In how many bits hidden states travel: "fp16", "int8", or a section with `kind` and limits; null = in
     the servers' dtype, which changes nothing."""
 
     def __post_init__(self) -> None:
         if isinstance(self.codec, str):
-            object.__setattr__(self, "codec", Codec(self.codec))
+            object.__setattr__(self, "codec", Codec(self.codec))  # type: ignore[arg-type]  # it checks that
 
 
 @document_fields
