@@ -104,8 +104,6 @@ def through_servers(counts: list[int], directory: Path, repeats: int) -> list[li
             load_policy(model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=one.rank)) as policy,
         ):
             seconds = in_turn({"update": update(policy, one)}, repeats)["update"]
-            traffic = policy.traffic
-            assert traffic is not None, "the policy is in a swarm"
             first_s = first_s or seconds.median
             growth = f"{seconds.median / first_s:.2f}"
             rows.append([f"servers {servers}", f"{seconds.median:.3f}", seconds.spread, growth, "1.00"])

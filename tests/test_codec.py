@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_peft import connect, fill, random_tokens, run
+from plain_peft import fill, random_tokens, run
 
-from textrl_swarm.config import Codec, LoraSettings, PPOConfig, SamplingConfig
+from textrl_swarm.config import CODECS, Codec, LoraSettings, PPOConfig, SamplingConfig
 from textrl_swarm.errors import ConfigError, ShapeError
 from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.policies.loading import load_policy
-from textrl_swarm.swarm.codec import CODECS, decode, encode, encoded_bytes
+from textrl_swarm.swarm.codec import decode, encode, encoded_bytes
 
 ANY = {"max_nats": 100.0, "min_cosine": 0.01}
 SHARE = {"fp16": 132 / 256, "int8": 68 / 256}  # of the bytes of 64 numbers in fp32
@@ -119,18 +119,6 @@ def test_a_codec_that_changes_too_much_is_refused(two_servers):
         load_policy(two_servers.model, **options, codec=Codec("int8", max_nats=1e-6))
     with pytest.raises(ConfigError, match=r"cosine of 0\.9999\d+ between gradients \(min_cosine: 1\); leave"):
         load_policy(two_servers.model, **options, codec=Codec("fp16", min_cosine=1))
-
-
-@pytest.mark.swarm
-def test_servers_that_know_no_codec_are_spoken_to_without(two_servers, monkeypatch):
-    monkeypatch.setattr(
-        "textrl_swarm.swarm.client.rpc.ServerCalls.knows_codecs", lambda self, peer, codecs: None
-    )
-    options = {"initial_peers": two_servers.initial_peers, "lora": LoraSettings(r=4)}
-    with load_policy(two_servers.model, **options, codec="int8") as policy, connect(two_servers) as plain:
-        assert policy.codec_loss.nats == 0
-        tokens = random_tokens(2, 9)
-        assert torch.equal(policy(tokens).logits, plain(tokens).logits)
 
 
 def test_a_model_on_this_machine_sends_nothing(tiny_bloom):

@@ -222,3 +222,18 @@ def test_a_packing_that_makes_no_sense_is_answered(two_servers, raw, tokens):
 
         with pytest.raises(P2PHandlerError, match="share prefixes"):
             run_in_background(ask())
+
+
+@pytest.mark.swarm
+def test_a_server_that_cannot_share_is_not_used_where_others_do(two_servers, monkeypatch):
+    """It would take the packed rows for one long row, or refuse them again and again."""
+    with connect(two_servers) as policy:
+        client, span = policy._client, policy._client.spans[0]
+        uid, original = client.router.uids[span.start], client._calls.info
+
+        async def info(peer, uid):
+            return {**await original(peer, uid), "takes_sharing": False}
+
+        assert run_in_background(client._inspect(span, uid)) is None
+        monkeypatch.setattr(client._calls, "info", info)
+        assert "cannot compute once what rows have in common" in run_in_background(client._inspect(span, uid))

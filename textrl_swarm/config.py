@@ -23,6 +23,7 @@ from textrl_swarm.errors import ConfigError, closest
 Settings = TypeVar("Settings")
 
 QUANTIZATIONS = ("8bit", "4bit")
+CODECS = ("fp16", "int8")  # of hidden states on the wire
 
 
 # --------------------------------------------------------------------------------- documented fields
@@ -338,7 +339,7 @@ class Codec:
     Both limits are measured when a policy is made, on 128 random tokens: one that is exceeded is an error.
     """
 
-    kind: Literal["fp16", "int8"]
+    kind: Literal["fp16", "int8"]  # CODECS
     """Numbers in 16 bits with a scale per token, or in 8 with a scale for each 128 of them. Servers that
     compute in 16 bits send 16 without a codec."""
 
@@ -349,7 +350,7 @@ class Codec:
     """Least cosine between the adapter's gradient with and without."""
 
     def __post_init__(self) -> None:
-        require(self.kind in ("fp16", "int8"), f"codec must be fp16 or int8, got {self.kind!r}")
+        require(self.kind in CODECS, f"codec must be fp16 or int8, got {self.kind!r}")
         _require_numbers(self, "max_nats", "min_cosine")
         require(self.max_nats > 0, f"max_nats must be > 0, got {self.max_nats!r}")
         require(0 < self.min_cosine <= 1, f"min_cosine must be in (0, 1], got {self.min_cosine!r}")

@@ -139,3 +139,14 @@ class RolloutBatch:
     def response_lengths(self) -> Tensor:
         """(B,) int64: number of tokens the policy chose."""
         return self.response_mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class CodecLoss:
+    """What a codec of hidden states changed on random tokens."""
+
+    nats: float
+    """By which the logprob of a token drawn from the model differs, in the mean."""
+
+    cosine: float
+    """Between the adapter's gradients."""

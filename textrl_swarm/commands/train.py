@@ -103,7 +103,7 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
     trainable = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
     model = f"{config.model}{quantized} {where}"
     _print(console, f"{model}; {trainable:,} trainable parameters; {num_prompts} prompts")
-    loss = getattr(policy, "codec_loss", None)
+    loss = policy.codec_loss
     if loss is not None:
         _print(
             console,

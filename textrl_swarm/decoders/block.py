@@ -203,7 +203,6 @@ def sharing_is_exact(block: DecoderBlock) -> bool:
     if planner.boundary.parts:
         return False  # as wide as a row is long
     packed = PackedRows(_PROBE_TOKENS - 4, (0, 1, 0))
-    first = torch.tensor([0, 1])
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn((3, _PROBE_TOKENS, planner.hidden_size), generator=generator)
     rows[2, : packed.length] = rows[0, : packed.length]
@@ -214,7 +213,7 @@ def sharing_is_exact(block: DecoderBlock) -> bool:
             whole = rows.clone().requires_grad_()
             expected = block(whole)
             (gradient,) = torch.autograd.grad(expected, whole, weights)
-            shared = packed.pack(rows, first).requires_grad_()
+            shared = packed.pack(rows).requires_grad_()
             found = block(shared, packed)
             (shared_gradient,) = torch.autograd.grad(found, shared, packed.pack_gradient(weights))
     except Exception:  # transformers' code for it takes no such caches

@@ -38,13 +38,10 @@ class SharedPrefix:
         """(B,) int64: rows such that those with the same prefix are neighbours."""
         return self.index.argsort(stable=True)
 
-    def of(self, rows: Tensor) -> tuple[Tensor, PackedRows]:
-        """For some rows: which of them the distinct prefixes are taken from, and how they are packed."""
+    def packed(self, rows: Tensor) -> PackedRows:
+        """How some of the rows are packed."""
         _, index = self.index[rows].unique(return_inverse=True)
-        places = torch.arange(len(rows)).flip(0)
-        first = torch.empty(int(index.max()) + 1, dtype=torch.int64)
-        first[index.flip(0)] = places
-        return first, PackedRows(self.length, tuple(index.tolist()))
+        return PackedRows(self.length, tuple(index.tolist()))
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,14 @@ class PackedRows:
     def _index(self, device: torch.device) -> Tensor:
         return torch.tensor(self.index, device=device)
 
-    def pack(self, rows: Tensor, first: Tensor) -> Tensor:
-        """(1, n, W) for (b, S, W); `first` (U,) names a row for each prefix."""
-        return self.join(rows[first, : self.length], rows[:, self.length :])
+    @property
+    def _first(self) -> list[int]:
+        """(U,) the first row of each prefix."""
+        return [self.index.index(prefix) for prefix in range(self.prefixes)]
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """(1, n, W) for (b, S, W)."""
+        return self.join(rows[self._first, : self.length], rows[:, self.length :])
 
     def pack_gradient(self, grad: Tensor) -> Tensor:
         """(1, n, W) gradient of what `unpack` took, for (b, S, W) of what it gave."""
@@ -107,11 +109,11 @@ class PackedRows:
         prefixes, rest = self.split(packed)
         return torch.cat([prefixes.index_select(0, self._index(packed.device)), rest], dim=1)
 
-    def unpack_gradient(self, packed: Tensor, first: Tensor) -> Tensor:
-        """(b, S, W) gradient of what `pack` took, for (1, n, W) of what it gave."""
+    def unpack_gradient(self, packed: Tensor) -> Tensor:
+        """(b, S, W) gradient of what `pack` took, for (1, n, W) of what it gave (in a prefix's first row)."""
         prefixes, rest = self.split(packed)
-        grad = torch.zeros(len(self.index), self.length, packed.shape[-1], dtype=packed.dtype)
-        grad[first] = prefixes
+        grad = packed.new_zeros(len(self.index), self.length, packed.shape[-1])
+        grad[self._first] = prefixes
         return torch.cat([grad, rest], dim=1)
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:

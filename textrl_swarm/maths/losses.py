@@ -172,12 +172,11 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         log_probs, tokens, *entropies = ctx.saved_tensors
         grad_logits = log_probs.exp()
-        if grad_entropy is None:
-            grad_logits *= -(torch.zeros(()) if grad is None else grad[:, None])
-        else:
+        factor: Tensor | float = 0.0 if grad is None else -grad[:, None]
+        if grad_entropy is not None:
             finite = log_probs.clamp(min=torch.finfo(torch.float32).min)
-            of_chosen = 0.0 if grad is None else grad[:, None]
-            grad_logits *= -of_chosen - (finite + entropies[0][:, None]) * grad_entropy[:, None]
+            factor = factor - (finite + entropies[0][:, None]) * grad_entropy[:, None]
+        grad_logits *= factor
         if grad is not None:
             grad_logits.scatter_add_(-1, tokens[:, None], grad[:, None])
         if ctx.temperature != 1:

@@ -22,7 +22,7 @@ from textrl_swarm.models.texts import stop_ids
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.generation import PromptLike, generate
 from textrl_swarm.policies.sessions import DecodingSession
-from textrl_swarm.types import PolicyOutput, RolloutBatch
+from textrl_swarm.types import CodecLoss, PolicyOutput, RolloutBatch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -88,6 +88,9 @@ class Policy(ABC):
 
     traffic: Traffic | None = None
     """Bytes that went through the swarm; None for a local policy."""
+
+    codec_loss: CodecLoss | None = None
+    """What a codec of hidden states changes; None = there is none."""
 
     num_servers: int = 0
 

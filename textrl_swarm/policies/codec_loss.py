@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from textrl_swarm.policies.base import Policy
+from textrl_swarm.types import CodecLoss
 
 
 class Probe(NamedTuple):
@@ -21,23 +21,12 @@ class Probe(NamedTuple):
     """(n,) of the adapter."""
 
 
-@dataclass(frozen=True)
-class CodecLoss:
-    """What a codec changed on random tokens."""
-
-    nats: float
-    """By which the logprob of a token drawn from the model differs, in the mean."""
-
-    cosine: float
-    """Between the adapter's gradients."""
-
-    @staticmethod
-    def between(exact: Probe, coded: Probe) -> CodecLoss:
-        """Of the same tokens without and with the codec."""
-        differences = (coded.logprobs - exact.logprobs).abs()
-        nats = float((exact.logprobs.exp() * differences).sum(dim=-1).mean())
-        cosine = torch.nn.functional.cosine_similarity(exact.gradient, coded.gradient, dim=0)
-        return CodecLoss(nats, float(cosine))
+def compared(exact: Probe, coded: Probe) -> CodecLoss:
+    """Of the same tokens without and with the codec."""
+    differences = (coded.logprobs - exact.logprobs).abs()
+    nats = float((exact.logprobs.exp() * differences).sum(dim=-1).mean())
+    cosine = torch.nn.functional.cosine_similarity(exact.gradient, coded.gradient, dim=0)
+    return CodecLoss(nats, float(cosine))
 
 
 def probe(policy: Policy) -> Probe:

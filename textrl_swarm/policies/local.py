@@ -201,8 +201,8 @@ class LocalPolicy(Policy):
         """
         rows = torch.cat([tokens, tokens.flip(1)])[[0, 1, 0]]
         rows[2, -1] = tokens[0, 0]
-        prefix = SharedPrefix(2, rows=torch.tensor([0, 1]), index=torch.tensor([0, 1, 0]))
-        prefix = SharedPrefix(2, prefix.rows.to(self.device), prefix.index.to(self.device))
+        distinct, index = (torch.tensor(places, device=self.device) for places in ([0, 1], [0, 1, 0]))
+        prefix = SharedPrefix(2, distinct, index)
         parameters = list(self._parameters.values())
         found = []
         try:

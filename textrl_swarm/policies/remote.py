@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from textrl_swarm.config import Codec, LoraSettings, Timeouts
 from textrl_swarm.decoders.chunks import Step
-from textrl_swarm.decoders.sharing import shared_prefix
+from textrl_swarm.decoders.sharing import SharedPrefix, shared_prefix
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.models.adapters import (
@@ -34,7 +34,7 @@ from textrl_swarm.models.pretrained import find_tokenizer, require_finite
 from textrl_swarm.models.texts import generation_config
 from textrl_swarm.models.value_head import ValueHead
 from textrl_swarm.policies.base import Policy
-from textrl_swarm.policies.codec_loss import CodecLoss, probe
+from textrl_swarm.policies.codec_loss import compared, probe
 from textrl_swarm.policies.sessions import DecodingSession, Pending
 from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.protocol import MICRO_BATCH_TOKENS, AdapterLayout, AdapterSnapshot, require_servable
@@ -165,7 +165,6 @@ class RemotePolicy(Policy):
         self._parameters = self._initial_parameters(seed)
         self.value_head = ValueHead(self.hidden_size, seed=seed).to(self.device)
         self._snapshot: AdapterSnapshot | None = None
-        self.codec_loss: CodecLoss | None = None
 
     def use_codec(self, codec: Codec) -> None:
         """From now on hidden states travel in fewer bits; `codec_loss` says what that costs.
@@ -180,7 +179,7 @@ class RemotePolicy(Policy):
             )
         exact = probe(self)
         self._client.use_codec(codec.kind)
-        loss = CodecLoss.between(exact, probe(self))
+        loss = compared(exact, probe(self))
         if not (loss.nats <= codec.max_nats and loss.cosine >= codec.min_cosine):
             self._client.use_codec(None)
             raise ConfigError(
@@ -228,18 +227,17 @@ class RemotePolicy(Policy):
     def features(self, tokens: Tensor) -> Tensor:
         """See Policy."""
         keeps = self._first > 0 and self.keeps_features(tokens, self._parts.skeleton.dtype)
-        return self._below(tokens) if keeps else tokens
+        return self._below(tokens, shared_prefix(tokens)) if keeps else tokens
 
-    def _below(self, tokens: Tensor) -> Tensor:
+    def _below(self, tokens: Tensor, shared: SharedPrefix | None) -> Tensor:
         with torch.no_grad():
-            shared = shared_prefix(tokens) if self._first > 0 else None
             return self._client.blocks(self._parts.embed(tokens), 0, self._first, shared=shared)
 
     def hidden_states(self, features: Tensor) -> Tensor:
         """See Policy."""
         shared = shared_prefix(features)
         if not features.is_floating_point():
-            features = self._below(features)
+            features = self._below(features, shared)
         if not self._adapter_on:
             hidden = self._client.blocks(features, self._first, self._num_blocks, shared=shared)
         else:

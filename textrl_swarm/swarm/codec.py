@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textrl_swarm.config import CODECS
 from textrl_swarm.errors import ShapeError
-
-CODECS = ("fp16", "int8")
 
 _BLOCK = 128  # numbers that share a scale in int8
 _SCALE_BYTES = 4

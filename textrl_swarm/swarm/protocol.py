@@ -33,9 +33,10 @@ from textrl_swarm.models.quantization import saved_quantization
 # ----------------------------------------------------------------------------------- names and sizes
 
 # Announced among a server's adapters, so that routing can tell who can train, and how. v1 had one layout for
-# all blocks; v2 generated through petals' rpc_inference, with rows of equal length.
+# all blocks; v2 generated through petals' rpc_inference, with rows of equal length; v3 had neither codecs nor
+# rows that share prefixes.
 CAPABILITY_PREFIX = "textrl-swarm/lora-v"
-CAPABILITY = f"{CAPABILITY_PREFIX}3"
+CAPABILITY = f"{CAPABILITY_PREFIX}4"
 INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients ignore it
 # Metadata key of a request: tell how the answer ended. Of an answer's last message: "" = complete, else the
 # error.

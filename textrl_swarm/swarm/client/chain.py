@@ -68,7 +68,7 @@ class ChainLimits:
             cache_tokens=min(self.cache_tokens, info["cache_tokens"]),
             cache_row_tokens=max(self.cache_row_tokens, info["cache_row_tokens"]),
             takes_padding=self.takes_padding and info["takes_padding"],
-            takes_sharing=self.takes_sharing and info.get("takes_sharing", False),
+            takes_sharing=self.takes_sharing and info["takes_sharing"],
         )
 
 

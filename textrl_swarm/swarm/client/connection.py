@@ -154,9 +154,10 @@ class SwarmClient:
         self.chain = BlockChain(self.router, self._calls)
         self.linears: dict[int, dict[str, LayerSizes]] = {}
         """Block index -> path of a layer inside it -> sizes, as servers have it."""
+        self.spans: list[Span] = []
         route = self.router.route(0, fingerprint.num_blocks, timeout_s=timeouts.discovery_s)
         try:
-            self.spans: list[Span] = run_in_background(route)
+            self.spans = run_in_background(route)
         except BaseException:
             self.close()
             raise
@@ -181,10 +182,14 @@ class SwarmClient:
                 f"server {short_id(span.peer)} does not say which weights it holds; start it anew, with the "
                 "textrl-swarm of this client"
             )
+        if self.spans and self.chain.limits.takes_sharing and not info["takes_sharing"]:
+            return (
+                f"server {short_id(span.peer)} cannot compute once what rows have in common, as this client "
+                "asks; continue the run from its last checkpoint to do without"
+            )
         misfit = self._other_weights(span, weights)
         if misfit is not None:
             return misfit
-        self._calls.knows_codecs(span.peer, info.get("codecs", ()))
         self._calls.expect(span.peer, {self.router.uids[block]: held for block, held in weights.items()})
         self._tell_mixture(span, weights)
         self.chain.limits = self.chain.limits.within(info)
@@ -226,7 +231,7 @@ class SwarmClient:
             )
 
     def use_codec(self, codec: str | None) -> None:
-        """From now on hidden states travel so, to and from the servers that know this codec."""
+        """From now on hidden states travel so, in both directions."""
         self._calls.codec = codec
 
     def blocks(

@@ -25,13 +25,10 @@ class MicroBatch:
     packed: PackedRows | None = None
     """How they lie in what travels, where they share prefixes."""
 
-    first: Tensor | None = None
-    """(U,) which of these rows each prefix is taken from."""
-
     def inputs(self, whole: Tensor) -> Tensor:
         """What travels of (B, S, W) inputs."""
         own = whole[self.rows]
-        return own if self.packed is None or self.first is None else self.packed.pack(own, self.first)
+        return own if self.packed is None else self.packed.pack(own)
 
     def grad_outputs(self, whole: Tensor) -> Tensor:
         """What travels of the gradient (B, S, W) of outputs."""
@@ -43,10 +40,8 @@ class MicroBatch:
         return found if self.packed is None else self.packed.unpack(found)
 
     def grad_inputs(self, found: Tensor) -> Tensor:
-        """(b, S, W) of what came back; that of a prefix stands in one of its rows."""
-        if self.packed is None or self.first is None:
-            return found
-        return self.packed.unpack_gradient(found, self.first)
+        """(b, S, W) of what came back."""
+        return found if self.packed is None else self.packed.unpack_gradient(found)
 
 
 def cut(rows: int, length: int, max_tokens: int, shared: SharedPrefix | None) -> list[MicroBatch]:
@@ -60,11 +55,7 @@ def cut(rows: int, length: int, max_tokens: int, shared: SharedPrefix | None) ->
     if shared is None:
         most = micro_batch_tokens(rows * length, max_tokens) // length
         return [MicroBatch(part) for part in torch.arange(rows).split(max(1, most))]
-    batches = []
-    for part in _groups(rows, length, max_tokens, shared):
-        first, packed = shared.of(part)
-        batches.append(MicroBatch(part, packed, first))
-    return batches
+    return [MicroBatch(part, shared.packed(part)) for part in _groups(rows, length, max_tokens, shared)]
 
 
 def _groups(rows: int, length: int, max_tokens: int, shared: SharedPrefix) -> Iterator[Tensor]:

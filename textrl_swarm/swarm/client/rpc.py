@@ -6,7 +6,7 @@ Runs inside hivemind's event loop thread. Knows nothing about routes, retries or
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,8 +80,7 @@ class ServerCalls:
         self.traffic = traffic
         self._weights: dict[PeerID, Mapping[str, ServedWeights]] = {}
         self._streams = StreamPool()
-        self.codec: str | None = None  # of hidden states, see swarm/codec.py; for servers that know it
-        self._codecs: dict[PeerID, Collection[str]] = {}
+        self.codec: str | None = None  # of hidden states, see swarm/codec.py
 
     async def close(self) -> None:
         """Ends the streams that are kept open; never raises."""
@@ -92,13 +91,6 @@ class ServerCalls:
         that holds others refuses them.
         """
         self._weights[peer] = dict(weights)
-
-    def knows_codecs(self, peer: PeerID, codecs: Collection[str]) -> None:
-        """Notes which codecs this server has told."""
-        self._codecs[peer] = codecs
-
-    def _codec(self, peer: PeerID) -> str | None:
-        return self.codec if self.codec in self._codecs.get(peer, ()) else None
 
     def _naming_weights(self, peer: PeerID, uids: Sequence[str]) -> dict[str, str]:
         known = self._weights.get(peer)
@@ -192,7 +184,7 @@ class ServerCalls:
             was_idle = stream is not None
             if stream is None:
                 stream = await OpenStream.open(self._stub(peer).rpc_requests, self.timeouts.connect_s)
-            stream.codec = self._codec(peer)
+            stream.codec = self.codec
             before = stream.received
             try:
                 sent = await stream.send(" ".join(uids), tensors, packed)
@@ -219,7 +211,7 @@ class ServerCalls:
         """A stream that keeps the caches of one batch on the server: so many rows, and tokens in each."""
         try:
             stream = await OpenStream.open(self._stub(peer).rpc_generate, self.timeouts.connect_s)
-            stream.codec = self._codec(peer)
+            stream.codec = self.codec
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_generate") from error
         opening = {

@@ -25,7 +25,6 @@ from torch import Tensor
 from textrl_swarm.decoders.caches import cache_bytes
 from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import ServerMismatch, ShapeError
-from textrl_swarm.swarm.codec import CODECS
 from textrl_swarm.swarm.protocol import (
     CODEC,
     ENDING,
@@ -251,7 +250,6 @@ class LoraHandler(TransformerConnectionHandler):
             "max_batch_tokens": backend.forward_pool.max_batch_size,
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
-            "codecs": list(CODECS),
             "takes_padding": all(other.takes_padding for other in backends.values()),
             "takes_sharing": all(other.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
@@ -326,8 +324,10 @@ def _checked_sum(raw: Any) -> tuple[str, int, int] | None:
 def _checked_packed(raw: Any, hidden: Tensor, backends: Sequence[LoraBackend]) -> PackedRows | None:
     if raw is None:
         return None
-    if len(hidden) != 1 or not all(backend.takes_sharing for backend in backends):
-        raise ShapeError("these blocks take no rows that share prefixes, or not in this shape")
+    if not all(backend.takes_sharing for backend in backends):
+        raise ShapeError("these blocks take no rows that share prefixes")
+    if len(hidden) != 1:
+        raise ShapeError(f"rows that share prefixes come packed in one row, not in {len(hidden)}")
     tokens = hidden.shape[1]
     packed = PackedRows.decode(raw, tokens)
     most = MAX_UNPACKED * backends[0].forward_pool.max_batch_size
