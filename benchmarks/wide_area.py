@@ -95,8 +95,9 @@ def rollouts(policy: Policy, servers: int, repeats: int) -> list[list[str]]:
     def prompts(lengths: Sequence[int]) -> list[list[int]]:
         return [torch.randint(3, 100, (length,), generator=generator).tolist() for length in lengths]
 
-    def rollout(batch: list[list[int]], at_once: int) -> Callable[[], object]:
+    def rollout(batch: list[list[int]], at_once: int, hand_over: bool = True) -> Callable[[], object]:
         def run() -> object:
+            policy._client.chain.hand_overs.are_known = hand_over
             policy.sessions_at_once = at_once
             return policy.generate(batch, SAMPLING)
 
@@ -108,8 +109,13 @@ def rollouts(policy: Policy, servers: int, repeats: int) -> list[list[str]]:
     for contenders in (
         {
             f"{ROWS} rows, one group": (rollout(few, 1), ROWS),
+            f"{ROWS} rows, one group, relayed": (rollout(few, 1, hand_over=False), ROWS),
             f"{ROWS} rows, {servers} groups": (rollout(few, servers), ROWS),
             f"{ROWS * servers} rows, {servers} groups": (rollout(many, servers), ROWS * servers),
+            f"{ROWS * servers} rows, {servers} groups, relayed": (
+                rollout(many, servers, hand_over=False),
+                ROWS * servers,
+            ),
         },
         {
             "16 prompts of 34 tokens": (rollout(equal, servers), 16),

@@ -19,7 +19,7 @@ from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.micro_batches import cut, put_together
-from textrl_swarm.swarm.client.streams import OpenStream
+from textrl_swarm.swarm.streams import OpenStream
 
 # Recurrent states of transformers keep no gradients.
 RECURRENT = {"qwen3_next", "qwen3_5_text", "bamba", "mamba2", "mamba", "jamba"}

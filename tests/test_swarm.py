@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,12 @@ from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import ServerFailed
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.client.chain import run_in_background
+from textrl_swarm.swarm.client.hand_over import HandOvers
+from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
 from textrl_swarm.swarm.client.session import GenerationSession
-from textrl_swarm.swarm.client.streams import OpenStream
 from textrl_swarm.swarm.local import LocalSwarm
+from textrl_swarm.swarm.protocol import Receiver
+from textrl_swarm.swarm.streams import OpenStream
 
 pytestmark = pytest.mark.swarm
 
@@ -323,6 +327,81 @@ def test_several_sessions_run_at_the_same_time(two_servers, tmp_path, monkeypatc
     assert max(most) == 2 and not open_now
 
 
+def test_steps_go_from_server_to_server(two_servers, tmp_path, monkeypatch):
+    """The client sends the prompt to both servers, and every later step to the first alone."""
+    sent_to = []
+    original = GenerationStream.send
+
+    async def send(self, hidden, chunk, **options):
+        sent_to.append(self.peer)
+        await original(self, hidden, chunk, **options)
+
+    monkeypatch.setattr(GenerationStream, "send", send)
+    prompts = random_tokens(2, 7).tolist()
+    with connect(two_servers, filled=47) as policy:
+        plain = PlainPeft(policy, tmp_path)
+        assert greedy(policy, prompts, 9) == [plain.greedy(prompt, 9) for prompt in prompts]
+        first, second = (span.peer for span in policy._client.spans)
+    assert (sent_to.count(first), sent_to.count(second)) == (9, 1)
+
+
+@pytest.mark.parametrize("codec", [None, "fp16"])
+def test_a_forward_goes_from_server_to_server(two_servers, codec):
+    tokens = random_tokens(3, 8)
+    with connect(two_servers, filled=47) as policy, torch.no_grad():
+        policy._client.use_codec(codec)
+        policy(tokens)
+        before = policy.traffic.sent["activations"], policy.traffic.received["activations"]
+        policy(tokens)
+        sent = policy.traffic.sent["activations"] - before[0]
+        received = policy.traffic.received["activations"] - before[1]
+    hidden = 3 * 8 * policy.hidden_size * (4 if codec is None else 2)
+    assert (sent, received) == (hidden, 2 * hidden)
+
+
+@pytest.mark.parametrize("stranger", ["session", "peer"])
+def test_what_is_not_handed_over_is_relayed(two_servers, tmp_path, monkeypatch, stranger):
+    """The first server is told to hand over to a session, or a server, that does not exist."""
+    nobody = {"session": "nobody", "peer": "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"}[stranger]
+
+    def misled(*args):
+        return replace(Receiver(*args), **{stranger: nobody})
+
+    prompts = random_tokens(2, 7).tolist()
+    monkeypatch.setattr("textrl_swarm.swarm.client.session._RELAY_AFTER_S", 0.3)
+    with connect(two_servers, filled=47) as policy:
+        chain = policy._client.chain
+        first, second = (span.peer for span in policy._client.spans)
+        plain = PlainPeft(policy, tmp_path)
+        for where in ("session", "passes"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"textrl_swarm.swarm.client.{where}.Receiver", misled)
+                chain.hand_overs = chain._passes._hand_overs = HandOvers()
+                if where == "session":
+                    assert greedy(policy, prompts, 6) == [plain.greedy(prompt, 6) for prompt in prompts]
+                else:
+                    assert_same(run(policy, random_tokens(3, 8)), plain.run(random_tokens(3, 8)))
+            assert not chain.hand_overs.can(first, second)
+    # The servers go on.
+    with connect(two_servers, filled=47) as policy:
+        assert greedy(policy, prompts, 6) == [plain.greedy(prompt, 6) for prompt in prompts]
+
+
+def test_older_servers_are_relayed_between(two_servers, tmp_path, monkeypatch):
+    info = ServerCalls.info
+
+    async def older(self, *args):
+        told = await info(self, *args)
+        del told["takes_hand_over"]
+        return told
+
+    monkeypatch.setattr(ServerCalls, "info", older)
+    with connect(two_servers, filled=47) as policy:
+        assert not policy._client.chain.hand_overs.are_known
+        plain = PlainPeft(policy, tmp_path)
+        assert_same(run(policy, random_tokens(3, 8)), plain.run(random_tokens(3, 8)))
+
+
 def test_streams_stay_open_for_the_next_requests(two_servers, monkeypatch):
     opened = _recorded(monkeypatch, OpenStream, "open", argument=0)
     with connect(two_servers, filled=45) as policy:
@@ -335,7 +414,7 @@ def test_a_stream_that_was_idle_for_long_is_ended(two_servers, monkeypatch):
     closed = _recorded(monkeypatch, OpenStream, "close", argument=0)
     with connect(two_servers, filled=45) as policy:
         run(policy, random_tokens(2, 5))
-        monkeypatch.setattr("textrl_swarm.swarm.client.streams._IDLE_S", -1.0)
+        monkeypatch.setattr("textrl_swarm.swarm.streams._IDLE_S", -1.0)
         run(policy, random_tokens(2, 5))
         assert len(set(closed)) >= 2 and len(policy._client._calls._streams._idle) == 2
 
@@ -355,7 +434,7 @@ def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, c
 @pytest.mark.parametrize(
     ("changes", "tensors", "answer"),
     [
-        ({"request": "steal"}, 1, "requests are push, forward, backward, not 'steal'"),
+        ({"request": "steal"}, 1, "requests are push, forward, backward, hand_over, not 'steal'"),
         ({"request": "backward"}, 1, r"expected 2 tensors of one shape"),
         ({"request": "forward"}, 2, r"expected 1 tensors of one shape"),
         ({"request": "forward"}, 3, "3 tensors, where at most 2 belong"),
@@ -405,7 +484,7 @@ def test_generations_that_make_no_sense_are_answered(two_servers, rows, max_leng
         async def ask():
             stream = await calls.open_generation(span.peer, uids, rows=rows, max_length=max_length, key="")
             try:
-                await stream.send(hidden, chunk, last_only=False)
+                await stream.send(hidden, chunk, step=0, last_only=False)
                 return await stream.receive(hidden, last_only=False)
             finally:
                 await stream.close()

@@ -5,6 +5,7 @@ A run that lost servers must end with the very numbers of the run that lost none
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -40,7 +42,7 @@ from textrl_swarm.errors import (
     ServerMismatch,
 )
 from textrl_swarm.policies.loading import load_policy
-from textrl_swarm.swarm.client.rpc import ServerCalls
+from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
 from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.local import LocalSwarm
 
@@ -139,6 +141,15 @@ def test_a_replica_takes_over_in_the_middle_of_a_generation(replicas, undisturbe
     assert_equal_rollouts(rollout, undisturbed[1])
 
 
+@pytest.fixture(scope="module")
+def undisturbed_halves(replicas):
+    """A rollout in which server 1 hands over to server 2."""
+    only(replicas, 1, 2)
+    with connect(replicas, filled=70) as policy:
+        two_steps(policy, TOKENS)
+        return policy.generate(PROMPTS, SAMPLING)
+
+
 @pytest.mark.parametrize(
     "disturb",
     [
@@ -187,6 +198,59 @@ def replaced(swarm: LocalSwarm, i: int) -> threading.Thread:
     thread = threading.Thread(target=swarm.start, args=(i,))
     thread.start()
     return thread
+
+
+@pytest.mark.parametrize(
+    ("lost", "at"),
+    [
+        pytest.param(1, "before", marks=pytest.mark.slow),  # starts of servers
+        pytest.param(2, "before", marks=pytest.mark.slow),
+        (1, "sent"),
+        (2, "sent"),
+    ],
+)
+def test_a_server_is_lost_while_one_hands_over_to_the_other(
+    replicas, undisturbed_halves, monkeypatch, lost, at
+):
+    only(replicas, 1, 2)
+    original, handed_over, threads = GenerationStream.send, [], []
+
+    async def send(self, *args, receivers=(), **options):
+        handed_over.append(bool(receivers))
+        is_time = sum(handed_over) == 4 and handed_over[-1]
+        if is_time and at == "before":
+            threads.append(replaced(replicas, lost))
+        await original(self, *args, receivers=receivers, **options)
+        if is_time and at == "sent":
+            threads.append(replaced(replicas, lost))
+
+    with connect(replicas, filled=70) as policy:
+        two_steps(policy, TOKENS)
+        monkeypatch.setattr(GenerationStream, "send", send)
+        assert_equal_rollouts(policy.generate(PROMPTS, SAMPLING), undisturbed_halves)
+        assert policy.num_servers == 2
+    (thread,) = threads
+    thread.join()
+
+
+@pytest.mark.parametrize("lost", [1, 2], ids=["who gives", "who takes"])
+def test_a_server_is_lost_in_a_forward_that_is_handed_over(replicas, undisturbed, monkeypatch, lost):
+    only(replicas, 1, 2)
+    original, asked, threads = ServerCalls.forward, [], []
+
+    async def forward(self, *args, handed, **options):
+        asked.append(handed.session is not None or bool(handed.receivers))
+        answer = asyncio.ensure_future(original(self, *args, handed=handed, **options))
+        await asyncio.sleep(0)
+        if asked.count(True) == 2 and not threads:  # both are asked
+            threads.append(replaced(replicas, lost))
+        return await answer
+
+    with connect(replicas, filled=70) as policy:
+        monkeypatch.setattr(ServerCalls, "forward", forward)
+        assert_equal_parameters(two_steps(policy, TOKENS), undisturbed[0])
+    (thread,) = threads
+    thread.join()
 
 
 def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, monkeypatch, caplog):
@@ -282,11 +346,11 @@ def misbehave(monkeypatch, times: int, error: Exception) -> list[str]:
     """The next `times` calls of every kind fail; returns what was called."""
     calls, original = [], ServerCalls._request
 
-    async def request(self, peer, what, *args):
+    async def request(self, peer, what, *args, **options):
         calls.append(what)
         if len(calls) <= times:
             raise error
-        return await original(self, peer, what, *args)
+        return await original(self, peer, what, *args, **options)
 
     monkeypatch.setattr(ServerCalls, "_request", request)
     return calls
@@ -313,7 +377,7 @@ def test_an_error_that_the_server_reports_again_and_again_is_believed(two_server
             "look at that server's log",
         ):
             policy(TOKENS)
-        assert len(calls) == 3
+        assert calls == 6 * ["push"]  # to both servers at once
 
 
 def test_a_server_that_never_keeps_the_adapter_is_not_asked_for_ever(two_servers, monkeypatch):
@@ -329,7 +393,7 @@ def test_a_server_that_never_keeps_the_adapter_is_not_asked_for_ever(two_servers
 
 
 def _raising(error: Exception):
-    async def call(*args):
+    async def call(*args, **options):
         raise error
 
     return call
@@ -338,9 +402,9 @@ def _raising(error: Exception):
 def test_answers_that_are_not_finite_are_not_used(two_servers, monkeypatch):
     original = ServerCalls._request
 
-    async def request(self, peer, what, *args):
-        answer = await original(self, peer, what, *args)
-        return [tensor * float("nan") for tensor in answer]
+    async def request(self, *args, **options):
+        answer = await original(self, *args, **options)
+        return replace(answer, tensors=[tensor * float("nan") for tensor in answer.tensors])
 
     with connect(two_servers, filled=82, timeouts=SHORT) as policy:
         monkeypatch.setattr(ServerCalls, "_request", request)

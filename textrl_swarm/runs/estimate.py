@@ -120,7 +120,7 @@ class RunEstimate:
     """Bytes this machine receives per iteration, likewise."""
 
     round_trips: int
-    """Requests per iteration that must wait for the answer to another."""
+    """Trips to a server and back, per iteration, that must wait for one another."""
 
     @property
     def memory_bytes(self) -> int:
@@ -312,15 +312,19 @@ def _traffic(
 ) -> _Traffic:
     """Bytes sent and received by kind, and round trips that follow one another.
 
-    The client relays every hop. With H hops in all, L of them with blocks below the first adapted one and U
-    with adapted blocks, P prompt tokens of distinct prompts, R response tokens less one per response, n
+    Servers hand hidden states to each other, and every server's output comes back to the client, which sends
+    a rollout's prompts to each server. With H hops in all, L of them with blocks below the first adapted one
+    and U with adapted blocks, P prompt tokens of distinct prompts, R response tokens less one per response, n
     tokens that travel for all responses and their prompts (`_travelling`), m those of a minibatch, and E
     epochs, in units of one hidden state, which takes `hidden` bytes (and m = 0 where minibatches are computed
     in parts):
 
-        sent      P H + R H + n L + (2 n - m) U (policy and ref) + E n (U forward + 2 U backward: inputs and
-        gradients) received  the same, but of P H only each prompt's last token from the last hop, and of
-        backward (U - 1): the first returns none
+        sent      P H + R + n (with L > 0) + (2 n - m) (policy and ref) + E n (1 forward + 2 U backward:
+                  inputs and gradients)
+        received  R H + n L + (2 n - m) U + E n (U + U - 1: the first returns no gradient), and of P H
+                  only each prompt's last token from the last hop
+
+    A pass forward through h servers takes h + 1 trips, one back 2 h.
 
     The adapter is sent once per optimizer step, and the sum of its gradients (fp32) comes back.
     """
@@ -342,24 +346,26 @@ def _traffic(
     trained = responses / at_once * travelling(at_once)
     scored_tokens = travelling(at_once) + 2 * travelling(rest) if parts == 1 else 2 * trained
     adapter = adapter_parameters(sizes, lora) * FP32_BYTES
-    chosen = responses * (response_tokens - 1) * hops
-    passed = travelling(responses) * lower + (scored_tokens + epochs * trained) * upper
+    chosen = responses * (response_tokens - 1)
+    below, above = travelling(responses), scored_tokens + epochs * trained
+    put_in = prompts * prompt_tokens * hops + chosen + (below if lower else 0) + above
+    come_out = chosen * hops + below * lower + above * upper
     sent = {
-        "activations": round(
-            hidden * (prompts * prompt_tokens * hops + chosen + passed + 2 * epochs * trained * upper)
-        ),
+        "activations": round(hidden * (put_in + 2 * epochs * trained * upper)),
         "adapters": epochs * minibatches * adapter,
     }
     received = {
-        "activations": round(hidden * (prompts * (prompt_tokens * (hops - 1) + 1) + chosen + passed)),
+        "activations": round(hidden * (prompts * (prompt_tokens * (hops - 1) + 1) + come_out)),
         "gradients": round(epochs * (hidden * trained * (upper - 1) + minibatches * adapter)),
     }
     sessions = math.ceil(responses * length / ATTENTION_CACHE_TOKENS)
     evaluated = EVALUATION_ROWS if parts == 1 else at_once
-    scoring = lower + upper * math.ceil(scored / evaluated)
+    forward_trips, back_trips = (upper + 1) / 2, upper
+    scoring = (lower + 1) / 2 * bool(lower) + forward_trips * math.ceil(scored / evaluated)
     # A push for each minibatch, forward and backward for each of its parts, in which micro-batches overlap.
-    training = epochs * minibatches * (1 + 2 * parts) * upper
-    return _Traffic(sent, received, sessions * response_tokens * hops + scoring + training)
+    training = epochs * minibatches * (1 + parts * (forward_trips + back_trips))
+    generation = sessions * response_tokens * (hops + 1) / 2
+    return _Traffic(sent, received, math.ceil(generation + scoring + training))
 
 
 def _travelling(rows: float, responses: int, samples: int, prompt_tokens: int, response_tokens: int) -> float:

@@ -45,6 +45,9 @@ ENDING = "textrl_swarm_ending"
 # Metadata key of a request: how its hidden states and those of its answer are encoded; see swarm/codec.py.
 CODEC = "textrl_swarm_codec"
 
+# Metadata key of an answer to a request with `hand_over`: whether the output went to the next server.
+HANDED_OVER = "textrl_swarm_handed_over"
+
 # Metadata key of a request: `weights_key` of the blocks that the client expects to find under the uids.
 WEIGHTS = "textrl_swarm_weights"
 
@@ -54,6 +57,7 @@ _MICRO_BATCHES = 8  # of one large forward or backward, so that all servers of a
 MAX_UNPACKED = (
     4  # of rows that share prefixes, tokens with those prefixes over tokens that a request may have
 )
+_MAX_RECEIVERS = 256  # servers of a chain
 BATCH_TOKENS = 2048  # petals' --max_batch_size: rows x tokens of one request for forward or backward
 ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
@@ -94,6 +98,34 @@ def micro_batch_tokens(tokens: int, max_tokens: int, prefix: int = 0) -> int:
     """
     wanted = max(_MIN_MICRO_BATCH_TOKENS, -(-tokens // _MICRO_BATCHES))
     return min(max_tokens, max(min(MICRO_BATCH_TOKENS, wanted), 4 * prefix))
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """To whom a server hands its output, beside its answer to the client: the server that computes next."""
+
+    peer: str
+    """Its id in base58."""
+
+    uid: str
+    """Of one of the blocks that it holds."""
+
+    session: str
+    """The name that the client gave to the generation, or to the request, that waits for it there."""
+
+    last_only: bool = False
+    """Whether the client wants the last tokens alone from there."""
+
+    @staticmethod
+    def decode_all(raw: Any) -> list[Receiver]:
+        """Reads a stranger's list, the next server first. Raises ShapeError."""
+        try:
+            receivers = [Receiver(str(p), str(u), str(s), bool(last)) for p, u, s, last in raw or ()]
+        except (TypeError, ValueError) as error:
+            raise ShapeError(f"malformed receivers of an output: {error!r}") from error
+        if len(receivers) > _MAX_RECEIVERS:
+            raise ShapeError(f"{len(receivers)} receivers of an output, more than {_MAX_RECEIVERS}")
+        return receivers
 
 
 # -------------------------------------------------------------------------------- errors on the wire

@@ -2,17 +2,14 @@
 fault-tolerant.
 
 Rows are split into micro-batches that travel the chain side by side, within a limit of bytes, so that every
-server works. A request that fails is re-planned from the block where it failed: nothing that was
-computed before is lost, and since servers hold no state but content-addressed adapters, a retry gives the
-same numbers. Gradients are added in row order whatever the order of arrival. Knows nothing about embeddings,
-heads or losses.
+server works. Gradients are added in row order whatever the order of arrival. Knows nothing about embeddings,
+heads or losses; how one micro-batch travels, and what happens when a server is lost, is in passes.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections import defaultdict
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,16 +17,17 @@ from typing import Any, TypeVar
 
 import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
-from hivemind.p2p import PeerID
 from torch import Tensor
 
-from textrl_swarm.decoders.sharing import PackedRows, SharedPrefix
-from textrl_swarm.errors import AdapterMissing, PromptError, RemoteFailure, ServerFailed
+from textrl_swarm.decoders.sharing import SharedPrefix
+from textrl_swarm.errors import PromptError, RemoteFailure
 from textrl_swarm.models.blocks import blocks_text
-from textrl_swarm.swarm.client.attempts import Attempts
 from textrl_swarm.swarm.client.backward import MicroBatchBackward, Trail
+from textrl_swarm.swarm.client.hand_over import HandOvers
 from textrl_swarm.swarm.client.micro_batches import MicroBatch, cut, put_together
-from textrl_swarm.swarm.client.routing import Router, Span
+from textrl_swarm.swarm.client.passes import Passes
+from textrl_swarm.swarm.client.pushed import PushedAdapters
+from textrl_swarm.swarm.client.routing import Router
 from textrl_swarm.swarm.client.rpc import ServerCalls
 from textrl_swarm.swarm.protocol import AdapterSnapshot
 
@@ -83,9 +81,10 @@ class BlockChain:
         self.router = router
         self.calls = calls
         self.limits = ChainLimits()
+        self.pushed = PushedAdapters(router, calls)
+        self.hand_overs = HandOvers()
         self.max_bytes_in_flight = max_bytes_in_flight
-        self._pushed: set[tuple[PeerID, str, int]] = set()  # (peer, adapter key, block)
-        self._push_locks: defaultdict[PeerID, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._passes = Passes(router, calls, self.pushed, self.hand_overs)
 
     def __call__(
         self,
@@ -136,7 +135,7 @@ class BlockChain:
         parts = [batch.inputs(whole) for batch in batches]
         jobs = []
         for part, batch in zip(parts, batches, strict=True):
-            jobs.append(self.through(part, start, stop, adapter, batch.packed))
+            jobs.append(self._passes.forward(part, start, stop, adapter, batch.packed))
         results = self._run_all(jobs, max(part.nbytes for part in parts))
         found = [batch.outputs(output) for batch, (output, _) in zip(batches, results, strict=True)]
         outputs = put_together(batches, found)
@@ -189,7 +188,7 @@ class BlockChain:
         jobs = []
         for index, task in enumerate(tasks):
             summed = (name, index, len(tasks)) if is_summed else None
-            jobs.append(self._back_through(task, adapter, need_input_grad, summed))
+            jobs.append(self._passes.backward(task, adapter, need_input_grad, summed))
         largest = max(piece.inputs.nbytes for task in tasks for piece in task.left)
         results = self._run_all(jobs, largest)
         for _, flats in results:  # in row order: the sum is the same however the answers raced
@@ -214,103 +213,6 @@ class BlockChain:
                     task.cancel()
 
         return run_in_background(run())
-
-    async def through(
-        self,
-        hidden: Tensor,
-        start: int,
-        stop: int,
-        adapter: AdapterSnapshot | None,
-        packed: PackedRows | None = None,
-    ) -> tuple[Tensor, Trail]:
-        """Runs one micro-batch (b, S, H) through blocks start..stop; also returns which server got which
-        input.
-        """
-        attempts = Attempts(
-            f"forward through {blocks_text(range(start, stop))}", self.calls.timeouts.recovery_s
-        )
-        trail: Trail = []
-        block = start
-        while block < stop:
-            span = (await self.router.route(block, stop, timeout_s=attempts.left_s))[0]
-            sent = hidden.to(span.dtype)
-            try:
-                key = await self.ensure_pushed(span, adapter)
-                hidden = await self.calls.forward(span.peer, self._uids(span), sent, key, packed)
-            except AdapterMissing:
-                self.forget(span, adapter)
-                attempts.lost_adapter()
-                continue
-            except ServerFailed as error:
-                self.router.report_failure(span.peer, error)
-                await attempts.pause(error)
-                continue
-            self.router.report_success(span.peer)
-            trail.append((span, sent))
-            block = span.stop
-        return hidden, trail
-
-    async def _back_through(
-        self,
-        task: MicroBatchBackward,
-        adapter: AdapterSnapshot,
-        need_input_grad: bool,
-        summed: tuple[str, int, int] | None,
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        attempts = Attempts("backward", self.calls.timeouts.recovery_s)
-        flats: dict[int, Tensor] = {}
-        grad_input: Tensor | None = None
-        while task.left:
-            piece = task.left[-1]
-            span = piece.span
-            assert piece.grad is not None, "pieces are finished from the last to the first"
-            needed = task.needs_input_grad(need_input_grad)
-            try:
-                key = await self.ensure_pushed(span, adapter)
-                grad = piece.grad.to(span.dtype)
-                grad_input, span_flats = await self.calls.backward(
-                    span.peer, self._uids(span), piece.inputs, grad, key, needed, summed, task.packed
-                )
-            except AdapterMissing:
-                self.forget(span, adapter)
-                attempts.lost_adapter()
-                continue
-            except ServerFailed as error:
-                self.router.report_failure(span.peer, error)
-                await attempts.pause(error)
-                # Other servers take over, however many that takes: their inputs come from running the span
-                # again.
-                _, trail = await self.through(piece.inputs, span.start, span.stop, adapter, task.packed)
-                task.replace_last(trail)
-                continue
-            self.router.report_success(span.peer)
-            task.finish_last(grad_input)
-            flats.update(zip(range(span.start, span.stop), span_flats, strict=True))
-        return (grad_input if need_input_grad else None), flats
-
-    def _uids(self, span: Span) -> list[str]:
-        return self.router.uids[span.start : span.stop]
-
-    async def ensure_pushed(self, span: Span, adapter: AdapterSnapshot | None) -> str:
-        """Makes sure that the server holds the adapter for these blocks; returns the key to name in requests
-        ("" = none).
-        """
-        blocks = [] if adapter is None else adapter.blocks_within(range(span.start, span.stop))
-        if adapter is None or not blocks:
-            return ""
-        async with self._push_locks[span.peer]:
-            needed = [block for block in blocks if (span.peer, adapter.key, block) not in self._pushed]
-            if needed:
-                await self.calls.push(
-                    span.peer, [self.router.uids[block] for block in needed], needed, adapter
-                )
-                self._pushed.update((span.peer, adapter.key, block) for block in needed)
-        return adapter.key
-
-    def forget(self, span: Span, adapter: AdapterSnapshot | None) -> None:
-        """Notes that the server no longer holds this adapter: it evicted the adapter, or was restarted."""
-        if adapter is not None:
-            self._pushed -= {(span.peer, adapter.key, block) for block in range(span.start, span.stop)}
 
 
 class _RemoteBlocks(torch.autograd.Function):

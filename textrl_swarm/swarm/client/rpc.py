@@ -6,7 +6,9 @@ Runs inside hivemind's event loop thread. Knows nothing about routes, retries or
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -21,15 +23,17 @@ from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed, ShapeError
-from textrl_swarm.swarm.client.streams import OpenStream, StreamPool
 from textrl_swarm.swarm.protocol import (
+    HANDED_OVER,
     INFO_KEY,
     WEIGHTS,
     AdapterSnapshot,
+    Receiver,
     ServedWeights,
     error_from_wire,
     weights_key,
 )
+from textrl_swarm.swarm.streams import Answer, OpenStream, StreamPool
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
@@ -49,8 +53,20 @@ _FOREIGN = (
     ValueError,
     RuntimeError,  # torch's, when a part of a tensor is missing
 )
-# Those of them that say nothing but that a connection is gone.
-_BROKEN = (P2PDaemonError, OSError, EOFError, asyncio.IncompleteReadError)
+
+
+@dataclass(frozen=True)
+class HandedForward:
+    """Which way a forward's inputs and outputs take beside the client."""
+
+    session: str | None = None
+    """The name under which another server hands over the inputs; None = the client sends them."""
+
+    receivers: Sequence[Receiver] = ()
+    """The server that needs the outputs next; () = only the client."""
+
+    servers: int = 1
+    """Those that compute before the answer can come, this one among them."""
 
 
 def short_id(peer: PeerID) -> str:
@@ -117,20 +133,36 @@ class ServerCalls:
         await self._request(peer, "push", uids, flats, metadata, 0, ("adapters", "adapters"))
 
     async def forward(
-        self, peer: PeerID, uids: Sequence[str], hidden: Tensor, key: str, packed: PackedRows | None = None
-    ) -> Tensor:
-        """Output (B, S, H) of a chain of blocks.
+        self,
+        peer: PeerID,
+        uids: Sequence[str],
+        hidden: Tensor,
+        key: str,
+        packed: PackedRows | None = None,
+        *,
+        handed: HandedForward | None = None,
+    ) -> tuple[Tensor, bool]:
+        """Output (B, S, H) of a chain of blocks, and whether it went to the next server too.
 
         Args:
             key: of the adapter; "" = none.
             packed: how rows lie in `hidden` and in the output.
+            handed: what comes from the server before or goes to the one after; where it comes from there,
+                `hidden` only tells its shape.
         """
-        metadata = {"active_adapter": key, **_packing(packed)}
+        handed = handed or HandedForward()
+        metadata = {"active_adapter": key, **_packing(packed), **_handing_over(handed.receivers)}
+        tensors = [hidden]
+        if handed.session is not None:
+            metadata["session"] = handed.session
+            tensors = []
         most = _MAX_GROWTH * (hidden.numel() + 1024)
         kinds = "activations", "activations"
-        answer = await self._request(peer, "forward", uids, [hidden], metadata, most, kinds)
-        (outputs,) = _complete(answer, 1, peer)
-        return _checked(outputs, hidden, peer, self.boundary)
+        answer = await self._request(
+            peer, "forward", uids, tensors, metadata, most, kinds, servers=handed.servers
+        )
+        (outputs,) = _complete(answer.tensors, 1, peer)
+        return _checked(outputs, hidden, peer, self.boundary), bool(answer.told.get(HANDED_OVER))
 
     async def backward(
         self,
@@ -155,7 +187,7 @@ class ServerCalls:
         }  # fmt: skip
         kinds = "activations", "gradients"
         answer = await self._request(peer, "backward", uids, [hidden, grad], metadata, _ANY, kinds)
-        grad_input, *flats = _complete(answer, 1 + len(uids), peer)
+        grad_input, *flats = _complete(answer.tensors, 1 + len(uids), peer)
         if not all(torch.isfinite(flat).all() for flat in flats):
             raise ServerFailed(f"server {short_id(peer)} returned gradients that are not finite")
         return (_checked(grad_input, hidden, peer) if need_input_grad else None), flats
@@ -169,40 +201,28 @@ class ServerCalls:
         metadata: Mapping[str, Any],
         max_numbers: int,
         kinds: tuple[str, str],
-    ) -> list[Tensor]:
-        """The tensors of the answer to a request.
+        servers: int = 1,
+    ) -> Answer:
+        """The answer to a request.
 
         Args:
             what: a kind of request that LoraHandler.rpc_requests knows.
             max_numbers: of a tensor of the answer.
             kinds: of traffic, there and back.
+            servers: that compute, one after the other, until the answer can come.
         """
         packed = {"request": what, **metadata, **self._naming_weights(peer, uids)}
-
-        async def call() -> tuple[list[Tensor], int, int]:
-            stream = self._streams.take(peer)
-            was_idle = stream is not None
-            if stream is None:
-                stream = await OpenStream.open(self._stub(peer).rpc_requests, self.timeouts.connect_s)
-            stream.codec = self.codec
-            before = stream.received
-            try:
-                sent = await stream.send(" ".join(uids), tensors, packed)
-                answer = await stream.receive_all(max_numbers)
-            except BaseException as error:
-                self._streams.discard(stream)
-                if was_idle and isinstance(error, _BROKEN):  # as an idle one may be
-                    return await call()
-                raise
-            self._streams.give_back(peer, stream)
-            return answer, sent, stream.received - before
-
+        method = self._stub(peer).rpc_requests
+        call = self._streams.call(
+            peer, method, " ".join(uids), tensors, packed,
+            connect_s=self.timeouts.connect_s, codec=self.codec, max_numbers=max_numbers,
+        )  # fmt: skip
         try:
-            answer, sent, received = await asyncio.wait_for(call(), self.timeouts.request_s)
+            answer = await asyncio.wait_for(call, servers * self.timeouts.request_s)
         except (*_FOREIGN, ShapeError) as error:
             raise _translated(error, peer, what) from error
-        self.traffic.sent[kinds[0]] += sent
-        self.traffic.received[kinds[1]] += received
+        self.traffic.sent[kinds[0]] += answer.sent
+        self.traffic.received[kinds[1]] += answer.received
         return answer
 
     async def open_generation(
@@ -225,40 +245,65 @@ class ServerCalls:
 
 
 class GenerationStream:
-    """One batch's open generation on one server; made by ServerCalls.open_generation."""
+    """One batch's open generation on one server; made by ServerCalls.open_generation.
+
+    Attributes:
+        session: its name for servers that hand over to it.
+    """
 
     def __init__(
         self, calls: ServerCalls, peer: PeerID, uid: str, stream: OpenStream, opening: Mapping[str, Any]
     ):
         self._calls = calls
-        self._peer = peer
+        self.peer = peer
         self._uid = uid
         self._stream = stream
-        self._opening = opening
+        self.session = uuid.uuid4().hex
+        self._opening = {**opening, "session": self.session}
 
-    async def send(self, hidden: Tensor, chunk: Chunk, *, last_only: bool) -> None:
-        """The tokens (b, k, H) of a chunk. Several may be on their way; they are answered in order."""
-        metadata = {**self._opening, "chunk": chunk.encode(), "last_only": last_only}
+    async def send(
+        self, hidden: Tensor, chunk: Chunk, *, step: int, last_only: bool, receivers: Sequence[Receiver] = ()
+    ) -> None:
+        """The tokens (b, k, H) of a chunk. Several may be on their way; they are answered in order.
+
+        Args:
+            step: their number; the server computes each once.
+            receivers: servers that the output goes through, from this one to the next.
+        """
+        metadata = {**self._opening, **_handing_over(receivers)}
+        metadata |= {"step": step, "chunk": chunk.encode(), "last_only": last_only}
         self._opening = {}
         sent = await self._stream.send(self._uid, [hidden], metadata)  # others send meanwhile
         self._calls.traffic.sent["activations"] += sent
 
     async def receive(self, hidden: Tensor, *, last_only: bool) -> Tensor:
-        """The output for what was sent and not yet answered: (b, k, W), or (b, 1, W) with `last_only`."""
+        """The output of the next step, whoever brought its input (b, k, W): (b, k, W), or (b, 1, W) with
+        `last_only`. The caller sets the deadline.
+        """
         most = _MAX_GROWTH * (hidden.numel() + 1024)
         before = self._stream.received
         try:
-            outputs = await asyncio.wait_for(self._stream.receive(most), self._calls.timeouts.request_s)
+            outputs = await self._stream.receive(most)
         except (*_FOREIGN, ShapeError) as error:
-            raise _translated(error, self._peer, "a generation step") from error
-        (outputs,) = _complete([] if outputs is None else [outputs], 1, self._peer)
+            raise _translated(error, self.peer, "a generation step") from error
+        (outputs,) = _complete([] if outputs is None else [outputs], 1, self.peer)
         self._calls.traffic.received["activations"] += self._stream.received - before
         expected = hidden[:, -1:] if last_only else hidden
-        return _checked(outputs, expected, self._peer, self._calls.boundary)
+        return _checked(outputs, expected, self.peer, self._calls.boundary)
+
+    def too_late(self, waited_s: float) -> ServerFailed:
+        """The error for an answer that did not come within the caller's deadline."""
+        return ServerFailed(
+            f"a generation step on server {short_id(self.peer)} failed: no answer within {waited_s:.0f} s"
+        )
 
     async def close(self) -> None:
         """Tells the server to free the cache; never raises."""
         await self._stream.close()
+
+
+def _handing_over(receivers: Sequence[Receiver]) -> dict[str, Any]:
+    return {"hand_over": [astuple(receiver) for receiver in receivers]} if receivers else {}
 
 
 def _packing(packed: PackedRows | None) -> dict[str, Any]:

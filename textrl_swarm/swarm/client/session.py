@@ -2,17 +2,21 @@
 any server.
 
 Every step's input to every span is kept; when a server is lost, its blocks go to others and the steps are
-replayed one by one. The same steps in the same shapes give the same numbers, so on fp32 servers the outcome
-is bit-equal to an undisturbed run. (Stock petals 2.2 fails here: its issue 587.) Knows nothing about tokens,
+replayed one by one. Servers hand outputs to each other as well as to the client, which relays what did not
+come through. The same steps in the same shapes give the same numbers, so on fp32 servers the outcome is
+bit-equal to an undisturbed run. (Stock petals 2.2 fails here: its issue 587.) Knows nothing about tokens,
 embeddings or sampling.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -23,9 +27,11 @@ from textrl_swarm.swarm.client.attempts import Attempts
 from textrl_swarm.swarm.client.chain import BlockChain, run_in_background, start_in_background
 from textrl_swarm.swarm.client.routing import Span
 from textrl_swarm.swarm.client.rpc import GenerationStream
-from textrl_swarm.swarm.protocol import AdapterSnapshot
+from textrl_swarm.swarm.protocol import AdapterSnapshot, Receiver
 
 _MAX_BYTES_IN_FLIGHT = 16 << 20  # sent to one server and not yet answered
+_RELAY_AFTER_S = 2.0  # seconds that one server has to hand over to the next what the client has already
+_LEAST_BYTES_PER_S = 125_000  # and those for the bytes: 1 Mbit/s
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class _Leg:
         self.inputs = inputs or []  # (b, k, W), of every step since the session began
         self.stream: GenerationStream | None = None
         self.sent = self.done = 0  # steps that the present stream was given, and has answered
+        self.handed_over: set[int] = set()  # steps that the server before was asked to give to this one
+        self.answer: asyncio.Future[Tensor] | None = None  # to the step `done`; outlives a round
         self.ended = False  # in this round nothing more comes from it
         self.changed = asyncio.Event()
 
@@ -57,6 +65,17 @@ class _Leg:
         """Whether one more step may be sent before the earlier ones are answered."""
         in_flight = sum(hidden.nbytes for hidden in self.inputs[self.done : self.sent + 1])
         return self.sent == self.done or in_flight <= _MAX_BYTES_IN_FLIGHT
+
+    @property
+    def will_answer(self) -> bool:
+        """Whether the server has the step `done`, or should soon."""
+        return self.done < self.sent or self.done in self.handed_over
+
+    async def change(self, timeout_s: float | None = None) -> None:
+        """Waits until something has changed, for at most so many seconds."""
+        self.changed.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), timeout_s)
 
 
 class GenerationSession:
@@ -123,6 +142,7 @@ class GenerationSession:
         """Lets every leg do what can be done; returns those that failed."""
         for leg in self._legs:
             leg.ended = False
+            leg.handed_over.clear()
         neighbours = zip([None, *self._legs], self._legs, [*self._legs[1:], None], strict=False)
         work = [self._work(*legs) for legs in neighbours]
         results = await asyncio.gather(*work, return_exceptions=True)
@@ -132,7 +152,7 @@ class GenerationSession:
         tasks: list[asyncio.Task[None]] = []
         try:
             if leg.stream is None:
-                key = await self._chain.ensure_pushed(leg.span, self._adapter)
+                key = await self._chain.pushed.ensure(leg.span, self._adapter)
                 uids = self._chain.router.uids[leg.span.start : leg.span.stop]
                 leg.stream = await self._chain.calls.open_generation(
                     leg.span.peer, uids, rows=self._rows, max_length=self._max_length, key=key
@@ -151,43 +171,109 @@ class GenerationSession:
     async def _send(self, before: _Leg | None, leg: _Leg, is_last: bool) -> None:
         assert leg.stream is not None
         while leg.sent < len(self._places):
-            if leg.sent < len(leg.inputs) and leg.has_room:
-                place = self._places[leg.sent]
-                last_only = place.last_only and is_last
-                await leg.stream.send(leg.inputs[leg.sent], place.chunk, last_only=last_only)
+            step = leg.sent
+            if step == len(leg.inputs) or not leg.has_room:
+                if not await self._changed(before, leg):
+                    return
+            elif step in leg.handed_over and before is not None:
+                await self._relay_late(before, leg, step)
+            else:
+                place = self._places[step]
+                await leg.stream.send(
+                    leg.inputs[step],
+                    place.chunk,
+                    step=step,
+                    last_only=place.last_only and is_last,
+                    receivers=self._receivers(leg, step),
+                )
                 leg.sent += 1
                 leg.changed.set()
-            elif not await self._waited(before, leg):
-                return
+
+    async def _relay_late(self, before: _Leg, leg: _Leg, step: int) -> None:
+        """Gives the server before some time to bring a step's input, which the client has; then the client
+        brings it.
+        """
+        late = time.monotonic() + _RELAY_AFTER_S + leg.inputs[step].nbytes / _LEAST_BYTES_PER_S
+        while step in leg.handed_over and leg.done <= step:
+            left_s = late - time.monotonic()
+            if left_s <= 0:
+                leg.handed_over.discard(step)
+                self._chain.hand_overs.failed(before.span.peer, leg.span.peer)
+            else:
+                await leg.change(left_s)
+
+    def _receivers(self, leg: _Leg, step: int) -> list[Receiver]:
+        """The servers that a step goes through after this one without the client's help: those that have
+        answered earlier steps, and so wait for this one.
+        """
+        receivers = []
+        following = self._legs[self._legs.index(leg) :]
+        for giver, taker in pairwise(following):
+            is_waiting = 0 < taker.done <= step
+            if taker.stream is None or not is_waiting:
+                break
+            if not self._chain.hand_overs.can(giver.span.peer, taker.span.peer):
+                break
+            last_only = self._places[step].last_only and taker is following[-1]
+            uid = self._chain.router.uids[taker.span.start]
+            receivers.append(Receiver(str(taker.span.peer), uid, taker.stream.session, last_only))
+            taker.handed_over.add(step)
+            taker.changed.set()
+        return receivers
 
     async def _receive(self, before: _Leg | None, leg: _Leg, following: _Leg | None) -> None:
         """Hands outputs to the leg that follows."""
         assert leg.stream is not None
         while leg.done < len(self._places):
-            if leg.done < leg.sent:
-                last_only = self._places[leg.done].last_only and following is None
-                output = await leg.stream.receive(leg.inputs[leg.done], last_only=last_only)
-                if following is None and leg.done >= self._first_wanted:
-                    self._outputs[leg.done] = output
-                if following is not None and len(following.inputs) == leg.done:
-                    following.put(output)
-                leg.done += 1
-                leg.changed.set()
-            elif not await self._waited(before, leg):
+            if not leg.will_answer:
+                if not await self._changed(before, leg):
+                    return
+                continue
+            step = leg.done
+            output = await self._answer(before, leg, self._places[step].last_only and following is None)
+            if output is None:
                 return
+            if following is None and step >= self._first_wanted:
+                self._outputs[step] = output
+            if following is not None and len(following.inputs) == step:
+                following.put(output)
+            leg.done += 1
+            leg.sent = max(leg.sent, leg.done)
+            leg.changed.set()
 
-    async def _waited(self, before: _Leg | None, leg: _Leg) -> bool:
+    async def _answer(self, before: _Leg | None, leg: _Leg, last_only: bool) -> Tensor | None:
+        """The output of the step `done`; None when its input does not come in this round."""
+        assert leg.stream is not None
+        step = leg.done
+        if leg.answer is None:
+            receiving = leg.stream.receive(self._legs[0].inputs[step], last_only=last_only)
+            leg.answer = asyncio.ensure_future(receiving)
+            leg.answer.add_done_callback(lambda _: leg.changed.set())
+        deadline: float | None = None  # counts from when the input is known
+        while not leg.answer.done():
+            if step < len(leg.inputs):
+                deadline = deadline or time.monotonic() + self._chain.calls.timeouts.request_s
+            elif before is None or before.ended:
+                return None
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                raise leg.stream.too_late(self._chain.calls.timeouts.request_s)
+            await leg.change(left_s)
+        output = leg.answer.result()
+        leg.answer = None
+        return output
+
+    async def _changed(self, before: _Leg | None, leg: _Leg) -> bool:
         """Waits until something has changed for a leg; False when nothing more comes in this round."""
         if leg.sent == len(leg.inputs) and (before is None or before.ended):
             return False
-        leg.changed.clear()
-        await leg.changed.wait()
+        await leg.change()
         return True
 
     async def _recover(self, leg: _Leg, error: BaseException, attempts: Attempts) -> None:
         await self._drop_stream(leg)
         if isinstance(error, AdapterMissing):
-            self._chain.forget(leg.span, self._adapter)
+            self._chain.pushed.forget(leg.span, self._adapter)
             attempts.lost_adapter()
         elif isinstance(error, ServerFailed):
             self._chain.router.report_failure(leg.span.peer, error)
@@ -202,9 +288,12 @@ class GenerationSession:
             raise error
 
     async def _drop_stream(self, leg: _Leg) -> None:
-        stream = leg.stream
-        leg.stream = None
+        stream, answer = leg.stream, leg.answer
+        leg.stream = leg.answer = None
         leg.sent = leg.done = 0
+        if answer is not None:
+            answer.cancel()
+            await asyncio.wait([answer])
         if stream is not None:
             await stream.close()
 

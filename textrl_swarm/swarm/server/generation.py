@@ -7,8 +7,8 @@ against what was allocated. Knows nothing about adapters, prompts or sampling.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.protocol import CODEC
 from textrl_swarm.swarm.server.backend import LoraBackend
+from textrl_swarm.swarm.server.hand_over import HandOvers, delivered, in_order
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses
 
@@ -45,6 +46,7 @@ class GenerationStep:
 
 async def generate(
     handler: TransformerConnectionHandler,
+    hand_overs: HandOvers,
     backends: Sequence[LoraBackend],
     adapter: str,
     first: runtime_pb2.ExpertRequest,
@@ -53,6 +55,7 @@ async def generate(
     """See LoraHandler.rpc_generate.
 
     Args:
+        hand_overs: of this process.
         adapter: name of a pushed one or of one that was loaded at start; "" = none.
         first: message of the client.
         requests: the others.
@@ -60,21 +63,24 @@ async def generate(
     Raises:
         ShapeError: numbers that make no sense, or do not fit what was allocated.
     """
-    rows, max_length, timeout_s = _opening(MSGPackSerializer.loads(first.metadata), handler)
-    async with (
-        timeout(handler.session_timeout),
-        handler._allocate_cache(
-            backends, batch_size=rows, max_length=max_length, timeout=timeout_s
-        ) as handles,
-    ):
+    opening = MSGPackSerializer.loads(first.metadata)
+    rows, max_length, timeout_s = _opening(opening, handler)
+    codec, session = opening.get(CODEC), opening.get("session")
+    cache = handler._allocate_cache(backends, batch_size=rows, max_length=max_length, timeout=timeout_s)
+    async with timeout(handler.session_timeout), cache as handles, AsyncExitStack() as until_the_end:
+        handed_over = None
+        if session is not None:
+            until_the_end.enter_context(handler._managed_session(str(session)))
+            handed_over = delivered(handler, str(session))
+        steps = in_order(_steps(first, requests, backends[0]), handed_over, handler.step_timeout)
         live = rows
-        codec = MSGPackSerializer.loads(first.metadata).get(CODEC)
-        async for hidden, metadata in _steps(first, requests, handler.step_timeout, backends[0]):
+        async for hidden, metadata in await until_the_end.enter_async_context(aclosing(steps)):
             chunk = Chunk.decode(metadata.get("chunk", {}))
-            step_rows, length, _ = hidden.shape
+            step_rows, length, _ = _checked(hidden).shape
             chunk.require_fit(step_rows, length, live, max_length)
             live = len(chunk.keep) or live
-            hidden = await _compute(backends, handles, hidden, adapter, chunk)
+            hidden = await _compute(backends, handles, hidden.to(backends[0].dtype), adapter, chunk)
+            hand_overs.start(hidden, metadata, codec)
             answered = hidden[:, -1:] if metadata.get("last_only") else hidden
             for part in tensor_parts(answered.contiguous(), codec):
                 yield runtime_pb2.ExpertResponse(tensors=[part])
@@ -96,23 +102,26 @@ def _opening(metadata: Mapping[str, Any], handler: TransformerConnectionHandler)
 
 
 async def _steps(
-    first: runtime_pb2.ExpertRequest, requests: Requests, timeout_s: float, backend: LoraBackend
+    first: runtime_pb2.ExpertRequest, requests: Requests, backend: LoraBackend
 ) -> AsyncIterator[tuple[Tensor, dict[str, Any]]]:
-    """Hidden states (b, k, W) and metadata of each step, until the client has no more."""
+    """What the client sends of each step: a tensor and its metadata."""
     most = backend.forward_pool.max_batch_size * MAX_WIDTH * backend.config.hidden_size
     request = first
     while request.tensors:
         metadata = MSGPackSerializer.loads(request.metadata)
-        hidden = decoded(await whole_tensor(request, requests, most), metadata.get(CODEC))
-        if hidden.ndim != 3 or not hidden.is_floating_point():
-            raise ShapeError(
-                f"hidden states are {hidden.dtype} {tuple(hidden.shape)}, not (rows, tokens, H) floats"
-            )
-        yield hidden.to(backend.dtype), metadata
+        yield decoded(await whole_tensor(request, requests, most), metadata.get(CODEC)), metadata
         try:
-            request = await asyncio.wait_for(anext(requests), timeout_s)
+            request = await anext(requests)
         except StopAsyncIteration:
             return
+
+
+def _checked(hidden: Tensor) -> Tensor:
+    if hidden.ndim != 3 or not hidden.is_floating_point():
+        raise ShapeError(
+            f"hidden states are {hidden.dtype} {tuple(hidden.shape)}, not (rows, tokens, H) floats"
+        )
+    return hidden
 
 
 async def _compute(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from async_timeout import timeout
-from hivemind.p2p import P2PContext
+from hivemind.p2p import P2P, P2PContext
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from petals.server.handler import TransformerConnectionHandler
@@ -28,6 +28,7 @@ from textrl_swarm.errors import ServerMismatch, ShapeError
 from textrl_swarm.swarm.protocol import (
     CODEC,
     ENDING,
+    HANDED_OVER,
     INFO_KEY,
     MAX_UNPACKED,
     WEIGHTS,
@@ -39,6 +40,7 @@ from textrl_swarm.swarm.protocol import (
 )
 from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
+from textrl_swarm.swarm.server.hand_over import HandOvers, deliver, delivered
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
@@ -60,6 +62,11 @@ class LoraHandler(TransformerConnectionHandler):
     def _get_handle_name(cls, namespace: str | None, method_name: str) -> str:
         return wire_name(namespace, method_name)
 
+    async def add_p2p_handlers(self, p2p: P2P, *args: Any, **kwargs: Any) -> None:
+        """As hivemind's; called in the handler's own process."""
+        self._hand_overs = HandOvers(p2p)
+        await super().add_p2p_handlers(p2p, *args, **kwargs)
+
     def _get_active_adapter(self, metadata: dict[str, Any]) -> str:
         name = metadata.get("active_adapter") or ""
         return (
@@ -75,9 +82,10 @@ class LoraHandler(TransformerConnectionHandler):
         """Generation with the caches on the server, for rows of unequal length.
 
         Metadata of the first message: `rows`, `max_length` (columns of the caches), `active_adapter`,
-        `alloc_timeout` (seconds to wait for free caches). Each step is a tensor (b, k, H), with `chunk` (see
-        Chunk) and `last_only` (answer with the last token of each row) in its metadata, and is answered by
-        the outputs. A message without a tensor ends the generation.
+        `alloc_timeout` (seconds to wait for free caches), `session` (its name for servers that hand over to
+        it). Each step is a tensor (b, k, H), with `step` (its number), `chunk` (see Chunk), `last_only`
+        (answer with the last token of each row) and `hand_over` (see Receiver) in its metadata, and is
+        answered by the outputs. A message without a tensor ends the generation.
         """
         ending = ""
         try:
@@ -86,7 +94,8 @@ class LoraHandler(TransformerConnectionHandler):
             self._check_weights(first.uid, metadata)
             adapter = self._get_active_adapter(metadata)
             self._log_request("generation", first.uid.split(), context)
-            async for response in generate(self, self._backends(first.uid), adapter, first, requests):
+            backends = self._backends(first.uid)
+            async for response in generate(self, self._hand_overs, backends, adapter, first, requests):
                 yield response
         except Exception as error:
             ending = _text(error)
@@ -101,14 +110,24 @@ class LoraHandler(TransformerConnectionHandler):
         uids; `header` is an encoded AdapterHeader. It is answered once the adapter can be used.
 
         `forward` takes inputs (B, S, H) and `active_adapter`, and gives outputs. With `packed` (see
-        PackedRows), here and in `backward`, rows share prefixes.
+        PackedRows), here and in `backward`, rows share prefixes. With `session`, another server hands the
+        inputs over; with `hand_over` (see Receiver), the outputs go to another server as well, and the ending
+        tells whether they arrived.
+
+        `hand_over` brings inputs to the request or generation named `session`, from the server before; with
+        the step's `facts`.
 
         `backward` takes inputs and grad_outputs (B, S, H), `active_adapter` and `need_input_grad`, and gives
         the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block. With `sum`
         (a name, the index of this micro-batch, their number), the flat gradients are empty but for the
         request that completes a block's sum.
         """
-        answers = {"push": self._store, "forward": self._forward, "backward": self._backward}
+        answers = {
+            "push": self._store,
+            "forward": self._forward,
+            "backward": self._backward,
+            "hand_over": self._deliver,
+        }
         while True:
             try:
                 first = await asyncio.wait_for(anext(requests), self.step_timeout)
@@ -116,7 +135,7 @@ class LoraHandler(TransformerConnectionHandler):
                 return
             if not first.uid:
                 return
-            ending, is_whole = "", False
+            ending, is_whole, told = "", False, {}
             try:
                 async with timeout(self.request_timeout):
                     metadata = MSGPackSerializer.loads(first.metadata)
@@ -129,13 +148,16 @@ class LoraHandler(TransformerConnectionHandler):
                     tensors = await self._read(first, requests, metadata, backends)
                     is_whole = True
                     codec = metadata.get(CODEC)
-                    tensors = [decoded(tensor, codec) for tensor in tensors]
-                    for tensor in await answers[what](backends, tensors, metadata, context):
+                    answer = await answers[what](backends, tensors, metadata, context)
+                    handed_on = self._hand_overs.start(answer[0], metadata, codec) if answer else None
+                    for tensor in answer:
                         for part in tensor_parts(tensor, codec):
                             yield runtime_pb2.ExpertResponse(tensors=[part])
+                    if handed_on is not None:
+                        told = {HANDED_OVER: await handed_on}
             except Exception as error:
                 ending = _text(error)
-            yield _ending(ending)
+            yield _ending(ending, told)
             if not is_whole:  # what follows may be a part of what was not read
                 await asyncio.sleep(_CLIENT_CLOSES_S)
                 return
@@ -148,6 +170,8 @@ class LoraHandler(TransformerConnectionHandler):
         backends: Sequence[LoraBackend],
     ) -> list[Tensor]:
         """A request's tensors; refuses one that grows past what can be used, before it fills the memory."""
+        if metadata["request"] == "forward" and metadata.get("session") is not None:
+            return [await self._handed_over(str(metadata["session"]))]
         backend = backends[0]
         if metadata["request"] == "push":
             most_bytes = backend.store.max_bytes_per_client
@@ -172,7 +196,24 @@ class LoraHandler(TransformerConnectionHandler):
                     "(--adapter_bytes_per_client)"
                 ) from error
             left -= tensors[-1].numel()
-        return tensors
+        return [decoded(tensor, metadata.get(CODEC)) for tensor in tensors]
+
+    async def _handed_over(self, session: str) -> Tensor:
+        with self._managed_session(session):
+            async for tensor, _ in delivered(self, session):
+                return tensor
+        raise ShapeError(f"nothing was handed over to {session!r}")
+
+    async def _deliver(
+        self,
+        backends: Sequence[LoraBackend],
+        tensors: Sequence[Tensor],
+        metadata: dict[str, Any],
+        context: P2PContext,
+    ) -> list[Tensor]:
+        (hidden,) = _checked_hidden(tensors, 1)
+        await deliver(self, str(metadata.get("session")), hidden, metadata.get("facts") or {})
+        return []
 
     def _check_weights(self, uids: str, metadata: dict[str, Any]) -> None:
         """A client may have met another server under this address before; see `SwarmClient`."""
@@ -251,6 +292,7 @@ class LoraHandler(TransformerConnectionHandler):
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
             "takes_padding": all(other.takes_padding for other in backends.values()),
+            "takes_hand_over": True,
             "takes_sharing": all(other.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
@@ -264,12 +306,12 @@ def _text(error: Exception) -> str:
     return text
 
 
-def _ending(error: str) -> runtime_pb2.ExpertResponse:
+def _ending(error: str, told: Mapping[str, Any] | None = None) -> runtime_pb2.ExpertResponse:
     """Tells how an answer ended. hivemind's daemon resets a stream that the server closes: about one answer
     (or error) in three hundred does not arrive whole, and on the client's side a stream cut short looks like
     a complete one.
     """
-    return runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: error}))
+    return runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({**(told or {}), ENDING: error}))
 
 
 def _checked_hidden(tensors: Sequence[Tensor], count: int) -> Sequence[Tensor]:

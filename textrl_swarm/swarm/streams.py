@@ -1,4 +1,4 @@
-"""Streams to servers that stay open for one request after the other.
+"""Streams to servers that stay open for one request after the other, as clients and other servers open them.
 
 A new stream costs round trips: its protocol is agreed on, and its window of unconfirmed bytes grows from
 256 KiB on. Knows nothing about what is asked.
@@ -11,16 +11,20 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hivemind.p2p import PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
 from textrl_swarm.swarm.protocol import CODEC, ENDING
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
+
+# What says nothing but that a connection is gone.
+BROKEN = (P2PDaemonError, OSError, EOFError, asyncio.IncompleteReadError)
 
 _CLOSE_S = 2.0
 _IDLE_S = 60.0  # after which a stream is not used again; the server ends it after some minutes
@@ -32,6 +36,7 @@ class OpenStream:
     Attributes:
         codec: of hidden states in the next request and its answer, see swarm/codec.py; None = as they are.
         received: bytes of tensors so far.
+        told: what came with the ending of the last answer.
     """
 
     def __init__(self, requests: asyncio.Queue[runtime_pb2.ExpertRequest], answers: Any):
@@ -39,6 +44,7 @@ class OpenStream:
         self._answers = answers
         self.codec: str | None = None
         self.received = 0
+        self.told: Mapping[str, Any] = {}
         self._has_failed = False  # the server says nothing more
         self.used_at = time.monotonic()
 
@@ -64,6 +70,8 @@ class OpenStream:
         """
         packed = MSGPackSerializer.dumps({**metadata, "tensors": len(tensors), CODEC: self.codec})
         loop = asyncio.get_running_loop()
+        if not tensors:
+            self._requests.put_nowait(runtime_pb2.ExpertRequest(uid=uid, metadata=packed))
         sent = 0
         for tensor in tensors:
             for part in await loop.run_in_executor(None, tensor_parts, tensor, self.codec):
@@ -84,7 +92,8 @@ class OpenStream:
             message = await anext(self._answers)
         except StopAsyncIteration:
             raise EOFError("the connection broke off in the middle of the answer") from None
-        ending = _ending_of(message)
+        told = _metadata_of(message)
+        ending = told.get(ENDING)
         if ending is None:
             tensor = await whole_tensor(message, self._answers, max_numbers)
             self.received += tensor.nbytes
@@ -93,6 +102,7 @@ class OpenStream:
         if ending != "":
             self._has_failed = True
             raise P2PHandlerError(ending)
+        self.told = told
         return None
 
     async def receive_all(self, max_numbers: int) -> list[Tensor]:
@@ -107,7 +117,7 @@ class OpenStream:
 
         async def drain() -> None:
             async for message in self._answers:
-                if _ending_of(message) is not None:
+                if ENDING in _metadata_of(message):
                     return
 
         self._requests.put_nowait(runtime_pb2.ExpertRequest())
@@ -118,9 +128,25 @@ class OpenStream:
             await self._answers.aclose()
 
 
-def _ending_of(message: runtime_pb2.ExpertResponse) -> str | None:
-    """How an answer ended, of its last message: "" = it is complete, else the error."""
-    return MSGPackSerializer.loads(message.metadata).get(ENDING) if message.metadata else None
+def _metadata_of(message: runtime_pb2.ExpertResponse) -> Mapping[str, Any]:
+    """Of an answer's last message: how it ended under ENDING; "" = it is complete, else the error."""
+    return MSGPackSerializer.loads(message.metadata) if message.metadata else {}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To a request."""
+
+    tensors: list[Tensor]
+
+    told: Mapping[str, Any]
+    """With its ending."""
+
+    sent: int
+    """Bytes of the request's tensors."""
+
+    received: int
+    """Bytes of the answer's."""
 
 
 class StreamPool:
@@ -129,6 +155,49 @@ class StreamPool:
     def __init__(self) -> None:
         self._idle: defaultdict[PeerID, list[OpenStream]] = defaultdict(list)
         self._closing: set[asyncio.Future[None]] = set()
+
+    async def call(
+        self,
+        peer: PeerID,
+        method: Any,
+        uid: str,
+        tensors: Sequence[Tensor],
+        metadata: Mapping[str, Any],
+        *,
+        connect_s: float,
+        codec: str | None = None,
+        max_numbers: int = 0,
+    ) -> Answer:
+        """One request over an open stream; over a new one when there is none, or it broke while it was idle.
+
+        Args:
+            method: of the server's stub.
+            codec: of hidden states, there and back.
+            max_numbers: of a tensor of the answer.
+
+        Raises:
+            As `OpenStream.receive`, and what hivemind raises when a server cannot be reached.
+        """
+        stream = self.take(peer)
+        was_idle = stream is not None
+        if stream is None:
+            stream = await OpenStream.open(method, connect_s)
+        stream.codec = codec
+        before = stream.received
+        try:
+            sent = await stream.send(uid, tensors, metadata)
+            answer = await stream.receive_all(max_numbers)
+        except BaseException as error:
+            self.discard(stream)
+            if was_idle and isinstance(error, BROKEN):  # as an idle one may be
+                return await self.call(
+                    peer, method, uid, tensors, metadata,
+                    connect_s=connect_s, codec=codec, max_numbers=max_numbers,
+                )  # fmt: skip
+            raise
+        told = stream.told
+        self.give_back(peer, stream)
+        return Answer(answer, told, sent, stream.received - before)
 
     def take(self, peer: PeerID) -> OpenStream | None:
         """The one that was used last, whose window is the widest; None = there is none."""
