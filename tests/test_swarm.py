@@ -28,6 +28,7 @@ from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.hand_over import HandOvers
 from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
 from textrl_swarm.swarm.client.session import GenerationSession
+from textrl_swarm.swarm.codec import encoded_bytes
 from textrl_swarm.swarm.local import LocalSwarm
 from textrl_swarm.swarm.protocol import Receiver
 from textrl_swarm.swarm.streams import OpenStream
@@ -355,7 +356,8 @@ def test_a_forward_goes_from_server_to_server(two_servers, codec):
         policy(tokens)
         sent = policy.traffic.sent["activations"] - before[0]
         received = policy.traffic.received["activations"] - before[1]
-    hidden = 3 * 8 * policy.hidden_size * (4 if codec is None else 2)
+    width = policy.hidden_size
+    hidden = 3 * 8 * (4 * width if codec is None else encoded_bytes(width, codec))
     assert (sent, received) == (hidden, 2 * hidden)
 
 

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import logging
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -220,35 +219,6 @@ def _keeps_its_name(path: str, model: nn.Module) -> bool:
     except ValueError:  # a part of a fused layer; its other parts have such names too
         return False
     return config.target_modules == {path}
-
-
-def never_called(modules: Mapping[str, str], model: nn.Module, run: Callable[[], object]) -> set[str]:
-    """Paths inside a block whose layers a forward (`run`) does not call.
-
-    Examples are cross-attention without an encoder, and weights that the model's code reads as matrices
-    (Mamba's dt_proj). LoRA would do nothing there, but would change the model when it is merged. If any
-    expert of a layer is called, all count as called.
-
-    Args:
-        modules: path in the model -> path inside its block.
-    """
-    called: set[str] = set()
-    hooks = []
-    for module, path in modules.items():
-        hook = model.get_submodule(module).register_forward_hook(
-            lambda *_, path=path: called.add(_any_expert(path))
-        )
-        hooks.append(hook)
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {path for path in modules.values() if _any_expert(path) not in called}
-
-
-def _any_expert(path: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def _leave_out(

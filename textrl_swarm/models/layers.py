@@ -5,7 +5,8 @@ Knows nothing about adapters, files or servers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -171,3 +172,32 @@ def linear_of(weight: Any, bias: Any = None) -> nn.Linear:
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     linear.bias = bias
     return linear
+
+
+def never_called(modules: Mapping[str, str], model: nn.Module, run: Callable[[], object]) -> set[str]:
+    """Paths inside a block whose layers a forward (`run`) does not call.
+
+    Examples are cross-attention without an encoder, and weights that the model's code reads as matrices
+    (Mamba's dt_proj). LoRA would do nothing there, but would change the model when it is merged. If any
+    expert of a layer is called, all count as called.
+
+    Args:
+        modules: path in the model -> path inside its block.
+    """
+    called: set[str] = set()
+    hooks = []
+    for module, path in modules.items():
+        hook = model.get_submodule(module).register_forward_hook(
+            lambda *_, path=path: called.add(_any_expert(path))
+        )
+        hooks.append(hook)
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path for path in modules.values() if _any_expert(path) not in called}
+
+
+def _any_expert(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)

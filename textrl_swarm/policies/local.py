@@ -22,10 +22,9 @@ from textrl_swarm.models.adapters import (
     first_adapted_block,
     initial_tensor,
     model_lora_config,
-    never_called,
     remove_adapter,
 )
-from textrl_swarm.models.layers import find_blocks
+from textrl_swarm.models.layers import find_blocks, never_called
 from textrl_swarm.models.output_head import OutputHead, output_embeddings
 from textrl_swarm.models.quantization import keep_differentiable, silence_8bit_casts
 from textrl_swarm.models.texts import generation_config

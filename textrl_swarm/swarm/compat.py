@@ -107,6 +107,8 @@ class _MendingLoader(importlib.abc.Loader):
 
 class _PetalsFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path=None, target=None):
+        if fullname == "petals.utils.peft":
+            _before_petals_peft()
         if fullname != "petals":
             return None
         for finder in sys.meta_path:
@@ -197,7 +199,6 @@ def _before_petals() -> None:
     if _version("petals") != TESTED["petals"]:
         raise _changed("petals", "is not the release that the mends were written for")
     import hivemind
-    import peft.utils
     import transformers.utils
     from hivemind.p2p import P2P
 
@@ -214,6 +215,11 @@ def _before_petals() -> None:
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"
     if not hasattr(transformers.utils, "get_file_from_repo"):
         transformers.utils.get_file_from_repo = _get_file_from_repo
+
+
+def _before_petals_peft() -> None:
+    import peft.utils
+
     if not hasattr(peft.utils, "COMMON_LAYERS_PATTERN"):
         peft.utils.COMMON_LAYERS_PATTERN = ["layers", "h", "block", "blocks", "layer"]
 
@@ -290,6 +296,11 @@ def use_server_classes(
 
     class AnyConfig:
         from_pretrained = staticmethod(read_config)
+
+    # `backend` applies adapters itself; petals' own way imports peft and bitsandbytes (2 to 4 s).
+    no_adapters = ModuleType("petals.utils.peft")
+    no_adapters.using_adapter = lambda name: contextlib.nullcontext()
+    sys.modules[no_adapters.__name__] = no_adapters
 
     replacements = {
         server_module: {

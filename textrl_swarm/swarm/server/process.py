@@ -37,7 +37,6 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from textrl_swarm.decoders.caches import server_cache_bytes  # noqa: E402
 from textrl_swarm.errors import ConfigError, ModelError  # noqa: E402
-from textrl_swarm.models.adapter_files import find_adapter, read_blocks  # noqa: E402
 from textrl_swarm.models.base_model import resolve  # noqa: E402
 from textrl_swarm.models.layers import layers_of  # noqa: E402
 from textrl_swarm.models.quantization import warn_of_misread_rows  # noqa: E402
@@ -69,6 +68,13 @@ def _preload(
     names: Sequence[str], device: torch.device | str
 ) -> dict[str, tuple[AdapterHeader, Mapping[int, torch.Tensor]]]:
     """Adapters of --adapters by the name they are announced under, laid out like pushed ones."""
+    if not names:
+        return {}
+    from textrl_swarm.models.adapter_files import (  # imports peft and bitsandbytes: 2 s
+        find_adapter,
+        read_blocks,
+    )
+
     loaded: dict[str, tuple[AdapterHeader, Mapping[int, torch.Tensor]]] = {}
     skeleton = LoraServer.model.skeleton
     for name in names:
@@ -82,6 +88,14 @@ def _preload(
         header = adapter_header(layouts, float(settings.alpha), dict.fromkeys(blocks, ""))
         loaded[announced] = (header, flats)
     return loaded
+
+
+def _announced_names(adapters: Sequence[str]) -> list[str]:
+    if not adapters:
+        return []
+    from textrl_swarm.models.adapter_files import find_adapter
+
+    return [find_adapter(name)[1] for name in adapters]
 
 
 class LoraContainer(ModuleContainer):
@@ -149,7 +163,7 @@ class LoraServer(Server):
             )
         self._require_room()
         self._require_quantizable()
-        self.server_info.adapters = (*(find_adapter(name)[1] for name in adapters), CAPABILITY)
+        self.server_info.adapters = (*_announced_names(adapters), CAPABILITY)
         self.attn_cache_bytes = self._cache_bytes(self._cache_tokens())
         tell_parent(
             "listening",

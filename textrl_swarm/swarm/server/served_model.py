@@ -25,9 +25,8 @@ from textrl_swarm.decoders.checkpoint import Checkpoint
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
-from textrl_swarm.models.adapters import never_called
 from textrl_swarm.models.base_model import BaseModel
-from textrl_swarm.models.layers import LayerSizes, layers_of, quantizable_layers
+from textrl_swarm.models.layers import LayerSizes, layers_of, never_called, quantizable_layers
 from textrl_swarm.models.quantization import keep_differentiable, quantize_experts, quantize_linears
 
 _NF4_BYTES = (
