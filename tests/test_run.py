@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -818,6 +819,16 @@ def test_through_a_swarm_the_run_ends_with_the_same_adapter(configure, two_serve
 def test_dry_run_starts_nothing(configure):
     said = train(configure(), dry_run=True)
     assert "max_new_tokens: 5" in said and "trainable parameters" in said
+    assert not Path("runs").exists()
+
+
+@pytest.mark.swarm
+def test_a_dry_run_measures_the_way_to_the_servers(configure, two_servers):
+    peers = {"initial_peers": list(two_servers.initial_peers)}
+    said = train(configure("runs/a", model=two_servers.model, swarm=peers), dry_run=True)
+    assert re.search(r"bytes per iteration, 2 server\(s\)", said) and "4 server(s)" not in said
+    assert re.search(r"[\d.]+ ms there and back, [\d.]+ [MG]bit/s in all", said)
+    assert re.search(r"network time per iteration \W+[\d.]+ to [\d.]+ s", said)
     assert not Path("runs").exists()
 
 

@@ -38,7 +38,7 @@ def server(start: int, stop: int, **changes) -> ServerReport:
     facts = {
         "peer_id": NOBODY, "name": None, "state": "online", "can_train": True,
         "dtype": "bfloat16", "quantization": "int8", "version": "2.2.0.post1", "adapters": (),
-        "answer_ms": 12.3, "token_ms": 456.7, "cache_tokens_left": 4096,
+        "answer_ms": 12.3, "token_ms": 456.7, "bits_per_s": 25e6, "cache_tokens_left": 4096,
         "throughput": 1.0, "forward_rps": None, "inference_rps": None, "network_rps": None,
         "weights": {}, "layers": {},
     }  # fmt: skip
@@ -342,6 +342,16 @@ def textrl_swarm(*arguments: object) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def test_links_are_those_of_the_servers_that_a_client_would_choose():
+    short = server(0, 2, answer_ms=1000.0)
+    found = model(5, short, server(0, 3), server(2, 5, answer_ms=32.3, token_ms=43.3)).links()
+    assert (found.servers, found.bits_per_s) == (2, 50e6)
+    assert (found.round_trip_s, found.token_s) == pytest.approx((0.0223, 0.5))
+    assert model(5, server(0, 3)).links() is None
+    assert model(3, server(0, 3, bits_per_s=None)).links() is None
+    assert "22 ms to a server and back" in screen(model(5, server(0, 3), server(3, 5, answer_ms=32.3)))
+
+
 @pytest.mark.swarm
 def test_real_servers_can_train_and_say_how_fast(two_servers):
     (report,) = survey(two_servers.initial_peers)
@@ -353,6 +363,7 @@ def test_real_servers_can_train_and_say_how_fast(two_servers):
     assert {(s.dtype, s.quantization) for s in report.servers} == {("float32", None)}
     for found in report.servers:
         assert 0 < found.answer_ms < found.token_ms + 1000
+        assert found.bits_per_s > 1e6
         assert 0 < found.cache_tokens_left <= 4096
     assert report.untrainable == ()
 

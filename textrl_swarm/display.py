@@ -20,6 +20,12 @@ def spinner(console: Console, what: str) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def bit_rate(bits_per_s: float) -> str:
+    """For people: "12.5 Mbit/s", "1.2 Gbit/s"."""
+    unit, per_unit = ("Gbit/s", 1e9) if bits_per_s >= 1e9 else ("Mbit/s", 1e6)
+    return f"{bits_per_s / per_unit:.3g} {unit}"
+
+
 def accept_any_text() -> None:
     """From here on, standard output and error replace characters that their encoding lacks.
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from textrl_swarm.display import spinner
+from textrl_swarm.display import bit_rate, spinner
 from textrl_swarm.models.blocks import BlockSpan, blocks_text
 from textrl_swarm.swarm import compat
 
@@ -187,6 +187,14 @@ def _verdict(model: ModelReport, address: str) -> list[str]:
         single = blocks_text(block for block, copies in enumerate(trainable) if copies == 1)
         spare = f"; no copy to spare of {single}" if single else "; every block has a copy to spare"
         lines = [f"[green]A client can train and generate now[/]{spare}."]
+        links = model.links()
+        if links is not None:
+            lines.append(
+                f"From here: {1000 * links.round_trip_s:.0f} ms to a server and back, "
+                f"{1000 * links.token_s:.0f} ms for a token through all blocks, {bit_rate(links.bits_per_s)} "
+                f"to {_count(links.servers, 'server')}. `train run.yaml --dry-run` tells what an iteration "
+                "takes."
+            )
     elif not model.missing:
         lines = [
             "[yellow]Nobody can train now[/]: only servers that run stock petals hold "

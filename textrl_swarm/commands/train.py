@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -14,14 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from textrl_swarm.config import Codec, LoraSettings
-from textrl_swarm.display import spinner
-from textrl_swarm.errors import RewardError
+from textrl_swarm.display import bit_rate, spinner
+from textrl_swarm.errors import RewardError, TextRLSwarmError
 from textrl_swarm.learning.loop import Iteration
 from textrl_swarm.models.adapter_files import read_settings
 from textrl_swarm.models.pretrained import load_tokenizer
 from textrl_swarm.models.quantization import saved_quantization
 from textrl_swarm.models.texts import encode_prompt
-from textrl_swarm.runs.config import RunConfig
+from textrl_swarm.runs.config import RunConfig, SwarmConfig
 from textrl_swarm.runs.estimate import RunEstimate, estimate_run
 from textrl_swarm.runs.run import (
     Ingredients,
@@ -32,8 +32,13 @@ from textrl_swarm.runs.run import (
     require_unchanged,
     samples,
 )
+from textrl_swarm.swarm import compat
+
+if TYPE_CHECKING:
+    from textrl_swarm.swarm.client.survey import Links
 
 _MAX_TEXT = 240  # characters of a prompt or response in a table of samples
+_SURVEY_S = 30.0
 _SAMPLED_PROMPTS = 1000  # prompts whose lengths an estimate looks at
 
 
@@ -213,16 +218,44 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
     if config.swarm is None:
         rows["bytes per iteration"] = "none: the model is on this machine"
     else:
-        for servers in (1, 2, 4, 8):
+        links, unknown = _measured_links(config.swarm, ingredients, console)
+        for servers in (1, 2, 4, 8) if links is None else (links.servers,):
             if servers <= model.num_hidden_layers:
                 needs = estimate(servers)
                 sent = decimal(needs.bytes_sent)
                 received = decimal(needs.bytes_received)
                 rows[f"bytes per iteration, {servers} server(s)"] = f"{sent} sent, {received} received"
+        if links is None:
+            rows["the swarm now"] = escape(unknown)
+        else:
+            least, most = estimate(links.servers).network_seconds(
+                bits_per_second=links.bits_per_s, rtt_s=links.round_trip_s
+            )
+            rows["the network, measured now"] = (
+                f"{1000 * links.round_trip_s:.0f} ms there and back, {bit_rate(links.bits_per_s)} in all"
+            )
+            rows["network time per iteration"] = f"{least:.3g} to {most:.3g} s, and the servers' computing"
     table = Table(title="estimates", title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _measured_links(
+    swarm: SwarmConfig, ingredients: Ingredients, console: Console
+) -> tuple[Links | None, str]:
+    """The way to the servers; or None, and why it is not known."""
+    compat.require_petals()
+    from textrl_swarm.swarm.client.survey import survey
+
+    name = swarm.dht_prefix or ingredients.model.dht_prefix
+    try:
+        with spinner(console, "asking the swarm"):
+            (report,) = survey(swarm.initial_peers, name, timeout_s=_SURVEY_S)
+    except TextRLSwarmError as error:
+        return None, str(error)
+    links = report.links()
+    return links, "" if links else "not all blocks have a server that can train: see `textrl-swarm status`"
 
 
 def _mean_tokens(ingredients: Ingredients) -> int:

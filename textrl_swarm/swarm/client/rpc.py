@@ -124,6 +124,12 @@ class ServerCalls:
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_info") from error
 
+    async def echo(self, peer: PeerID, uid: str, hidden: Tensor) -> None:
+        """Sends hidden states (B, S, H) there and back."""
+        kinds = "activations", "activations"
+        answer = await self._request(peer, "echo", [uid], [hidden], {}, hidden.numel(), kinds)
+        _complete(answer.tensors, 1, peer)
+
     async def push(
         self, peer: PeerID, uids: Sequence[str], blocks: Sequence[int], adapter: AdapterSnapshot
     ) -> None:

@@ -36,6 +36,7 @@ from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_BLOCKS = 1000  # of one model; an announcement of more is malformed
 _MAX_LAYERS = 100  # names per block
+_MEASURED_BYTES = 256 << 10  # of hidden states, there and back
 _TIMEOUTS = Timeouts(connect_s=5.0, request_s=10.0)
 
 
@@ -74,6 +75,11 @@ class ServerReport:
     token_ms: float | None
     """One token through all its blocks and back, measured now; None = cannot train, or was too busy."""
 
+    bits_per_s: float | None
+    """At which hidden states travel there and back, measured while the other servers are measured too; None =
+    cannot train, or was too busy.
+    """
+
     cache_tokens_left: int | None
     """Rows x tokens of generations that the server can still accept, as announced."""
 
@@ -100,6 +106,22 @@ class ServerReport:
 
     layers: Mapping[int, tuple[str, ...]]
     """Block -> names of the layers that LoRA can adapt there; empty for servers that cannot train."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """The network between this machine and a chain of servers that hold all blocks."""
+
+    servers: int
+
+    bits_per_s: float
+    """Of all of them together, per direction."""
+
+    round_trip_s: float
+    """Of a small request; the mean."""
+
+    token_s: float
+    """One token through all blocks."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +166,28 @@ class ModelReport:
             for block, digest in server.weights.items():
                 digests[block].add(digest)
         return tuple(spans_of(block for block, found in digests.items() if len(found) > 1))
+
+    def links(self) -> Links | None:
+        """Of the servers that a client would choose, those that reach furthest; None when they do not hold
+        all blocks, or were not measured.
+        """
+        chosen: list[ServerReport] = []
+        block = 0
+        while block < self.num_blocks:
+            able = (
+                s for s in self.servers if s.state == "online" and s.can_train and s.start <= block < s.stop
+            )
+            server = max(able, key=lambda s: (s.stop, s.throughput), default=None)
+            if server is None:
+                return None
+            chosen.append(server)
+            block = server.stop
+        rates = [server.bits_per_s for server in chosen if server.bits_per_s is not None]
+        trips = [server.answer_ms for server in chosen if server.answer_ms is not None]
+        tokens = [server.token_ms for server in chosen if server.token_ms is not None]
+        if not len(rates) == len(trips) == len(tokens) == len(chosen):
+            return None
+        return Links(len(chosen), sum(rates), sum(trips) / len(trips) / 1000, sum(tokens) / 1000)
 
     @staticmethod
     def _lacking(copies: Sequence[int]) -> tuple[BlockSpan, ...]:
@@ -225,7 +269,7 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
     info = span.server_info
     state = info.state.name.lower()
     can_train = CAPABILITY in info.adapters
-    answer_ms = token_ms = cache_tokens_left = None
+    answer_ms = token_ms = bits_per_s = cache_tokens_left = None
     weights: dict[int, str] = {}
     layers: dict[int, tuple[str, ...]] = {}
     if info.state == ServerState.ONLINE:
@@ -239,7 +283,9 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
             held = read_weights(about, range(span.start, span.end)) or {}
             weights = {block: _printable(str(one.digest)) for block, one in held.items()}
             layers = _layers(about, range(span.start, span.end)) if can_train else {}
-            token_ms = await _token_ms(calls, span, uids, about) if can_train else None
+            if can_train:
+                token_ms = await _token_ms(calls, span, uids, about)
+                bits_per_s = await _bits_per_s(calls, span, uids, about)
     if info.cache_tokens_left is not None:
         # Of our servers, tokens in all their blocks; petals counts numbers of one block's keys or values.
         cache_tokens_left = info.cache_tokens_left // (1 if can_train else 2 * span.length)
@@ -254,6 +300,7 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
         quantization=None if info.quant_type in (None, "none") else _printable(info.quant_type),
         answer_ms=answer_ms,
         token_ms=token_ms,
+        bits_per_s=bits_per_s,
         cache_tokens_left=cache_tokens_left,
         throughput=info.throughput,
         forward_rps=info.forward_rps,
@@ -288,6 +335,25 @@ async def _token_ms(
         return await _milliseconds(calls.forward(span.peer_id, uids[span.start : span.end], token, ""))
     except (ServerFailed, KeyError, TypeError, ValueError):
         return None
+
+
+async def _bits_per_s(
+    calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str], about: dict[str, Any]
+) -> float | None:
+    try:
+        width = int(about["hidden_size"])
+        tokens = max(1, min(int(about["max_batch_tokens"]), _MEASURED_BYTES // (4 * width)))
+        hidden = torch.zeros(1, tokens, width)
+        # The first one is not timed, as a stream carries more once it is open.
+        least_ms = await _milliseconds(calls.echo(span.peer_id, uids[span.start], hidden[:, :1]))
+        for _ in range(2):
+            least_ms = min(
+                least_ms, await _milliseconds(calls.echo(span.peer_id, uids[span.start], hidden[:, :1]))
+            )
+        took_ms = await _milliseconds(calls.echo(span.peer_id, uids[span.start], hidden))
+    except (ServerFailed, KeyError, TypeError, ValueError):
+        return None
+    return 2 * 8 * hidden.nbytes / max(1e-3, (took_ms - least_ms) / 1000)
 
 
 async def _milliseconds(call: Awaitable[object]) -> float:

@@ -114,6 +114,8 @@ class LoraHandler(TransformerConnectionHandler):
         inputs over; with `hand_over` (see Receiver), the outputs go to another server as well, and the ending
         tells whether they arrived.
 
+        `echo` gives back hidden states (B, S, H), for who measures the connection.
+
         `hand_over` brings inputs to the request or generation named `session`, from the server before; with
         the step's `facts`.
 
@@ -127,6 +129,7 @@ class LoraHandler(TransformerConnectionHandler):
             "forward": self._forward,
             "backward": self._backward,
             "hand_over": self._deliver,
+            "echo": self._echo,
         }
         while True:
             try:
@@ -214,6 +217,15 @@ class LoraHandler(TransformerConnectionHandler):
         (hidden,) = _checked_hidden(tensors, 1)
         await deliver(self, str(metadata.get("session")), hidden, metadata.get("facts") or {})
         return []
+
+    async def _echo(
+        self,
+        backends: Sequence[LoraBackend],
+        tensors: Sequence[Tensor],
+        metadata: dict[str, Any],
+        context: P2PContext,
+    ) -> list[Tensor]:
+        return list(_checked_hidden(tensors, 1))
 
     def _check_weights(self, uids: str, metadata: dict[str, Any]) -> None:
         """A client may have met another server under this address before; see `SwarmClient`."""
