@@ -184,7 +184,7 @@ def test_gradient_checkpointing_takes_no_more_than_estimated(architecture, least
                 policy.hidden_states(tokens).square().mean().backward()
 
             step()  # memory that stays: gradients of the adapter
-            peaks.append(peak_bytes(step))
+            peaks.append(max(peak_bytes(step) for _ in range(3)))  # the profiler may miss events
     expected = activation_bytes(model_sizes(model.config), LoraSettings(r=2), 8, 60, 4, recomputed=True)
     assert least < peaks[1] / expected < 1
     assert peaks[1] < (0.5 if blocks == 4 else 0.2) * peaks[0]
@@ -311,15 +311,14 @@ def test_bytes_of_prompts_that_travel_once(two_servers, minibatch_size, layers, 
 
 
 def test_activations_per_token_are_the_bounds_worked_out_by_hand():
-    """BLOOM-176B, 4 epochs, 3 servers, 16 bits: about 20 hidden states per hop and token, 10 of them up: a
-    generation, a pass of the ref policy and 4 forwards to the first server, and 4 times inputs and gradients
-    to each of them.
+    """BLOOM-176B, 4 epochs, 3 servers, 16 bits: about 16 hidden states per hop and token, 6 of them up: a
+    generation, a pass of the ref policy and 4 forwards to the first server, and 4 times gradients to each.
     """
     estimate = run(
         BLOOM_176B, swarm_servers=3, prompt_tokens=1, response_tokens=960, responses=1, wire_bytes=2
     )
     state = 14336 * 2 * 3 * 961
-    assert estimate.sent["activations"] / state == pytest.approx(6 / 3 + 8, rel=0.01)
+    assert estimate.sent["activations"] / state == pytest.approx(6 / 3 + 4, rel=0.01)
     activations_back = (
         estimate.received["activations"] + estimate.received["gradients"] - 4 * estimate.adapter_bytes
     )

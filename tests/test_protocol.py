@@ -22,6 +22,7 @@ from textrl_swarm.errors import (
     AddressError,
     BlocksUnavailable,
     ConfigError,
+    InputsMissing,
     RemoteFailure,
     ServerFailed,
 )
@@ -40,6 +41,7 @@ from textrl_swarm.swarm.protocol import (
     is_adapter_key,
 )
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
+from textrl_swarm.swarm.server.kept_inputs import KeptInputs
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
@@ -210,6 +212,37 @@ def test_stored_tensors_can_take_part_in_backward():
     leaf = store.get(adapter.key, 0)[1].detach().requires_grad_()
     leaf.square().sum().backward()
     assert torch.equal(leaf.grad, 2 * adapter.blocks[0])
+
+
+def test_kept_inputs_have_bounds_and_are_given_once():
+    kept = KeptInputs(max_bytes=5 << 16, max_bytes_per_client=3 << 16)
+    names = ["a0", "a1", "b0", "a2", "b1", "a3"]
+    for i, name in enumerate(names):
+        kept.put(name[0], name, torch.full((1, 64, 256), float(i)))  # 64 KiB
+    assert kept.take("a3").unique().tolist() == [5.0]
+    for name in ("a0", "a3", "never"):  # over its owner's limit; given already; unknown
+        with pytest.raises(InputsMissing, match=name):
+            kept.take(name)
+    assert all(kept.take(name).shape == (1, 64, 256) for name in ("a1", "a2", "b0", "b1"))
+
+
+def test_kept_inputs_of_all_clients_have_bounds():
+    kept = KeptInputs(max_bytes=3 << 16, max_bytes_per_client=3 << 16)
+    for name in "abcd":
+        kept.put(name, name, torch.zeros(1, 1, 8))  # a small one counts too
+    with pytest.raises(InputsMissing):
+        kept.take("a")
+    kept.put("e", "e", torch.zeros(1, 64, 1024))  # larger than all
+    assert kept.take("d").shape == (1, 1, 8)
+    with pytest.raises(InputsMissing):
+        kept.take("e")
+
+
+def test_what_is_kept_does_not_change():
+    kept, hidden = KeptInputs(1 << 20, 1 << 20), torch.zeros(1, 2, 4)
+    kept.put("me", "name", hidden)
+    hidden += 1
+    assert not kept.take("name").any()
 
 
 def test_putting_twice_changes_nothing():
@@ -517,4 +550,4 @@ def test_answers_of_another_shape_are_not_used(monkeypatch, boundary, answer, is
         with pytest.raises(ServerFailed, match=r"returned shape .* for inputs of shape \(1, 2, 3\)"):
             asyncio.run(asked)
     else:
-        assert asyncio.run(asked).shape == answer
+        assert asyncio.run(asked)[0].shape == answer

@@ -79,7 +79,7 @@ def test_every_request_is_refused_by_a_server_with_other_weights(two_servers):
 
         async def generate():
             stream = await calls.open_generation(span.peer, uids, rows=1, max_length=4, key="")
-            await stream.send(hidden, Chunk(0), last_only=False)
+            await stream.send(hidden, Chunk(0), step=0, last_only=False)
             return await stream.receive(hidden, last_only=False)
 
         requests = {

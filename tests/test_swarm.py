@@ -26,7 +26,7 @@ from textrl_swarm.errors import ServerFailed
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.hand_over import HandOvers
-from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
+from textrl_swarm.swarm.client.rpc import ForwardPlan, GenerationStream, ServerCalls
 from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.codec import encoded_bytes
 from textrl_swarm.swarm.local import LocalSwarm
@@ -361,6 +361,34 @@ def test_a_forward_goes_from_server_to_server(two_servers, codec):
     assert (sent, received) == (hidden, 2 * hidden)
 
 
+def test_inputs_travel_once(two_servers, tmp_path, monkeypatch):
+    """Servers keep a forward's inputs for the backward; where they do not, the client sends them again."""
+    tokens = random_tokens(3, 8)
+    sent = {}
+    with connect(two_servers, filled=47) as policy:
+        plain = PlainPeft(policy, tmp_path)
+        passes = policy._client.chain.passes
+        room = dict(passes.room)
+        run(policy, tokens)
+        for case in ("kept", "no room", "lost"):
+            with monkeypatch.context() as patch:
+                passes.room.update(dict.fromkeys(room, 0) if case == "no room" else room)
+                if case == "lost":  # the servers are not told to keep what the backward then names
+                    patch.setattr(
+                        "textrl_swarm.swarm.client.passes.ForwardPlan",
+                        lambda *args, keep, **options: ForwardPlan(*args, **options),
+                    )
+                before = policy.traffic.sent["activations"]
+                assert_same(run(policy, tokens), plain.run(tokens))
+                sent[case] = policy.traffic.sent["activations"] - before
+    hidden = 3 * 8 * policy.hidden_size * 4
+    assert sent == {
+        "kept": (1 + 2) * hidden,  # to the first server; gradients to both
+        "no room": (1 + 2 + 2) * hidden,
+        "lost": (1 + 2 + 2) * hidden,  # the requests that were refused do not count
+    }
+
+
 @pytest.mark.parametrize("stranger", ["session", "peer"])
 def test_what_is_not_handed_over_is_relayed(two_servers, tmp_path, monkeypatch, stranger):
     """The first server is told to hand over to a session, or a server, that does not exist."""
@@ -378,7 +406,7 @@ def test_what_is_not_handed_over_is_relayed(two_servers, tmp_path, monkeypatch, 
         for where in ("session", "passes"):
             with monkeypatch.context() as patch:
                 patch.setattr(f"textrl_swarm.swarm.client.{where}.Receiver", misled)
-                chain.hand_overs = chain._passes._hand_overs = HandOvers()
+                chain.hand_overs = chain.passes._hand_overs = HandOvers()
                 if where == "session":
                     assert greedy(policy, prompts, 6) == [plain.greedy(prompt, 6) for prompt in prompts]
                 else:
@@ -436,7 +464,7 @@ def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, c
 @pytest.mark.parametrize(
     ("changes", "tensors", "answer"),
     [
-        ({"request": "steal"}, 1, "requests are push, forward, backward, hand_over, not 'steal'"),
+        ({"request": "steal"}, 1, "requests are push, forward, backward, hand_over, echo, not 'steal'"),
         ({"request": "backward"}, 1, r"expected 2 tensors of one shape"),
         ({"request": "forward"}, 2, r"expected 1 tensors of one shape"),
         ({"request": "forward"}, 3, "3 tensors, where at most 2 belong"),

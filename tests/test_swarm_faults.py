@@ -165,11 +165,11 @@ def test_sums_of_gradients_are_the_same_whatever_happens(replicas, monkeypatch, 
     monkeypatch.setattr("textrl_swarm.swarm.protocol._MIN_MICRO_BATCH_TOKENS", 9)
     original, received, told = ServerCalls.backward, [], []
 
-    async def backward(self, peer, uids, hidden, grad, key, need_input_grad, summed=None, packed=None):
+    async def backward(self, peer, uids, hidden, grad, key, need_input_grad, summed=None, *more):
         name, index, count = summed or ("", 0, 1)
         if "no sums" in told and summed:
             summed = name + str(index), 0, 2  # that are never completed
-        answer = await original(self, peer, uids, hidden, grad, key, need_input_grad, summed, packed)
+        answer = await original(self, peer, uids, hidden, grad, key, need_input_grad, summed, *more)
         received.append((name, index, count))
         if len(received) == 3 and disturbed:
             disturb(replicas, told)
@@ -238,9 +238,9 @@ def test_a_server_is_lost_in_a_forward_that_is_handed_over(replicas, undisturbed
     only(replicas, 1, 2)
     original, asked, threads = ServerCalls.forward, [], []
 
-    async def forward(self, *args, handed, **options):
-        asked.append(handed.session is not None or bool(handed.receivers))
-        answer = asyncio.ensure_future(original(self, *args, handed=handed, **options))
+    async def forward(self, *args, plan, **options):
+        asked.append(plan.session is not None or bool(plan.receivers))
+        answer = asyncio.ensure_future(original(self, *args, handed=plan, **options))
         await asyncio.sleep(0)
         if asked.count(True) == 2 and not threads:  # both are asked
             threads.append(replaced(replicas, lost))

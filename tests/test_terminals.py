@@ -38,7 +38,11 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("terminal", TERMINALS, ids=["ascii", "latin-1", "C"])
+@pytest.mark.parametrize(
+    "terminal",
+    [*(pytest.param(terminal, marks=pytest.mark.slow) for terminal in TERMINALS[:2]), *TERMINALS[2:]],
+    ids=["ascii", "latin-1", "C"],
+)
 def test_text_that_a_terminal_cannot_show_is_replaced(terminal):
     done = in_terminal(terminal, "-X", "utf8=0", "-c", SHOW.encode("ascii", "backslashreplace").decode())
     assert done.returncode == 0, done.stderr.decode("latin-1")

@@ -14,6 +14,7 @@ from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import ExportError as ExportError
 from .errors import IncompatibleLibrary as IncompatibleLibrary
+from .errors import InputsMissing as InputsMissing
 from .errors import LaunchError as LaunchError
 from .errors import ModelError as ModelError
 from .errors import NumericsError as NumericsError

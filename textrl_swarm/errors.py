@@ -19,6 +19,7 @@
         ├── ServerFailed        one server did not answer, or answered with an error
         ├── RemoteFailure       a request kept failing until its deadline
         ├── AdapterMissing      a server does not hold the adapter that a request names
+        ├── InputsMissing       a server did not keep the inputs that a request names
         ├── AdapterRejected     a server refuses to store an adapter
         └── LaunchError         a server process ended or did not come online in time
 
@@ -124,6 +125,10 @@ class RemoteFailure(SwarmError):
 
 class AdapterMissing(SwarmError):
     """A server does not hold the adapter that a request names. The client pushes it and asks again."""
+
+
+class InputsMissing(SwarmError):
+    """A server did not keep a forward's inputs for the backward. The client sends them and asks again."""
 
 
 class AdapterRejected(SwarmError):

@@ -37,6 +37,8 @@ from textrl_swarm.swarm.protocol import (
     ADAPTER_STORE_BYTES,
     ATTENTION_CACHE_TOKENS,
     BATCH_TOKENS,
+    KEPT_INPUT_BYTES,
+    KEPT_INPUT_SHARE,
     micro_batch_tokens,
 )
 
@@ -215,6 +217,7 @@ def estimate_run(
             minibatch_size,
             at_once,
             sizes.hidden_size * wire_bytes if codec is None else encoded_bytes(sizes.hidden_size, codec),
+            wire_bytes,
             samples,
         )
         copies += 2  # autograd's flat tensors, and the snapshot that is pushed
@@ -308,6 +311,7 @@ def _traffic(
     minibatch_size: int,
     at_once: int,
     hidden: int,
+    wire_bytes: int,
     samples: int,
 ) -> _Traffic:
     """Bytes sent and received by kind, and round trips that follow one another.
@@ -319,8 +323,8 @@ def _traffic(
     epochs, in units of one hidden state, which takes `hidden` bytes (and m = 0 where minibatches are computed
     in parts):
 
-        sent      P H + R + n (with L > 0) + (2 n - m) (policy and ref) + E n (1 forward + 2 U backward:
-                  inputs and gradients)
+        sent      P H + R + n (with L > 0) + (2 n - m) (policy and ref) + E n (1 forward + U backward:
+                  gradients; inputs too where servers have no room to keep them from the forward)
         received  R H + n L + (2 n - m) U + E n (U + U - 1: the first returns no gradient), and of P H
                   only each prompt's last token from the last hop
 
@@ -350,8 +354,10 @@ def _traffic(
     below, above = travelling(responses), scored_tokens + epochs * trained
     put_in = prompts * prompt_tokens * hops + chosen + (below if lower else 0) + above
     come_out = chosen * hops + below * lower + above * upper
+    in_step = trained / responses * at_once * sizes.hidden_size * wire_bytes  # that a server is to keep
+    again = max(0.0, 1 - KEPT_INPUT_BYTES / KEPT_INPUT_SHARE / in_step)
     sent = {
-        "activations": round(hidden * (put_in + 2 * epochs * trained * upper)),
+        "activations": round(hidden * (put_in + (1 + again) * epochs * trained * upper)),
         "adapters": epochs * minibatches * adapter,
     }
     received = {

@@ -297,11 +297,6 @@ def use_server_classes(
     class AnyConfig:
         from_pretrained = staticmethod(read_config)
 
-    # `backend` applies adapters itself; petals' own way imports peft and bitsandbytes (2 to 4 s).
-    no_adapters = ModuleType("petals.utils.peft")
-    no_adapters.using_adapter = lambda name: contextlib.nullcontext()
-    sys.modules[no_adapters.__name__] = no_adapters
-
     replacements = {
         server_module: {
             "AutoDistributedConfig": AnyConfig,

@@ -25,7 +25,7 @@ from textrl_swarm.decoders.block import cache_spec
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
-from textrl_swarm.errors import AdapterMissing, AdapterRejected, ModelError, ShapeError
+from textrl_swarm.errors import AdapterMissing, AdapterRejected, InputsMissing, ModelError, ShapeError
 from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.models.quantization import saved_quantization
@@ -62,6 +62,8 @@ BATCH_TOKENS = 2048  # petals' --max_batch_size: rows x tokens of one request fo
 ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
 ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
+KEPT_INPUT_BYTES = 1 << 30  # --kept_input_bytes: inputs of forwards, kept for backwards, of all clients
+KEPT_INPUT_SHARE = 4  # of them, one client may have so many parts less
 
 
 def require_servable(base: BaseModel) -> Boundary:
@@ -131,6 +133,7 @@ class Receiver:
 # -------------------------------------------------------------------------------- errors on the wire
 
 _MISSING = "ADAPTER_MISSING"
+_INPUTS_MISSING = "INPUTS_MISSING"
 _REJECTED = "ADAPTER_REJECTED"
 
 
@@ -144,8 +147,15 @@ def adapter_rejected(reason: str) -> AdapterRejected:
     return AdapterRejected(f"{_REJECTED}: {reason}")
 
 
-def error_from_wire(text: str, server: str) -> AdapterMissing | AdapterRejected | None:
+def inputs_missing(name: str) -> InputsMissing:
+    """A server's error for a backward whose inputs it was to have kept from the forward."""
+    return InputsMissing(f"{_INPUTS_MISSING}:{name}")
+
+
+def error_from_wire(text: str, server: str) -> AdapterMissing | AdapterRejected | InputsMissing | None:
     """The client's error for the text of a server's error; None when the text is of another kind."""
+    if _INPUTS_MISSING in text:
+        return InputsMissing(text)
     if _MISSING in text:
         return AdapterMissing(text)
     if _REJECTED in text:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.swarm.client.routing import Span
 
-Trail = list[tuple[Span, Tensor]]  # which server computed which blocks from which input (b, S, H)
-
 
 @dataclass
 class Piece:
-    """What one server has to go back through."""
+    """What one server computed, and has to go back through."""
 
     span: Span
 
     inputs: Tensor
     """(b, S, W) of its first block."""
 
+    kept: str | None = None
+    """Name under which the server keeps the inputs; None = it does not."""
+
     grad: Tensor | None = None
     """(b, S, W) with respect to the output of its last block, once it is known."""
+
+
+Trail = list[Piece]  # which server computed which blocks from which input, in their order
 
 
 class MicroBatchBackward:
@@ -37,7 +41,7 @@ class MicroBatchBackward:
 
     def __init__(self, grad: Tensor, trail: Trail, packed: PackedRows | None = None):
         self.packed = packed
-        self.left = [Piece(span, inputs) for span, inputs in trail]
+        self.left = [replace(piece) for piece in trail]
         self.left[-1].grad = grad
         self._finished: list[Piece] = []
 
@@ -47,6 +51,7 @@ class MicroBatchBackward:
 
     def finish_last(self, grad_input: Tensor | None) -> None:
         """Hands the gradient of the last piece's inputs to the piece before."""
+        self.left[-1].kept = None  # once used, the server forgets them
         self._finished.append(self.left.pop())
         if self.left and self.left[-1].grad is None:
             self.left[-1].grad = grad_input
@@ -54,7 +59,7 @@ class MicroBatchBackward:
     def replace_last(self, trail: Trail) -> None:
         """The last piece's blocks are other servers' now."""
         grad = self.left.pop().grad
-        self.left += [Piece(span, inputs) for span, inputs in trail]
+        self.left += trail
         self.left[-1].grad = grad
 
     def again(self, blocks: set[int]) -> MicroBatchBackward:

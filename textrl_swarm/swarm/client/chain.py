@@ -84,7 +84,7 @@ class BlockChain:
         self.pushed = PushedAdapters(router, calls)
         self.hand_overs = HandOvers()
         self.max_bytes_in_flight = max_bytes_in_flight
-        self._passes = Passes(router, calls, self.pushed, self.hand_overs)
+        self.passes = Passes(router, calls, self.pushed, self.hand_overs)
 
     def __call__(
         self,
@@ -130,12 +130,17 @@ class BlockChain:
         stop: int,
         adapter: AdapterSnapshot | None,
         batches: Sequence[MicroBatch],
+        *,
+        will_go_back: bool = False,
     ) -> tuple[Tensor, list[Trail]]:
+        self.passes.begin()
         whole = hidden.cpu()
         parts = [batch.inputs(whole) for batch in batches]
         jobs = []
         for part, batch in zip(parts, batches, strict=True):
-            jobs.append(self._passes.forward(part, start, stop, adapter, batch.packed))
+            jobs.append(
+                self.passes.forward(part, start, stop, adapter, batch.packed, will_go_back=will_go_back)
+            )
         results = self._run_all(jobs, max(part.nbytes for part in parts))
         found = [batch.outputs(output) for batch, (output, _) in zip(batches, results, strict=True)]
         outputs = put_together(batches, found)
@@ -153,7 +158,7 @@ class BlockChain:
         tasks = []
         for batch, trail in zip(batches, trails, strict=True):
             tasks.append(MicroBatchBackward(batch.grad_outputs(whole), trail, batch.packed))
-        first, last = trails[0][0][0].start, trails[0][-1][0].stop
+        first, last = trails[0][0].span.start, trails[0][-1].span.stop
         sums: dict[int, Tensor] = {}
         grad_input = None
         missing = set(adapter.blocks_within(range(first, last)))
@@ -188,7 +193,7 @@ class BlockChain:
         jobs = []
         for index, task in enumerate(tasks):
             summed = (name, index, len(tasks)) if is_summed else None
-            jobs.append(self._passes.backward(task, adapter, need_input_grad, summed))
+            jobs.append(self.passes.backward(task, adapter, need_input_grad, summed))
         largest = max(piece.inputs.nbytes for task in tasks for piece in task.left)
         results = self._run_all(jobs, largest)
         for _, flats in results:  # in row order: the sum is the same however the answers raced
@@ -229,7 +234,9 @@ class _RemoteBlocks(torch.autograd.Function):
         *flats: Tensor,
     ) -> Tensor:
         ctx.batches = chain._cut(hidden, shared)
-        outputs, ctx.trails = chain._forward(hidden.detach(), start, stop, adapter, ctx.batches)
+        outputs, ctx.trails = chain._forward(
+            hidden.detach(), start, stop, adapter, ctx.batches, will_go_back=True
+        )
         ctx.chain = chain
         ctx.adapter = adapter
         ctx.wanted = wanted

@@ -9,30 +9,42 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from hivemind.p2p import PeerID
 from torch import Tensor
 
 from textrl_swarm.decoders.sharing import PackedRows
-from textrl_swarm.errors import AdapterMissing, ServerFailed
+from textrl_swarm.errors import AdapterMissing, InputsMissing, ServerFailed
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.attempts import Attempts
-from textrl_swarm.swarm.client.backward import MicroBatchBackward, Trail
+from textrl_swarm.swarm.client.backward import MicroBatchBackward, Piece, Trail
 from textrl_swarm.swarm.client.hand_over import HandOvers
 from textrl_swarm.swarm.client.pushed import PushedAdapters
 from textrl_swarm.swarm.client.routing import Router, Span
-from textrl_swarm.swarm.client.rpc import HandedForward, ServerCalls
+from textrl_swarm.swarm.client.rpc import ForwardPlan, ServerCalls
 from textrl_swarm.swarm.protocol import AdapterSnapshot, Receiver
 
 
 class Passes:
-    """Forward and backward of one micro-batch; made by BlockChain."""
+    """Forward and backward of one micro-batch; made by BlockChain.
+
+    Attributes:
+        room: bytes of inputs that a server keeps for a client.
+    """
 
     def __init__(self, router: Router, calls: ServerCalls, pushed: PushedAdapters, hand_overs: HandOvers):
         self._router = router
         self._calls = calls
         self._pushed = pushed
         self._hand_overs = hand_overs
+        self.room: dict[PeerID, int] = defaultdict(int)
+        self._kept_bytes: Counter[PeerID] = Counter()
+
+    def begin(self) -> None:
+        """Before the micro-batches of a forward: what servers still keep of earlier ones may go."""
+        self._kept_bytes.clear()
 
     async def forward(
         self,
@@ -41,9 +53,14 @@ class Passes:
         stop: int,
         adapter: AdapterSnapshot | None,
         packed: PackedRows | None = None,
+        *,
+        will_go_back: bool = False,
     ) -> tuple[Tensor, Trail]:
         """Runs one micro-batch (b, S, H) through blocks start..stop; also returns which server got which
         input.
+
+        Args:
+            will_go_back: whether servers are asked to keep their inputs.
         """
         attempts = Attempts(
             f"forward through {blocks_text(range(start, stop))}", self._calls.timeouts.recovery_s
@@ -52,10 +69,11 @@ class Passes:
         block = start
         while block < stop:
             spans = await self._router.route(block, stop, timeout_s=attempts.left_s)
-            outputs, error = await self._forward_once(spans, hidden, adapter, packed)
-            for span, output in zip(spans, outputs, strict=False):
+            names = [self._room_for(span, hidden) if will_go_back else None for span in spans]
+            outputs, error = await self._forward_once(spans, hidden, adapter, packed, names)
+            for span, name, output in zip(spans, names, outputs, strict=False):
                 self._router.report_success(span.peer)
-                trail.append((span, hidden.to(span.dtype)))
+                trail.append(Piece(span, hidden.to(span.dtype), name))
                 hidden, block = output, span.stop
             if isinstance(error, AdapterMissing):
                 self._pushed.forget(spans[len(outputs)], adapter)
@@ -71,6 +89,7 @@ class Passes:
         hidden: Tensor,
         adapter: AdapterSnapshot | None,
         packed: PackedRows | None,
+        kept: Sequence[str | None],
     ) -> tuple[list[Tensor], AdapterMissing | ServerFailed | None]:
         """Outputs of the first spans, as far as hidden states go from server to server; and the error of the
         span after them.
@@ -91,7 +110,7 @@ class Passes:
                 return [], key
             else:
                 raise key
-        calls = self._start(spans[: len(ready)], hidden, ready, packed)
+        calls = self._start(spans[: len(ready)], hidden, ready, packed, kept)
         outputs: list[Tensor] = []
         try:
             for i, call in enumerate(calls):
@@ -109,7 +128,12 @@ class Passes:
         return outputs, None
 
     def _start(
-        self, spans: Sequence[Span], hidden: Tensor, keys: Sequence[str], packed: PackedRows | None
+        self,
+        spans: Sequence[Span],
+        hidden: Tensor,
+        keys: Sequence[str],
+        packed: PackedRows | None,
+        kept: Sequence[str | None],
     ) -> list[asyncio.Task[tuple[Tensor, bool]]]:
         """Asks all of these servers at once; each but the first waits for what the one before hands over."""
         names = [uuid.uuid4().hex for _ in spans]
@@ -118,9 +142,9 @@ class Passes:
             receivers = []
             for following, name in zip(spans[i + 1 : i + 2], names[i + 1 : i + 2], strict=True):
                 receivers.append(Receiver(str(following.peer), self._router.uids[following.start], name))
-            handed = HandedForward(names[i] if i > 0 else None, receivers, servers=i + 1)
+            plan = ForwardPlan(names[i] if i > 0 else None, receivers, servers=i + 1, keep=kept[i])
             sent = hidden.to(span.dtype)
-            call = self._calls.forward(span.peer, self._uids(span), sent, key, packed, handed=handed)
+            call = self._calls.forward(span.peer, self._uids(span), sent, key, packed, plan=plan)
             calls.append(asyncio.ensure_future(call))
         return calls
 
@@ -145,12 +169,14 @@ class Passes:
             try:
                 key = await self._pushed.ensure(span, adapter)
                 grad = piece.grad.to(span.dtype)
-                grad_input, span_flats = await self._calls.backward(
-                    span.peer, self._uids(span), piece.inputs, grad, key, needed, summed, task.packed
-                )
+                sent = piece.inputs, grad, key, needed, summed, task.packed, piece.kept
+                grad_input, span_flats = await self._calls.backward(span.peer, self._uids(span), *sent)
             except AdapterMissing:
                 self._pushed.forget(span, adapter)
                 attempts.lost_adapter()
+                continue
+            except InputsMissing:
+                piece.kept = None
                 continue
             except ServerFailed as error:
                 self._router.report_failure(span.peer, error)
@@ -164,6 +190,12 @@ class Passes:
             task.finish_last(grad_input)
             flats.update(zip(range(span.start, span.stop), span_flats, strict=True))
         return (grad_input if need_input_grad else None), flats
+
+    def _room_for(self, span: Span, hidden: Tensor) -> str | None:
+        """A name under which a server is asked to keep inputs; None when it has no more room for them."""
+        self._kept_bytes[span.peer] += hidden.numel() * span.dtype.itemsize
+        has_room = self._kept_bytes[span.peer] <= self.room[span.peer]
+        return uuid.uuid4().hex if has_room else None
 
     def _uids(self, span: Span) -> list[str]:
         return self._router.uids[span.start : span.stop]

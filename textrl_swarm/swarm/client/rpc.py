@@ -22,7 +22,7 @@ from textrl_swarm.config import Timeouts
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.sharing import PackedRows
-from textrl_swarm.errors import AdapterMissing, AdapterRejected, ServerFailed, ShapeError
+from textrl_swarm.errors import ServerFailed, ShapeError, SwarmError
 from textrl_swarm.swarm.protocol import (
     HANDED_OVER,
     INFO_KEY,
@@ -56,14 +56,17 @@ _FOREIGN = (
 
 
 @dataclass(frozen=True)
-class HandedForward:
-    """Which way a forward's inputs and outputs take beside the client."""
+class ForwardPlan:
+    """Where a forward's inputs come from, and what becomes of inputs and outputs beside the answer."""
 
     session: str | None = None
     """The name under which another server hands over the inputs; None = the client sends them."""
 
     receivers: Sequence[Receiver] = ()
     """The server that needs the outputs next; () = only the client."""
+
+    keep: str | None = None
+    """The name under which the server keeps the inputs for the backward; None = it need not."""
 
     servers: int = 1
     """Those that compute before the answer can come, this one among them."""
@@ -74,7 +77,7 @@ def short_id(peer: PeerID) -> str:
     return f"…{str(peer)[-6:]}"
 
 
-def _translated(error: Exception, peer: PeerID, what: str) -> AdapterMissing | AdapterRejected | ServerFailed:
+def _translated(error: Exception, peer: PeerID, what: str) -> SwarmError:
     text = str(error)
     known = error_from_wire(text, short_id(peer))
     if known is not None:
@@ -146,26 +149,28 @@ class ServerCalls:
         key: str,
         packed: PackedRows | None = None,
         *,
-        handed: HandedForward | None = None,
+        plan: ForwardPlan | None = None,
     ) -> tuple[Tensor, bool]:
         """Output (B, S, H) of a chain of blocks, and whether it went to the next server too.
 
         Args:
             key: of the adapter; "" = none.
             packed: how rows lie in `hidden` and in the output.
-            handed: what comes from the server before or goes to the one after; where it comes from there,
-                `hidden` only tells its shape.
+            plan: None = the client sends the inputs, and alone gets the outputs. Where another server hands
+                the inputs over, `hidden` only tells their shape.
         """
-        handed = handed or HandedForward()
-        metadata = {"active_adapter": key, **_packing(packed), **_handing_over(handed.receivers)}
+        plan = plan or ForwardPlan()
+        metadata = {"active_adapter": key, **_packing(packed), **_handing_over(plan.receivers)}
         tensors = [hidden]
-        if handed.session is not None:
-            metadata["session"] = handed.session
+        if plan.keep is not None:
+            metadata["keep"] = plan.keep
+        if plan.session is not None:
+            metadata["session"] = plan.session
             tensors = []
         most = _MAX_GROWTH * (hidden.numel() + 1024)
         kinds = "activations", "activations"
         answer = await self._request(
-            peer, "forward", uids, tensors, metadata, most, kinds, servers=handed.servers
+            peer, "forward", uids, tensors, metadata, most, kinds, servers=plan.servers
         )
         (outputs,) = _complete(answer.tensors, 1, peer)
         return _checked(outputs, hidden, peer, self.boundary), bool(answer.told.get(HANDED_OVER))
@@ -180,6 +185,7 @@ class ServerCalls:
         need_input_grad: bool,
         summed: tuple[str, int, int] | None = None,
         packed: PackedRows | None = None,
+        kept: str | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor.
 
@@ -187,12 +193,20 @@ class ServerCalls:
             summed: name of a sum over micro-batches, index of this one, and their number: each block's
                 gradient is that of all of them, or empty while the server has not seen all.
             packed: how rows lie in `hidden` and `grad`.
+            kept: name under which the server keeps `hidden`, which then does not travel.
+
+        Raises:
+            InputsMissing: it does not keep them any more.
         """
         metadata = {
             "active_adapter": key, "need_input_grad": need_input_grad, "sum": summed, **_packing(packed)
         }  # fmt: skip
+        tensors = [hidden, grad]
+        if kept is not None:
+            metadata["kept"] = kept
+            tensors = [grad]
         kinds = "activations", "gradients"
-        answer = await self._request(peer, "backward", uids, [hidden, grad], metadata, _ANY, kinds)
+        answer = await self._request(peer, "backward", uids, tensors, metadata, _ANY, kinds)
         grad_input, *flats = _complete(answer.tensors, 1 + len(uids), peer)
         if not all(torch.isfinite(flat).all() for flat in flats):
             raise ServerFailed(f"server {short_id(peer)} returned gradients that are not finite")

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _BACKWARD_PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
 _PUSH_PRIORITY = 0.5  # before any computation
-_MAX_NAME = 64  # letters of the name of a sum
+_MAX_NAME = 64  # letters of the name of a sum, or of kept inputs
 _CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was told how it ended
 
 
@@ -110,7 +110,8 @@ class LoraHandler(TransformerConnectionHandler):
         uids; `header` is an encoded AdapterHeader. It is answered once the adapter can be used.
 
         `forward` takes inputs (B, S, H) and `active_adapter`, and gives outputs. With `packed` (see
-        PackedRows), here and in `backward`, rows share prefixes. With `session`, another server hands the
+        PackedRows), here and in `backward`, rows share prefixes. With `keep` (a name), the server keeps the
+        inputs for the backward, if it has room. With `session`, another server hands the
         inputs over; with `hand_over` (see Receiver), the outputs go to another server as well, and the ending
         tells whether they arrived.
 
@@ -120,7 +121,8 @@ class LoraHandler(TransformerConnectionHandler):
         the step's `facts`.
 
         `backward` takes inputs and grad_outputs (B, S, H), `active_adapter` and `need_input_grad`, and gives
-        the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block. With `sum`
+        the gradient of the inputs (empty when not needed) and one flat fp32 gradient per block. With `kept`
+        (the name), the inputs are those of the forward, and do not travel. With `sum`
         (a name, the index of this micro-batch, their number), the flat gradients are empty but for the
         request that completes a block's sum.
         """
@@ -261,6 +263,9 @@ class LoraHandler(TransformerConnectionHandler):
     ) -> list[Tensor]:
         (hidden,) = _checked_hidden(tensors, 1)
         packed = _checked_packed(metadata.get("packed"), hidden, backends)
+        if metadata.get("keep") is not None:
+            kept_as = str(context.remote_id), str(metadata["keep"])[:_MAX_NAME]
+            await backends[0].kept_pool.submit_task(hidden, *kept_as, priority=_PUSH_PRIORITY)
         async for output in _run_forward(backends, hidden, self._get_active_adapter(metadata), packed):
             hidden = output
         return [hidden]
@@ -272,6 +277,11 @@ class LoraHandler(TransformerConnectionHandler):
         metadata: dict[str, Any],
         context: P2PContext,
     ) -> list[Tensor]:
+        if metadata.get("kept") is not None:
+            name = str(metadata["kept"])[:_MAX_NAME]
+            pool = backends[0].kept_pool
+            (inputs,) = await pool.submit_task(torch.zeros(1), None, name, priority=_PUSH_PRIORITY)
+            tensors = [inputs, *tensors]
         inputs, grad_outputs = _checked_hidden(tensors, 2)
         key = self._get_active_adapter(metadata)
         if key and not is_adapter_key(key):
@@ -305,6 +315,7 @@ class LoraHandler(TransformerConnectionHandler):
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
             "takes_padding": all(other.takes_padding for other in backends.values()),
             "takes_hand_over": True,
+            "kept_input_bytes": backend.kept.max_bytes_per_client,
             "takes_sharing": all(other.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
