@@ -26,8 +26,8 @@ from textrl_swarm.types import RolloutBatch
 
 pytestmark = [pytest.mark.swarm, pytest.mark.filterwarnings("ignore::UserWarning")]
 
-# Sliding windows and experts, a latent cache, states, indices that travel between blocks; all but the first two
-# are `slow`, like the rest.
+# Sliding windows and experts, a latent cache, states, indices that travel between blocks; all but the first
+# two are `slow`, like the rest.
 KINDS = ("gpt_oss", "deepseek_v3", "qwen3_next", "glm_moe_dsa")
 MODELS = [
     family if family in KINDS[:2] else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES

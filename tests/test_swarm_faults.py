@@ -240,7 +240,7 @@ def test_a_server_is_lost_in_a_forward_that_is_handed_over(replicas, undisturbed
 
     async def forward(self, *args, plan, **options):
         asked.append(plan.session is not None or bool(plan.receivers))
-        answer = asyncio.ensure_future(original(self, *args, handed=plan, **options))
+        answer = asyncio.ensure_future(original(self, *args, plan=plan, **options))
         await asyncio.sleep(0)
         if asked.count(True) == 2 and not threads:  # both are asked
             threads.append(replaced(replicas, lost))
