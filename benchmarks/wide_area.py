@@ -97,7 +97,7 @@ def rollouts(policy: Policy, servers: int, repeats: int) -> list[list[str]]:
 
     def rollout(batch: list[list[int]], at_once: int, hand_over: bool = True) -> Callable[[], object]:
         def run() -> object:
-            policy._client.chain.hand_overs.are_known = hand_over
+            policy._client.chain.hand_overs.are_wanted = hand_over
             policy.sessions_at_once = at_once
             return policy.generate(batch, SAMPLING)
 

@@ -31,6 +31,7 @@ from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.swarm.client.rpc import ServerCalls
 from textrl_swarm.swarm.protocol import (
     ENDING,
+    NUMBER,
     AdapterHeader,
     AdapterLayout,
     AdapterSnapshot,
@@ -463,7 +464,7 @@ def test_the_furthest_reaching_server_is_taken(router):
 def test_servers_of_another_version_are_named_as_such(router):
     made = router(("old", 0, 4, 1.0, "textrl-swarm/lora-v1"))
     with pytest.raises(
-        BlocksUnavailable, match=r"another protocol than this client \(textrl-swarm/lora-v4\)"
+        BlocksUnavailable, match=r"another protocol than this client \(textrl-swarm/lora-v5\)"
     ):
         route(made)
 
@@ -537,8 +538,10 @@ def test_answers_of_another_shape_are_not_used(monkeypatch, boundary, answer, is
             async def answered():
                 await anext(requests)
                 (part,) = split_for_streaming(serialize_torch_tensor(torch.zeros(answer)), 1 << 20)
-                yield runtime_pb2.ExpertResponse(tensors=[part])
-                yield runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps({ENDING: ""}))
+                number = MSGPackSerializer.dumps({NUMBER: 0})
+                yield runtime_pb2.ExpertResponse(tensors=[part], metadata=number)
+                ending = MSGPackSerializer.dumps({NUMBER: 0, ENDING: ""})
+                yield runtime_pb2.ExpertResponse(metadata=ending)
 
             return answered()
 

@@ -216,7 +216,7 @@ def test_a_packing_that_makes_no_sense_is_answered(two_servers, raw, tokens):
             hidden = torch.zeros(1, tokens, policy.hidden_size)
             try:
                 await stream.send(uid, [hidden], {"request": "forward", "packed": raw})
-                return await asyncio.wait_for(stream.receive_all(1000), 10)
+                return await asyncio.wait_for(stream.receive(1000), 10)
             finally:
                 await stream.close()
 

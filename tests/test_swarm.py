@@ -26,7 +26,7 @@ from textrl_swarm.errors import ServerFailed
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.hand_over import HandOvers
-from textrl_swarm.swarm.client.rpc import ForwardPlan, GenerationStream, ServerCalls
+from textrl_swarm.swarm.client.rpc import ForwardPlan, GenerationStream
 from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.codec import encoded_bytes
 from textrl_swarm.swarm.local import LocalSwarm
@@ -417,21 +417,6 @@ def test_what_is_not_handed_over_is_relayed(two_servers, tmp_path, monkeypatch, 
         assert greedy(policy, prompts, 6) == [plain.greedy(prompt, 6) for prompt in prompts]
 
 
-def test_older_servers_are_relayed_between(two_servers, tmp_path, monkeypatch):
-    info = ServerCalls.info
-
-    async def older(self, *args):
-        told = await info(self, *args)
-        del told["takes_hand_over"]
-        return told
-
-    monkeypatch.setattr(ServerCalls, "info", older)
-    with connect(two_servers, filled=47) as policy:
-        assert not policy._client.chain.hand_overs.are_known
-        plain = PlainPeft(policy, tmp_path)
-        assert_same(run(policy, random_tokens(3, 8)), plain.run(random_tokens(3, 8)))
-
-
 def test_streams_stay_open_for_the_next_requests(two_servers, monkeypatch):
     opened = _recorded(monkeypatch, OpenStream, "open", argument=0)
     with connect(two_servers, filled=45) as policy:
@@ -441,12 +426,12 @@ def test_streams_stay_open_for_the_next_requests(two_servers, monkeypatch):
 
 
 def test_a_stream_that_was_idle_for_long_is_ended(two_servers, monkeypatch):
-    closed = _recorded(monkeypatch, OpenStream, "close", argument=0)
+    closed = _recorded(monkeypatch, OpenStream, "drop", argument=0)
     with connect(two_servers, filled=45) as policy:
         run(policy, random_tokens(2, 5))
         monkeypatch.setattr("textrl_swarm.swarm.streams._IDLE_S", -1.0)
         run(policy, random_tokens(2, 5))
-        assert len(set(closed)) >= 2 and len(policy._client._calls._streams._idle) == 2
+        assert len(set(closed)) >= 2 and len(policy._client._calls._streams._open) == 2
 
 
 def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, caplog):
@@ -454,9 +439,8 @@ def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, c
     with connect(two_servers, filled=46) as policy:
         plain = PlainPeft(policy, tmp_path)
         run(policy, tokens)
-        for streams in policy._client._calls._streams._idle.values():
-            for stream in streams:
-                run_in_background(stream._answers.aclose())
+        for requests in policy._client._calls._streams._open.values():
+            requests._reading.cancel()
         assert_same(run(policy, tokens), plain.run(tokens))
     assert "retry" not in caplog.text
 
@@ -484,7 +468,7 @@ def test_requests_that_make_no_sense_are_answered(two_servers, changes, tensors,
             stream.codec = changes.get("codec")
             try:
                 await stream.send(uid, hidden, changes)
-                return await asyncio.wait_for(stream.receive_all(1000), 10)
+                return await asyncio.wait_for(stream.receive(1000), 10)
             finally:
                 await stream.close()
 

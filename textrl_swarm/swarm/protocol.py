@@ -34,9 +34,10 @@ from textrl_swarm.models.quantization import saved_quantization
 
 # Announced among a server's adapters, so that routing can tell who can train, and how. v1 had one layout for
 # all blocks; v2 generated through petals' rpc_inference, with rows of equal length; v3 had neither codecs nor
-# rows that share prefixes.
+# rows that share prefixes; v4 answered one request of a stream after the other, and gave nothing to other
+# servers.
 CAPABILITY_PREFIX = "textrl-swarm/lora-v"
-CAPABILITY = f"{CAPABILITY_PREFIX}4"
+CAPABILITY = f"{CAPABILITY_PREFIX}5"
 INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients ignore it
 # Metadata key of a request: tell how the answer ended. Of an answer's last message: "" = complete, else the
 # error.
@@ -44,6 +45,11 @@ ENDING = "textrl_swarm_ending"
 
 # Metadata key of a request: how its hidden states and those of its answer are encoded; see swarm/codec.py.
 CODEC = "textrl_swarm_codec"
+
+# Metadata keys: of every tensor and ending of an answer, the number of its request in the stream; of an
+# ending, that the server reads no more requests from this stream.
+NUMBER = "textrl_swarm_number"
+CLOSING = "textrl_swarm_closing"
 
 # Metadata key of an answer to a request with `hand_over`: whether the output went to the next server.
 HANDED_OVER = "textrl_swarm_handed_over"

@@ -1,7 +1,8 @@
 """Streams to servers that stay open for one request after the other, as clients and other servers open them.
 
 A new stream costs round trips: its protocol is agreed on, and its window of unconfirmed bytes grows from
-256 KiB on. Knows nothing about what is asked.
+256 KiB on. All requests to a server share one, because streams beside each other share the bandwidth: of
+eight micro-batches none would arrive before the last is nearly there. Knows nothing about what is asked.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from hivemind.p2p import PeerID
@@ -20,13 +21,14 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
-from textrl_swarm.swarm.protocol import CODEC, ENDING
+from textrl_swarm.swarm.protocol import CLOSING, CODEC, ENDING, NUMBER
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 
 # What says nothing but that a connection is gone.
 BROKEN = (P2PDaemonError, OSError, EOFError, asyncio.IncompleteReadError)
 
 _CLOSE_S = 2.0
+_ANY = 1 << 40  # numbers
 _IDLE_S = 60.0  # after which a stream is not used again; the server ends it after some minutes
 
 
@@ -36,7 +38,6 @@ class OpenStream:
     Attributes:
         codec: of hidden states in the next request and its answer, see swarm/codec.py; None = as they are.
         received: bytes of tensors so far.
-        told: what came with the ending of the last answer.
     """
 
     def __init__(self, requests: asyncio.Queue[runtime_pb2.ExpertRequest], answers: Any):
@@ -44,9 +45,7 @@ class OpenStream:
         self._answers = answers
         self.codec: str | None = None
         self.received = 0
-        self.told: Mapping[str, Any] = {}
         self._has_failed = False  # the server says nothing more
-        self.used_at = time.monotonic()
 
     @staticmethod
     async def open(method: Any, timeout_s: float) -> OpenStream:
@@ -68,69 +67,93 @@ class OpenStream:
         Returns:
             The bytes of the tensors.
         """
-        packed = MSGPackSerializer.dumps({**metadata, "tensors": len(tensors), CODEC: self.codec})
-        loop = asyncio.get_running_loop()
-        if not tensors:
-            self._requests.put_nowait(runtime_pb2.ExpertRequest(uid=uid, metadata=packed))
-        sent = 0
-        for tensor in tensors:
-            for part in await loop.run_in_executor(None, tensor_parts, tensor, self.codec):
-                self._requests.put_nowait(runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed))
-                sent += len(part.buffer)
-                packed = b""
-        return sent
+        return self.put(uid, await packed_parts(tensors, self.codec), len(tensors), metadata, self.codec)
 
-    async def receive(self, max_numbers: int) -> Tensor | None:
-        """The next tensor of an answer; None at its end. `received` counts its bytes.
+    def put(
+        self,
+        uid: str,
+        parts: Sequence[runtime_pb2.Tensor],
+        count: int,
+        metadata: Mapping[str, Any],
+        codec: str | None,
+    ) -> int:
+        """The same for the parts of `count` tensors, at once, so that no other request comes in between."""
+        packed = MSGPackSerializer.dumps({**metadata, "tensors": count, CODEC: codec})
+        if not parts:
+            self._requests.put_nowait(runtime_pb2.ExpertRequest(uid=uid, metadata=packed))
+        for part in parts:
+            self._requests.put_nowait(runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed))
+            packed = b""
+        return sum(len(part.buffer) for part in parts)
+
+    async def next(
+        self, max_numbers: Callable[[Mapping[str, Any]], int]
+    ) -> tuple[Tensor | None, Mapping[str, Any]]:
+        """The next tensor of an answer, encoded as it travels, or None at its end; and what is told with it.
+
+        Args:
+            max_numbers: most numbers of a tensor with which this is told.
 
         Raises:
-            P2PHandlerError: the answer ended with an error.
             EOFError: the connection broke off.
-            ShapeError: more numbers than `max_numbers`.
+            ShapeError: a tensor has more.
         """
         try:
             message = await anext(self._answers)
         except StopAsyncIteration:
             raise EOFError("the connection broke off in the middle of the answer") from None
-        told = _metadata_of(message)
-        ending = told.get(ENDING)
-        if ending is None:
-            tensor = await whole_tensor(message, self._answers, max_numbers)
-            self.received += tensor.nbytes
-            return decoded(tensor, self.codec)
-        self.used_at = time.monotonic()
-        if ending != "":
-            self._has_failed = True
-            raise P2PHandlerError(ending)
-        self.told = told
-        return None
+        told = MSGPackSerializer.loads(message.metadata) if message.metadata else {}
+        if ENDING in told:
+            return None, told
+        tensor = await whole_tensor(message, self._answers, max_numbers(told))
+        self.received += tensor.nbytes
+        return tensor, told
 
-    async def receive_all(self, max_numbers: int) -> list[Tensor]:
-        """All tensors of an answer. Raises as `receive`."""
-        tensors = []
-        while (tensor := await self.receive(max_numbers)) is not None:
-            tensors.append(tensor)
-        return tensors
+    async def receive(self, max_numbers: int) -> Tensor | None:
+        """The next tensor of the only answer of a stream; None at its end.
+
+        Raises:
+            P2PHandlerError: it ended with an error.
+            EOFError, ShapeError: as `next`.
+        """
+        tensor, told = await self.next(lambda _: max_numbers)
+        if tensor is not None:
+            return decoded(tensor, self.codec)
+        if told[ENDING]:
+            self._has_failed = True
+            raise P2PHandlerError(told[ENDING])
+        return None
 
     async def close(self) -> None:
         """Tells the server that nothing more comes; never raises."""
 
         async def drain() -> None:
-            async for message in self._answers:
-                if ENDING in _metadata_of(message):
-                    return
+            while (await self.next(lambda _: _ANY))[0] is not None:
+                pass
 
-        self._requests.put_nowait(runtime_pb2.ExpertRequest())
+        self.end()
         with contextlib.suppress(Exception):  # the server may be gone
             if not self._has_failed:
                 await asyncio.wait_for(drain(), _CLOSE_S)
+        await self.drop()
+
+    def end(self) -> None:
+        """Tells the server that nothing more comes."""
+        self._requests.put_nowait(runtime_pb2.ExpertRequest())
+
+    async def drop(self) -> None:
+        """Waits for nothing more; never raises."""
         with contextlib.suppress(Exception):
             await self._answers.aclose()
 
 
-def _metadata_of(message: runtime_pb2.ExpertResponse) -> Mapping[str, Any]:
-    """Of an answer's last message: how it ended under ENDING; "" = it is complete, else the error."""
-    return MSGPackSerializer.loads(message.metadata) if message.metadata else {}
+async def packed_parts(tensors: Sequence[Tensor], codec: str | None) -> list[runtime_pb2.Tensor]:
+    """The parts of all of them, in their order; computed in another thread."""
+
+    def pack() -> list[runtime_pb2.Tensor]:
+        return [part for tensor in tensors for part in tensor_parts(tensor, codec)]
+
+    return await asyncio.get_running_loop().run_in_executor(None, pack)
 
 
 @dataclass(frozen=True)
@@ -149,11 +172,101 @@ class Answer:
     """Bytes of the answer's."""
 
 
+@dataclass
+class _Asked:
+    """A request that is not answered yet."""
+
+    codec: str | None
+    max_numbers: int
+    ending: asyncio.Future[Mapping[str, Any]]
+    tensors: list[Tensor] = field(default_factory=list)
+    received: int = 0
+
+
+class _Requests:
+    """Requests to one server, over one stream: sent one after the other, so that the first arrives while the
+    others are still on their way, and answered in any order.
+    """
+
+    def __init__(self, stream: OpenStream):
+        self._stream = stream
+        self._asked: dict[int, _Asked] = {}
+        self._count = 0
+        self.is_over = False
+        self.used_at = time.monotonic()
+        self._reading = asyncio.ensure_future(self._read())
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the stream is over, or was not used for so long that the server may have ended it."""
+        return self.is_over or (not self._asked and time.monotonic() - self.used_at >= _IDLE_S)
+
+    async def ask(
+        self,
+        uid: str,
+        tensors: Sequence[Tensor],
+        metadata: Mapping[str, Any],
+        codec: str | None,
+        max_numbers: int,
+    ) -> Answer:
+        """One request. Raises as `OpenStream.receive`."""
+        parts = await packed_parts(tensors, codec)
+        if self.is_over:
+            raise EOFError("the connection broke off")
+        asked = _Asked(codec, max_numbers, asyncio.get_running_loop().create_future())
+        number, self._count = self._count, self._count + 1
+        self._asked[number] = asked
+        sent = self._stream.put(uid, parts, len(tensors), metadata, codec)
+        try:
+            told = await asked.ending
+        finally:
+            self.used_at = time.monotonic()
+            del self._asked[number]
+        return Answer(asked.tensors, told, sent, asked.received)
+
+    async def _read(self) -> None:
+        error: Exception = EOFError("the connection broke off")
+        try:
+            while True:
+                tensor, told = await self._stream.next(self._most)
+                asked = self._asked.get(told.get(NUMBER, -1))
+                if asked is not None and tensor is not None:
+                    asked.received += tensor.nbytes
+                    asked.tensors.append(decoded(tensor, asked.codec))
+                elif asked is not None and not asked.ending.done():
+                    if told[ENDING]:
+                        asked.ending.set_exception(P2PHandlerError(told[ENDING]))
+                    else:
+                        asked.ending.set_result(told)
+                if told.get(CLOSING):
+                    return
+        except Exception as found:
+            error = found
+        finally:
+            self.is_over = True
+            for asked in self._asked.values():
+                if not asked.ending.done():
+                    asked.ending.set_exception(error)
+
+    def _most(self, told: Mapping[str, Any]) -> int:
+        asked = self._asked.get(told.get(NUMBER, -1))
+        return _ANY if asked is None else asked.max_numbers  # nobody waits for it any more
+
+    async def close(self) -> None:
+        """Tells the server that nothing more comes; never raises."""
+        self._stream.end()
+        await asyncio.wait([self._reading], timeout=_CLOSE_S)
+        self._reading.cancel()
+        await asyncio.wait([self._reading])
+        await self._stream.drop()
+
+
 class StreamPool:
-    """Streams that nobody uses at the moment, by server."""
+    """The streams for requests, one for each server."""
 
     def __init__(self) -> None:
-        self._idle: defaultdict[PeerID, list[OpenStream]] = defaultdict(list)
+        self._open: dict[PeerID, _Requests] = {}
+        self._opening: defaultdict[PeerID, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closing: set[asyncio.Future[None]] = set()
 
     async def call(
@@ -168,7 +281,7 @@ class StreamPool:
         codec: str | None = None,
         max_numbers: int = 0,
     ) -> Answer:
-        """One request over an open stream; over a new one when there is none, or it broke while it was idle.
+        """One request over the open stream; over a new one when there is none, or it broke.
 
         Args:
             method: of the server's stub.
@@ -178,51 +291,34 @@ class StreamPool:
         Raises:
             As `OpenStream.receive`, and what hivemind raises when a server cannot be reached.
         """
-        stream = self.take(peer)
-        was_idle = stream is not None
-        if stream is None:
-            stream = await OpenStream.open(method, connect_s)
-        stream.codec = codec
-        before = stream.received
-        try:
-            sent = await stream.send(uid, tensors, metadata)
-            answer = await stream.receive_all(max_numbers)
-        except BaseException as error:
-            self.discard(stream)
-            if was_idle and isinstance(error, BROKEN):  # as an idle one may be
-                return await self.call(
-                    peer, method, uid, tensors, metadata,
-                    connect_s=connect_s, codec=codec, max_numbers=max_numbers,
-                )  # fmt: skip
-            raise
-        told = stream.told
-        self.give_back(peer, stream)
-        return Answer(answer, told, sent, stream.received - before)
+        while True:
+            async with self._opening[peer]:
+                requests = self._open.get(peer)
+                if requests is not None and requests.is_stale:
+                    self.forget(peer)
+                    requests = None
+                is_new = requests is None
+                if requests is None:
+                    requests = _Requests(await OpenStream.open(method, connect_s))
+                    self._open[peer] = requests
+            try:
+                return await requests.ask(uid, tensors, metadata, codec, max_numbers)
+            except BROKEN:
+                if self._open.get(peer) is requests:
+                    self.forget(peer)
+                if is_new:
+                    raise
 
-    def take(self, peer: PeerID) -> OpenStream | None:
-        """The one that was used last, whose window is the widest; None = there is none."""
-        idle = self._idle[peer]
-        while idle:
-            stream = idle.pop()
-            if time.monotonic() - stream.used_at < _IDLE_S:
-                return stream
-            self.discard(stream)
-        return None
-
-    def give_back(self, peer: PeerID, stream: OpenStream) -> None:
-        """For the next request."""
-        self._idle[peer].append(stream)
-
-    def discard(self, stream: OpenStream) -> None:
-        """Ends a stream while others go on."""
-        closing = asyncio.ensure_future(stream.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+    def forget(self, peer: PeerID) -> None:
+        """Ends the stream to a server while others go on; whoever waits there gets an error."""
+        requests = self._open.pop(peer, None)
+        if requests is not None:
+            closing = asyncio.ensure_future(requests.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Ends all of them, at most within seconds; never raises."""
-        for idle in self._idle.values():
-            for stream in idle:
-                self.discard(stream)
-        self._idle.clear()
+        for peer in list(self._open):
+            self.forget(peer)
         await asyncio.gather(*self._closing)

@@ -193,8 +193,7 @@ class SwarmClient:
         self._calls.expect(span.peer, {self.router.uids[block]: held for block, held in weights.items()})
         self._tell_mixture(span, weights)
         self.chain.limits = self.chain.limits.within(info)
-        self.chain.passes.room[span.peer] = info.get("kept_input_bytes", 0)
-        self.chain.hand_overs.are_known &= info.get("takes_hand_over", False)
+        self.chain.passes.room[span.peer] = info["kept_input_bytes"]
         for block in range(span.start, span.stop):
             layers = info["linears"][str(block)]
             self.linears[block] = {path: read_sizes(sizes) for path, sizes in layers.items()}

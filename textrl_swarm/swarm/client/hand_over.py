@@ -18,17 +18,17 @@ class HandOvers:
     """Pairs of servers, and when a hand-over between them failed.
 
     Attributes:
-        are_known: whether all servers of the model know what a hand-over is; older ones do not.
+        are_wanted: False = the client relays everything.
     """
 
     def __init__(self) -> None:
-        self.are_known = True
+        self.are_wanted = True
         self._failed_until: dict[tuple[PeerID, PeerID], float] = {}
 
     def can(self, giver: PeerID, taker: PeerID) -> bool:
         """Whether one may be tried."""
         return (
-            self.are_known
+            self.are_wanted
             and giver != taker
             and self._failed_until.get((giver, taker), 0.0) < time.monotonic()
         )

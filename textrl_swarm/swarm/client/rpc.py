@@ -239,6 +239,9 @@ class ServerCalls:
         )  # fmt: skip
         try:
             answer = await asyncio.wait_for(call, servers * self.timeouts.request_s)
+        except asyncio.TimeoutError as error:
+            self._streams.forget(peer)
+            raise _translated(error, peer, what) from error
         except (*_FOREIGN, ShapeError) as error:
             raise _translated(error, peer, what) from error
         self.traffic.sent[kinds[0]] += answer.sent

@@ -9,10 +9,11 @@ stock Petals clients work.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from async_timeout import timeout
@@ -26,11 +27,13 @@ from textrl_swarm.decoders.caches import cache_bytes
 from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import ServerMismatch, ShapeError
 from textrl_swarm.swarm.protocol import (
+    CLOSING,
     CODEC,
     ENDING,
     HANDED_OVER,
     INFO_KEY,
     MAX_UNPACKED,
+    NUMBER,
     WEIGHTS,
     AdapterHeader,
     adapter_rejected,
@@ -46,9 +49,12 @@ from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
 logger = logging.getLogger(__name__)
 
+Outgoing: TypeAlias = "asyncio.Queue[list[runtime_pb2.ExpertResponse] | None]"  # None = nothing more comes
+
 _BACKWARD_PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
 _PUSH_PRIORITY = 0.5  # before any computation
 _MAX_NAME = 64  # letters of the name of a sum, or of kept inputs
+_AT_ONCE = 64  # requests of one stream that were read and are not answered
 _CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was told how it ended
 
 
@@ -104,7 +110,8 @@ class LoraHandler(TransformerConnectionHandler):
 
     async def rpc_requests(self, requests: Requests, context: P2PContext) -> Responses:
         """Any number of requests, one after the other. Metadata of the first message of each: `request`, and
-        the number of its `tensors`. The tensors of an answer are followed by its ending.
+        the number of its `tensors`. Answers come as they are ready; each tensor of one, and its ending, tell
+        the NUMBER of its request, counted from 0.
 
         `push` stores an adapter for the named blocks: one flat fp32 tensor per block, in the order of the
         uids; `header` is an encoded AdapterHeader. It is answered once the adapter can be used.
@@ -126,46 +133,79 @@ class LoraHandler(TransformerConnectionHandler):
         (a name, the index of this micro-batch, their number), the flat gradients are empty but for the
         request that completes a block's sum.
         """
-        answers = {
-            "push": self._store,
-            "forward": self._forward,
-            "backward": self._backward,
-            "hand_over": self._deliver,
-            "echo": self._echo,
-        }
-        while True:
-            try:
-                first = await asyncio.wait_for(anext(requests), self.step_timeout)
-            except (StopAsyncIteration, asyncio.TimeoutError):
-                return
-            if not first.uid:
-                return
-            ending, is_whole, told = "", False, {}
-            try:
-                async with timeout(self.request_timeout):
-                    metadata = MSGPackSerializer.loads(first.metadata)
-                    backends = self._backends(first.uid)
-                    self._check_weights(first.uid, metadata)
-                    what = metadata.get("request")
-                    if what not in answers:
-                        raise ShapeError(f"requests are {', '.join(answers)}, not {what!r}")
-                    self._log_request(what, first.uid.split(), context)
-                    tensors = await self._read(first, requests, metadata, backends)
-                    is_whole = True
-                    codec = metadata.get(CODEC)
-                    answer = await answers[what](backends, tensors, metadata, context)
-                    handed_on = self._hand_overs.start(answer[0], metadata, codec) if answer else None
-                    for tensor in answer:
-                        for part in tensor_parts(tensor, codec):
-                            yield runtime_pb2.ExpertResponse(tensors=[part])
-                    if handed_on is not None:
-                        told = {HANDED_OVER: await handed_on}
-            except Exception as error:
-                ending = _text(error)
-            yield _ending(ending, told)
-            if not is_whole:  # what follows may be a part of what was not read
-                await asyncio.sleep(_CLIENT_CLOSES_S)
-                return
+        outgoing: Outgoing = asyncio.Queue(maxsize=2)
+        work = asyncio.ensure_future(self._take_requests(requests, context, outgoing))
+        try:
+            while (messages := await outgoing.get()) is not None:
+                for message in messages:
+                    yield message
+        finally:
+            work.cancel()
+
+    async def _take_requests(self, requests: Requests, context: P2PContext, outgoing: Outgoing) -> None:
+        """Reads a stream's requests one after the other; answers them beside each other, at most _AT_ONCE."""
+        running: set[asyncio.Task[None]] = set()
+        slots = asyncio.Semaphore(_AT_ONCE)
+        try:
+            for number in itertools.count():
+                try:
+                    first = await asyncio.wait_for(anext(requests), self.step_timeout)
+                except (StopAsyncIteration, asyncio.TimeoutError):
+                    break
+                if not first.uid:
+                    break
+                await slots.acquire()
+                try:
+                    async with timeout(self.request_timeout):
+                        metadata = MSGPackSerializer.loads(first.metadata)
+                        backends = self._backends(first.uid)
+                        self._check_weights(first.uid, metadata)
+                        what = metadata.get("request")
+                        if what not in self._KINDS:
+                            raise ShapeError(f"requests are {', '.join(self._KINDS)}, not {what!r}")
+                        self._log_request(what, first.uid.split(), context)
+                        tensors = await self._read(first, requests, metadata, backends)
+                except Exception as error:  # what follows may be a part of what was not read
+                    await asyncio.gather(*running)
+                    await outgoing.put([_ending(_text(error), {NUMBER: number, CLOSING: True})])
+                    await asyncio.sleep(_CLIENT_CLOSES_S)
+                    break
+                answering = self._answer(number, backends, tensors, metadata, context, outgoing)
+                task = asyncio.ensure_future(answering)
+                running.add(task)
+                task.add_done_callback(running.discard)
+                task.add_done_callback(lambda _: slots.release())
+            await asyncio.gather(*running)
+            await outgoing.put(None)
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _answer(
+        self,
+        number: int,
+        backends: Sequence[LoraBackend],
+        tensors: Sequence[Tensor],
+        metadata: dict[str, Any],
+        context: P2PContext,
+        outgoing: Outgoing,
+    ) -> None:
+        ending, told = "", {NUMBER: number}
+        numbered, codec = MSGPackSerializer.dumps(told), metadata.get(CODEC)
+        try:
+            async with timeout(self.request_timeout):
+                answer = await self._KINDS[metadata["request"]](self, backends, tensors, metadata, context)
+                handed_on = self._hand_overs.start(answer[0], metadata, codec) if answer else None
+                for tensor in answer:
+                    parts = tensor_parts(tensor, codec)
+                    messages = [runtime_pb2.ExpertResponse(tensors=[part]) for part in parts]
+                    messages[0].metadata = numbered
+                    await outgoing.put(messages)
+                if handed_on is not None:
+                    told[HANDED_OVER] = await handed_on
+        except Exception as error:
+            ending = _text(error)
+        await outgoing.put([_ending(ending, told)])
 
     async def _read(
         self,
@@ -176,7 +216,7 @@ class LoraHandler(TransformerConnectionHandler):
     ) -> list[Tensor]:
         """A request's tensors; refuses one that grows past what can be used, before it fills the memory."""
         if metadata["request"] == "forward" and metadata.get("session") is not None:
-            return [await self._handed_over(str(metadata["session"]))]
+            return []  # another server brings them
         backend = backends[0]
         if metadata["request"] == "push":
             most_bytes = backend.store.max_bytes_per_client
@@ -261,6 +301,8 @@ class LoraHandler(TransformerConnectionHandler):
         metadata: dict[str, Any],
         context: P2PContext,
     ) -> list[Tensor]:
+        if metadata.get("session") is not None:
+            tensors = [await self._handed_over(str(metadata["session"]))]
         (hidden,) = _checked_hidden(tensors, 1)
         packed = _checked_packed(metadata.get("packed"), hidden, backends)
         if metadata.get("keep") is not None:
@@ -291,6 +333,14 @@ class LoraHandler(TransformerConnectionHandler):
         packed = _checked_packed(metadata.get("packed"), inputs, backends)
         return await _run_backward(backends, inputs, grad_outputs, key, need_input_grad, summed, packed)
 
+    _KINDS: ClassVar[dict[str, Callable[..., Awaitable[list[Tensor]]]]] = {
+        "push": _store,
+        "forward": _forward,
+        "backward": _backward,
+        "hand_over": _deliver,
+        "echo": _echo,
+    }
+
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         """Petals' answer plus what a training client checks before it relies on this server."""
         info = MSGPackSerializer.loads((await super().rpc_info(request, context)).serialized_info)
@@ -314,7 +364,6 @@ class LoraHandler(TransformerConnectionHandler):
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
             "takes_padding": all(other.takes_padding for other in backends.values()),
-            "takes_hand_over": True,
             "kept_input_bytes": backend.kept.max_bytes_per_client,
             "takes_sharing": all(other.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
