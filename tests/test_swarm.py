@@ -439,8 +439,8 @@ def test_a_stream_that_broke_while_idle_is_opened_again(two_servers, tmp_path, c
     with connect(two_servers, filled=46) as policy:
         plain = PlainPeft(policy, tmp_path)
         run(policy, tokens)
-        for requests in policy._client._calls._streams._open.values():
-            requests._reading.cancel()
+        for opening in policy._client._calls._streams._open.values():
+            opening.result()._reading.cancel()
         assert_same(run(policy, tokens), plain.run(tokens))
     assert "retry" not in caplog.text
 

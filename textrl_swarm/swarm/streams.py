@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,12 +260,20 @@ class _Requests:
         await self._stream.drop()
 
 
+async def _open(method: Any, timeout_s: float) -> _Requests:
+    return _Requests(await OpenStream.open(method, timeout_s))
+
+
+async def _close(opening: asyncio.Task[_Requests]) -> None:
+    with contextlib.suppress(Exception):  # it was never open
+        await (await opening).close()
+
+
 class StreamPool:
     """The streams for requests, one for each server."""
 
     def __init__(self) -> None:
-        self._open: dict[PeerID, _Requests] = {}
-        self._opening: defaultdict[PeerID, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._open: dict[PeerID, asyncio.Task[_Requests]] = {}
         self._closing: set[asyncio.Future[None]] = set()
 
     async def call(
@@ -292,28 +299,33 @@ class StreamPool:
             As `OpenStream.receive`, and what hivemind raises when a server cannot be reached.
         """
         while True:
-            async with self._opening[peer]:
-                requests = self._open.get(peer)
-                if requests is not None and requests.is_stale:
+            opening = self._open.get(peer)
+            if opening is not None and opening.done():
+                if opening.exception() is not None or opening.result().is_stale:
                     self.forget(peer)
-                    requests = None
-                is_new = requests is None
-                if requests is None:
-                    requests = _Requests(await OpenStream.open(method, connect_s))
-                    self._open[peer] = requests
+                    opening = None
+            is_new = opening is None
+            if opening is None:
+                opening = self._open[peer] = asyncio.ensure_future(_open(method, connect_s))
+            try:
+                requests = await asyncio.shield(opening)  # others wait for it too
+            except Exception:
+                if self._open.get(peer) is opening:
+                    del self._open[peer]
+                raise
             try:
                 return await requests.ask(uid, tensors, metadata, codec, max_numbers)
             except BROKEN:
-                if self._open.get(peer) is requests:
+                if self._open.get(peer) is opening:
                     self.forget(peer)
                 if is_new:
                     raise
 
     def forget(self, peer: PeerID) -> None:
         """Ends the stream to a server while others go on; whoever waits there gets an error."""
-        requests = self._open.pop(peer, None)
-        if requests is not None:
-            closing = asyncio.ensure_future(requests.close())
+        opening = self._open.pop(peer, None)
+        if opening is not None:
+            closing = asyncio.ensure_future(_close(opening))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 

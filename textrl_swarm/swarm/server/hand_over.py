@@ -84,6 +84,8 @@ class HandOvers:
             await asyncio.wait_for(call, _GIVE_S + output.nbytes / _LEAST_BYTES_PER_S)
         except Exception as error:  # whatever it is, the client notices
             logger.info("a hand-over to %s failed: %s", peer, str(error) or type(error).__name__)
+            if isinstance(error, asyncio.TimeoutError):
+                self._streams.forget(peer)
             return False
         return True
 

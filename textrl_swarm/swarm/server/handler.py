@@ -176,10 +176,12 @@ class LoraHandler(TransformerConnectionHandler):
                 task.add_done_callback(running.discard)
                 task.add_done_callback(lambda _: slots.release())
             await asyncio.gather(*running)
-            await outgoing.put(None)
+        except Exception as error:  # the client's side of the stream
+            _text(error)
         finally:
             for task in running:
                 task.cancel()
+        await outgoing.put(None)
 
     async def _answer(
         self,
