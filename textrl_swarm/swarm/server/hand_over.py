@@ -25,9 +25,9 @@ from textrl_swarm.swarm.stub import ServerStub
 
 logger = logging.getLogger(__name__)
 
-_GIVE_S = 10.0  # seconds for a hand-over, until the next server has it, and those for its bytes
+_GIVE_S = 5.0  # seconds for a hand-over, until the next server has it, and those for its bytes
 _LEAST_BYTES_PER_S = 125_000  # 1 Mbit/s
-_CONNECT_S = 5.0
+_CONNECT_S = 3.0
 _EXPECTED_S = 5.0  # how long what was handed over waits for the request that wants it
 _MAX_EARLY = 1024  # steps that arrived before the one that comes next
 
