@@ -69,7 +69,7 @@ ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of a
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
 ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
 KEPT_INPUT_BYTES = 1 << 30  # --kept_input_bytes: inputs of forwards, kept for backwards, of all clients
-KEPT_INPUT_SHARE = 4  # of them, one client may have so many parts less
+KEPT_INPUT_SHARE = 8  # one client has at most this part of them
 
 
 def require_servable(base: BaseModel) -> Boundary:

@@ -37,7 +37,6 @@ from textrl_swarm.models.layers import LayerSizes, is_routed
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
 from textrl_swarm.swarm.server.gradient_sums import GradientSums
-from textrl_swarm.swarm.server.kept_inputs import KeptInputs
 from textrl_swarm.swarm.server.served_model import ServedBlock
 
 # What is added at this moment, by target path. Petals' Runtime is one thread, one request at a time.
@@ -77,10 +76,6 @@ class LoraBackend(TransformerBackend):
     store: ClassVar[AdapterStore]
 
     store_pool: ClassVar[PrioritizedTaskPool]
-
-    kept: ClassVar[KeptInputs]
-
-    kept_pool: ClassVar[PrioritizedTaskPool]
 
     sums: ClassVar[GradientSums]
 
@@ -145,7 +140,7 @@ class LoraBackend(TransformerBackend):
         )
 
     def get_pools(self) -> tuple[PrioritizedTaskPool, ...]:
-        return (*super().get_pools(), self.lora_backward_pool, self.store_pool, self.kept_pool)
+        return (*super().get_pools(), self.lora_backward_pool, self.store_pool)
 
     def get_inference_cache_descriptors(self, batch_size: int, max_length: int) -> list[TensorDescriptor]:
         """The tensors of one session, in the order in which `inference_step` finds them."""

@@ -32,6 +32,8 @@ from textrl_swarm.swarm.protocol import (
     ENDING,
     HANDED_OVER,
     INFO_KEY,
+    KEPT_INPUT_BYTES,
+    KEPT_INPUT_SHARE,
     MAX_UNPACKED,
     NUMBER,
     WEIGHTS,
@@ -44,6 +46,7 @@ from textrl_swarm.swarm.protocol import (
 from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
 from textrl_swarm.swarm.server.hand_over import HandOvers, deliver, delivered
+from textrl_swarm.swarm.server.kept_inputs import KeptInputs
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
@@ -61,6 +64,9 @@ _CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was to
 class LoraHandler(TransformerConnectionHandler):
     """TransformerConnectionHandler that also stores adapters and computes their gradients."""
 
+    kept_input_bytes: ClassVar[int] = KEPT_INPUT_BYTES
+    """For inputs of forwards, in all processes; a client's stream, and what is kept for it, is in one."""
+
     _rpc_handlers = None  # hivemind caches these two on the class; inherited, they would hide the new RPCs
     _stub_type = None
 
@@ -71,6 +77,8 @@ class LoraHandler(TransformerConnectionHandler):
     async def add_p2p_handlers(self, p2p: P2P, *args: Any, **kwargs: Any) -> None:
         """As hivemind's; called in the handler's own process."""
         self._hand_overs = HandOvers(p2p)
+        in_each = self.kept_input_bytes // len(self._handler_event_queues)
+        self._kept = KeptInputs(in_each, min(in_each, self.kept_input_bytes // KEPT_INPUT_SHARE))
         await super().add_p2p_handlers(p2p, *args, **kwargs)
 
     def _get_active_adapter(self, metadata: dict[str, Any]) -> str:
@@ -308,8 +316,7 @@ class LoraHandler(TransformerConnectionHandler):
         (hidden,) = _checked_hidden(tensors, 1)
         packed = _checked_packed(metadata.get("packed"), hidden, backends)
         if metadata.get("keep") is not None:
-            kept_as = str(context.remote_id), str(metadata["keep"])[:_MAX_NAME]
-            await backends[0].kept_pool.submit_task(hidden, *kept_as, priority=_PUSH_PRIORITY)
+            self._kept.put(str(context.remote_id), str(metadata["keep"])[:_MAX_NAME], hidden)
         async for output in _run_forward(backends, hidden, self._get_active_adapter(metadata), packed):
             hidden = output
         return [hidden]
@@ -322,10 +329,7 @@ class LoraHandler(TransformerConnectionHandler):
         context: P2PContext,
     ) -> list[Tensor]:
         if metadata.get("kept") is not None:
-            name = str(metadata["kept"])[:_MAX_NAME]
-            pool = backends[0].kept_pool
-            (inputs,) = await pool.submit_task(torch.zeros(1), None, name, priority=_PUSH_PRIORITY)
-            tensors = [inputs, *tensors]
+            tensors = [self._kept.take(str(metadata["kept"])[:_MAX_NAME]), *tensors]
         inputs, grad_outputs = _checked_hidden(tensors, 2)
         key = self._get_active_adapter(metadata)
         if key and not is_adapter_key(key):
@@ -366,7 +370,7 @@ class LoraHandler(TransformerConnectionHandler):
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
             "takes_padding": all(other.takes_padding for other in backends.values()),
-            "kept_input_bytes": backend.kept.max_bytes_per_client,
+            "kept_input_bytes": self._kept.max_bytes_per_client,
             "takes_sharing": all(other.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),

@@ -1,7 +1,7 @@
 """Inputs of a forward, kept until the backward that needs them again, so that they travel once.
 
-Lives in the compute process. Nothing depends on it: what is not here any more, the client sends. Knows
-nothing about blocks or adapters.
+Lives in the handler's process, where all requests of a client's stream arrive. Nothing depends on it: what is
+not here any more, the client sends. Knows nothing about blocks or adapters.
 """
 
 from __future__ import annotations

@@ -47,7 +47,6 @@ from textrl_swarm.swarm.protocol import (  # noqa: E402
     ATTENTION_CACHE_TOKENS,
     CAPABILITY,
     KEPT_INPUT_BYTES,
-    KEPT_INPUT_SHARE,
     AdapterHeader,
     AdapterLayout,
     adapter_header,
@@ -56,7 +55,6 @@ from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
 from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
 from textrl_swarm.swarm.server.gradient_sums import GradientSums  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
-from textrl_swarm.swarm.server.kept_inputs import KeptInputs  # noqa: E402
 from textrl_swarm.swarm.server.served_model import ServedModel, block_config  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -120,19 +118,6 @@ class LoraContainer(ModuleContainer):
             return (torch.tensor([store.size_bytes]),)
 
         LoraBackend.store = store
-        kept = LoraBackend.kept = KeptInputs(
-            LoraServer.kept_input_bytes, LoraServer.kept_input_bytes // KEPT_INPUT_SHARE
-        )
-
-        def keep(hidden: torch.Tensor, owner: str | None, name: str) -> Any:
-            if owner is None:
-                return (kept.take(name),)
-            kept.put(owner, name, hidden)
-            return (torch.zeros(1),)
-
-        LoraBackend.kept_pool = PrioritizedTaskPool(
-            keep, max_batch_size=1 << 62, name="kept_inputs", device=torch.device("cpu")
-        )
         LoraBackend.sums = GradientSums(LoraServer.adapter_bytes_per_client)
         quant_type = kwargs["quant_type"].name.lower()
         LoraBackend.quantization = None if quant_type == "none" else quant_type
@@ -155,7 +140,6 @@ class LoraServer(Server):
     model: ClassVar[ServedModel]
     adapter_bytes: ClassVar[int]
     adapter_bytes_per_client: ClassVar[int]
-    kept_input_bytes: ClassVar[int]
     adapter_sources: ClassVar[Sequence[str]] = ()
 
     def __init__(self, *, initial_peers: Sequence[str], adapters: Sequence[str] = (), **kwargs: Any):
@@ -320,7 +304,7 @@ def _take_own_options(argv: list[str]) -> list[str]:
     own, petals_options = parser.parse_known_args(argv)
     LoraServer.adapter_bytes = own.adapter_bytes
     LoraServer.adapter_bytes_per_client = own.adapter_bytes_per_client
-    LoraServer.kept_input_bytes = own.kept_input_bytes
+    LoraHandler.kept_input_bytes = own.kept_input_bytes
     return petals_options
 
 
