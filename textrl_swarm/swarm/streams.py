@@ -264,6 +264,10 @@ async def _open(method: Any, timeout_s: float) -> _Requests:
     return _Requests(await OpenStream.open(method, timeout_s))
 
 
+def _is_stale(opened: asyncio.Task[_Requests]) -> bool:
+    return opened.exception() is not None or opened.result().is_stale
+
+
 async def _close(opening: asyncio.Task[_Requests]) -> None:
     with contextlib.suppress(Exception):  # it was never open
         await (await opening).close()
@@ -300,10 +304,9 @@ class StreamPool:
         """
         while True:
             opening = self._open.get(peer)
-            if opening is not None and opening.done():
-                if opening.exception() is not None or opening.result().is_stale:
-                    self.forget(peer)
-                    opening = None
+            if opening is not None and opening.done() and _is_stale(opening):
+                self.forget(peer)
+                opening = None
             is_new = opening is None
             if opening is None:
                 opening = self._open[peer] = asyncio.ensure_future(_open(method, connect_s))
