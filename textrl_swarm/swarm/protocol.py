@@ -64,6 +64,7 @@ MAX_UNPACKED = (
     4  # of rows that share prefixes, tokens with those prefixes over tokens that a request may have
 )
 _MAX_RECEIVERS = 256  # servers of a chain
+LEAST_BYTES_PER_S = 125_000  # 1 Mbit/s: what a hand-over from server to server is given time for
 BATCH_TOKENS = 2048  # petals' --max_batch_size: rows x tokens of one request for forward or backward
 ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together

@@ -133,7 +133,8 @@ class BlockChain:
         *,
         will_go_back: bool = False,
     ) -> tuple[Tensor, list[Trail]]:
-        self.passes.begin()
+        if will_go_back:
+            self.passes.begin()
         whole = hidden.cpu()
         parts = [batch.inputs(whole) for batch in batches]
         jobs = []

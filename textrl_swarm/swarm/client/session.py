@@ -27,11 +27,10 @@ from textrl_swarm.swarm.client.attempts import Attempts
 from textrl_swarm.swarm.client.chain import BlockChain, run_in_background, start_in_background
 from textrl_swarm.swarm.client.routing import Span
 from textrl_swarm.swarm.client.rpc import GenerationStream
-from textrl_swarm.swarm.protocol import AdapterSnapshot, Receiver
+from textrl_swarm.swarm.protocol import LEAST_BYTES_PER_S, AdapterSnapshot, Receiver
 
 _MAX_BYTES_IN_FLIGHT = 16 << 20  # sent to one server and not yet answered
-_RELAY_AFTER_S = 2.0  # seconds that one server has to hand over to the next what the client has already
-_LEAST_BYTES_PER_S = 125_000  # and those for the bytes: 1 Mbit/s
+_RELAY_AFTER_S = 2.0  # and the time for the bytes: in which one server hands over what the client has already
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class GenerationSession:
         """Gives the server before some time to bring a step's input, which the client has; then the client
         brings it.
         """
-        late = time.monotonic() + _RELAY_AFTER_S + leg.inputs[step].nbytes / _LEAST_BYTES_PER_S
+        late = time.monotonic() + _RELAY_AFTER_S + leg.inputs[step].nbytes / LEAST_BYTES_PER_S
         while step in leg.handed_over and leg.done <= step:
             left_s = late - time.monotonic()
             if left_s <= 0:

@@ -344,13 +344,9 @@ async def _bits_per_s(
         width = int(about["hidden_size"])
         tokens = max(1, min(int(about["max_batch_tokens"]), _MEASURED_BYTES // (4 * width)))
         hidden = torch.zeros(1, tokens, width)
-        # The first one is not timed, as a stream carries more once it is open.
-        least_ms = await _milliseconds(calls.echo(span.peer_id, uids[span.start], hidden[:, :1]))
-        for _ in range(2):
-            least_ms = min(
-                least_ms, await _milliseconds(calls.echo(span.peer_id, uids[span.start], hidden[:, :1]))
-            )
-        took_ms = await _milliseconds(calls.echo(span.peer_id, uids[span.start], hidden))
+        peer, uid = span.peer_id, uids[span.start]
+        least_ms = min([await _milliseconds(calls.echo(peer, uid, hidden[:, :1])) for _ in range(3)])
+        took_ms = await _milliseconds(calls.echo(peer, uid, hidden))
     except (ServerFailed, KeyError, TypeError, ValueError):
         return None
     return 2 * 8 * hidden.nbytes / max(1e-3, (took_ms - least_ms) / 1000)

@@ -19,14 +19,13 @@ from hivemind.p2p import P2P, PeerID
 from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
-from textrl_swarm.swarm.protocol import Receiver
+from textrl_swarm.swarm.protocol import LEAST_BYTES_PER_S, Receiver
 from textrl_swarm.swarm.streams import StreamPool
 from textrl_swarm.swarm.stub import ServerStub
 
 logger = logging.getLogger(__name__)
 
 _GIVE_S = 5.0  # seconds for a hand-over, until the next server has it, and those for its bytes
-_LEAST_BYTES_PER_S = 125_000  # 1 Mbit/s
 _CONNECT_S = 3.0
 _EXPECTED_S = 5.0  # how long what was handed over waits for the request that wants it
 _MAX_EARLY = 1024  # steps that arrived before the one that comes next
@@ -81,7 +80,7 @@ class HandOvers:
         method = ServerStub.get_stub(self._p2p, peer).rpc_requests
         call = self._streams.call(peer, method, uid, [output], metadata, connect_s=_CONNECT_S, codec=codec)
         try:
-            await asyncio.wait_for(call, _GIVE_S + output.nbytes / _LEAST_BYTES_PER_S)
+            await asyncio.wait_for(call, _GIVE_S + output.nbytes / LEAST_BYTES_PER_S)
         except Exception as error:  # whatever it is, the client notices
             logger.info("a hand-over to %s failed: %s", peer, str(error) or type(error).__name__)
             if isinstance(error, asyncio.TimeoutError):

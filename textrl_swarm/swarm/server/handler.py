@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -59,6 +59,20 @@ _PUSH_PRIORITY = 0.5  # before any computation
 _MAX_NAME = 64  # letters of the name of a sum, or of kept inputs
 _AT_ONCE = 64  # requests of one stream that were read and are not answered
 _CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was told how it ended
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One of rpc_requests, when all of it is read."""
+
+    client: str
+    """Its peer id."""
+
+    backends: Sequence[LoraBackend]
+    """Of the blocks that it names."""
+
+    metadata: dict[str, Any]
+    tensors: Sequence[Tensor]
 
 
 class LoraHandler(TransformerConnectionHandler):
@@ -178,8 +192,8 @@ class LoraHandler(TransformerConnectionHandler):
                     await outgoing.put([_ending(_text(error), {NUMBER: number, CLOSING: True})])
                     await asyncio.sleep(_CLIENT_CLOSES_S)
                     break
-                answering = self._answer(number, backends, tensors, metadata, context, outgoing)
-                task = asyncio.ensure_future(answering)
+                request = _Request(str(context.remote_id), backends, metadata, tensors)
+                task = asyncio.ensure_future(self._answer(number, request, outgoing))
                 running.add(task)
                 task.add_done_callback(running.discard)
                 task.add_done_callback(lambda _: slots.release())
@@ -191,20 +205,13 @@ class LoraHandler(TransformerConnectionHandler):
                 task.cancel()
         await outgoing.put(None)
 
-    async def _answer(
-        self,
-        number: int,
-        backends: Sequence[LoraBackend],
-        tensors: Sequence[Tensor],
-        metadata: dict[str, Any],
-        context: P2PContext,
-        outgoing: Outgoing,
-    ) -> None:
+    async def _answer(self, number: int, request: _Request, outgoing: Outgoing) -> None:
         ending, told = "", {NUMBER: number}
+        metadata = request.metadata
         numbered, codec = MSGPackSerializer.dumps(told), metadata.get(CODEC)
         try:
             async with timeout(self.request_timeout):
-                answer = await self._KINDS[metadata["request"]](self, backends, tensors, metadata, context)
+                answer = await self._KINDS[metadata["request"]](self, request)
                 handed_on = self._hand_overs.start(answer[0], metadata, codec) if answer else None
                 for tensor in answer:
                     parts = tensor_parts(tensor, codec)
@@ -259,25 +266,14 @@ class LoraHandler(TransformerConnectionHandler):
                 return tensor
         raise ShapeError(f"nothing was handed over to {session!r}")
 
-    async def _deliver(
-        self,
-        backends: Sequence[LoraBackend],
-        tensors: Sequence[Tensor],
-        metadata: dict[str, Any],
-        context: P2PContext,
-    ) -> list[Tensor]:
-        (hidden,) = _checked_hidden(tensors, 1)
+    async def _deliver(self, request: _Request) -> list[Tensor]:
+        (hidden,) = _checked_hidden(request.tensors, 1)
+        metadata = request.metadata
         await deliver(self, str(metadata.get("session")), hidden, metadata.get("facts") or {})
         return []
 
-    async def _echo(
-        self,
-        backends: Sequence[LoraBackend],
-        tensors: Sequence[Tensor],
-        metadata: dict[str, Any],
-        context: P2PContext,
-    ) -> list[Tensor]:
-        return list(_checked_hidden(tensors, 1))
+    async def _echo(self, request: _Request) -> list[Tensor]:
+        return list(_checked_hidden(request.tensors, 1))
 
     def _check_weights(self, uids: str, metadata: dict[str, Any]) -> None:
         """A client may have met another server under this address before; see `SwarmClient`."""
@@ -285,49 +281,28 @@ class LoraHandler(TransformerConnectionHandler):
         if expected is not None and expected != weights_key(b.weights for b in self._backends(uids)):
             raise ServerMismatch(f"blocks {uids} have other weights or another dtype here than when asked")
 
-    async def _store(
-        self,
-        backends: Sequence[LoraBackend],
-        flats: Sequence[Tensor],
-        metadata: dict[str, Any],
-        context: P2PContext,
-    ) -> list[Tensor]:
-        _check_header(metadata, backends, flats)
+    async def _store(self, request: _Request) -> list[Tensor]:
+        backends, header = request.backends, request.metadata.get("header")
+        _check_header(request.metadata, backends, request.tensors)
         blocks = [backend.block_index for backend in backends]
-        await backends[0].store_pool.submit_task(
-            torch.zeros(1),
-            str(context.remote_id),
-            metadata["header"],
-            blocks,
-            *flats,
-            priority=_PUSH_PRIORITY,
-        )
+        stored = request.client, header, blocks, *request.tensors
+        await backends[0].store_pool.submit_task(torch.zeros(1), *stored, priority=_PUSH_PRIORITY)
         return []
 
-    async def _forward(
-        self,
-        backends: Sequence[LoraBackend],
-        tensors: Sequence[Tensor],
-        metadata: dict[str, Any],
-        context: P2PContext,
-    ) -> list[Tensor]:
+    async def _forward(self, request: _Request) -> list[Tensor]:
+        backends, metadata, tensors = request.backends, request.metadata, request.tensors
         if metadata.get("session") is not None:
             tensors = [await self._handed_over(str(metadata["session"]))]
         (hidden,) = _checked_hidden(tensors, 1)
         packed = _checked_packed(metadata.get("packed"), hidden, backends)
         if metadata.get("keep") is not None:
-            self._kept.put(str(context.remote_id), str(metadata["keep"])[:_MAX_NAME], hidden)
+            self._kept.put(request.client, str(metadata["keep"])[:_MAX_NAME], hidden)
         async for output in _run_forward(backends, hidden, self._get_active_adapter(metadata), packed):
             hidden = output
         return [hidden]
 
-    async def _backward(
-        self,
-        backends: Sequence[LoraBackend],
-        tensors: Sequence[Tensor],
-        metadata: dict[str, Any],
-        context: P2PContext,
-    ) -> list[Tensor]:
+    async def _backward(self, request: _Request) -> list[Tensor]:
+        backends, metadata, tensors = request.backends, request.metadata, request.tensors
         if metadata.get("kept") is not None:
             tensors = [self._kept.take(str(metadata["kept"])[:_MAX_NAME]), *tensors]
         inputs, grad_outputs = _checked_hidden(tensors, 2)
