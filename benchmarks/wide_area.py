@@ -9,6 +9,7 @@ of every server delays what goes through it.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def rollouts(policy: Policy, servers: int, repeats: int) -> list[list[str]]:
 
     def rollout(batch: list[list[int]], at_once: int, hand_over: bool = True) -> Callable[[], object]:
         def run() -> object:
-            policy._client.chain.hand_overs.are_wanted = hand_over
+            policy._client.chain.hand_overs.least_round_trip_s = 0.0 if hand_over else math.inf
             policy.sessions_at_once = at_once
             return policy.generate(batch, SAMPLING)
 

@@ -102,6 +102,12 @@ def two_servers(tiny_bloom) -> Iterator[LocalSwarm]:
         yield swarm
 
 
+@pytest.fixture
+def as_if_far_away(monkeypatch) -> None:
+    """Servers hand over to each other in generation, too."""
+    monkeypatch.setattr("textrl_swarm.swarm.client.hand_over._LEAST_ROUND_TRIP_S", 0.0)
+
+
 @pytest.fixture(scope="session")
 def small_server(tiny_bloom, tmp_path_factory) -> Iterator[LocalSwarm]:
     """Keys without `transformer.`, dropout in the configuration, 64 tokens at once and 400 in the caches."""

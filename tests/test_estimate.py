@@ -242,6 +242,7 @@ def test_less_is_kept_with_quantised_weights_fewer_adapted_blocks_and_smaller_mi
 
 
 @pytest.mark.swarm
+@pytest.mark.usefixtures("as_if_far_away")
 @pytest.mark.parametrize(
     ("lora", "minibatch_size", "micro_batch_tokens"),
     [(LoraSettings(r=4), 4, 1024), (LoraSettings(r=4), 6, 40), (LoraSettings(r=4, layers=1), 64, 1024)],
@@ -281,6 +282,7 @@ def test_bytes_are_those_of_a_real_iteration(
 
 
 @pytest.mark.swarm
+@pytest.mark.usefixtures("as_if_far_away")
 @pytest.mark.parametrize(
     ("minibatch_size", "layers", "nearness"),
     [
@@ -311,7 +313,7 @@ def test_bytes_of_prompts_that_travel_once(two_servers, minibatch_size, layers, 
 
 
 def test_activations_per_token_are_the_bounds_worked_out_by_hand():
-    """BLOOM-176B, 4 epochs, 3 servers, 16 bits: about 16 hidden states per hop and token, 6 of them up: a
+    """BLOOM-176B, 4 epochs, 3 servers, 16 bits: about 11 hidden states per hop and token, 6 of them up: a
     generation, a pass of the ref policy and 4 forwards to the first server, and 4 times gradients to each.
     """
     estimate = run(
@@ -322,8 +324,8 @@ def test_activations_per_token_are_the_bounds_worked_out_by_hand():
     activations_back = (
         estimate.received["activations"] + estimate.received["gradients"] - 4 * estimate.adapter_bytes
     )
-    # The first hop returns no gradient.
-    assert activations_back / state == pytest.approx(24 - 14 - 4 / 3, rel=0.01)
+    # A generation from each hop, ref policy and forwards from the last; the first hop returns no gradient.
+    assert activations_back / state == pytest.approx(1 + (1 + 4) / 3 + 4 * 2 / 3, rel=0.01)
 
 
 def test_adapting_only_the_last_blocks_spares_the_network():

@@ -10,7 +10,7 @@ import torch
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.protocol import Receiver
-from textrl_swarm.swarm.server.hand_over import in_order
+from textrl_swarm.swarm.server.hand_over import HandOvers, in_order
 
 
 def ordered(from_client: list, from_server: list | None, timeout_s: float = 5.0) -> list[tuple[int, str]]:
@@ -86,3 +86,16 @@ def test_receivers_survive_the_wire():
     receiver = Receiver("peer", "uid.3", "session", True)
     assert Receiver.decode_all([["peer", "uid.3", "session", True]]) == [receiver]
     assert Receiver.decode_all(None) == []
+
+
+def test_numbers_that_are_not_finite_are_not_handed_over():
+    """The client is to see which server computed them."""
+    receivers = [["QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "bloom.0", "session", False]]
+
+    async def give(hand_overs: HandOvers) -> bool:
+        output = torch.tensor([[[1.0, float("nan")]]])
+        task = hand_overs.start(output, {"hand_over": receivers}, None)
+        assert task is not None
+        return await task
+
+    assert asyncio.run(give(HandOvers(None))) is False  # reaches for no connection

@@ -46,7 +46,7 @@ from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
 from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.local import LocalSwarm
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.usefixtures("as_if_far_away")]
 
 TOKENS = random_tokens(6, 9, seed=3)
 TOKENS[3:, :6] = TOKENS[:3, :6]  # two rows of each prompt, which travels once
@@ -253,6 +253,30 @@ def test_a_server_is_lost_in_a_forward_that_is_handed_over(replicas, undisturbed
     thread.join()
 
 
+@pytest.mark.parametrize(
+    "lost", [pytest.param(1, id="who gave", marks=pytest.mark.slow), pytest.param(2, id="who took")]
+)
+def test_a_server_is_lost_before_the_backward_of_what_was_handed_over(
+    replicas, undisturbed, monkeypatch, lost
+):
+    """Nobody but server 2 had its inputs: server 1 computes them again."""
+    only(replicas, 1, 2)
+    original, threads, asked = ServerCalls.backward, [], []
+
+    async def backward(self, peer, uids, inputs, *args, **options):
+        asked.append((len(uids), isinstance(inputs, str)))
+        if not threads:
+            threads.append(replaced(replicas, lost))
+        return await original(self, peer, uids, inputs, *args, **options)
+
+    with connect(replicas, filled=70) as policy:
+        monkeypatch.setattr(ServerCalls, "backward", backward)
+        assert_equal_parameters(two_steps(policy, TOKENS), undisturbed[0])
+    assert asked[0] == (2, True) and (2, False) in asked
+    (thread,) = threads
+    thread.join()
+
+
 def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, monkeypatch, caplog):
     only(replicas, 1, 2)
     threads = []
@@ -343,13 +367,14 @@ def nothing_left():
 
 
 def misbehave(monkeypatch, times: int, error: Exception) -> list[str]:
-    """The next `times` calls of every kind fail; returns what was called."""
+    """The next `times` requests fail; returns what was asked. Measuring a server's distance goes on."""
     calls, original = [], ServerCalls._request
 
     async def request(self, peer, what, *args, **options):
-        calls.append(what)
-        if len(calls) <= times:
-            raise error
+        if what != "echo":
+            calls.append(what)
+            if len(calls) <= times:
+                raise error
         return await original(self, peer, what, *args, **options)
 
     monkeypatch.setattr(ServerCalls, "_request", request)

@@ -85,6 +85,13 @@ class DecoderBlock(nn.Module):
         return boundary.pack(output[0], dict(zip(boundary.parts, output[1:], strict=False)))
 
 
+def activations_per_token(hidden_size: int, heads: int, length: int) -> int:
+    """Numbers that autograd keeps of one block for each token of a row: equation 1 of Korthikanti et al. 2022
+    (arXiv 2205.05198) without dropout.
+    """
+    return 16 * hidden_size + 2 * heads * length
+
+
 def cache_spec(module: nn.Module, index: int, planner: Planner) -> CacheSpec:
     """What a block keeps, found by running it; on the meta device, too, before its weights are loaded.
 

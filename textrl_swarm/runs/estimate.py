@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from textrl_swarm.config import LoraSettings, PPOConfig
+from textrl_swarm.decoders.block import activations_per_token
 from textrl_swarm.decoders.caches import cache_bytes, server_cache_bytes, tensors_bytes
 from textrl_swarm.decoders.sharing import WORTHWHILE
 from textrl_swarm.decoders.sizes import (
@@ -223,7 +224,7 @@ def estimate_run(
         copies += 2  # autograd's flat tensors, and the snapshot that is pushed
         spans = split_evenly(sizes.num_blocks, swarm_servers)
         adapted_hops = sum(stop > first_adapted(sizes, lora) for _, stop in spans)
-        hidden = sizes.hidden_size * at_once * length * (1 + 2 * adapted_hops) * wire_bytes
+        hidden = sizes.hidden_size * at_once * length * (2 + adapted_hops) * wire_bytes
         working = kept + hidden + _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
     else:
         weights = sizes.outside * number_bytes
@@ -264,12 +265,11 @@ def activation_bytes(
 ) -> int:
     """What autograd keeps of one forward of rows x length tokens; an estimate.
 
-        per token and block: (16 H + 2 heads * length) * bytes per number
+        per token and block: `activations_per_token` * bytes per number
                              + 4 bytes * inputs of the adapted layers, if those are not fp32
 
-    The first term is equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) without dropout, the last is
-    PEFT's fp32 copy of the input of LoRA's A. Measured: within 15 % for BLOOM and GPT-2; models with fused
-    attention keep a fifth to a half less. Blocks below the first adapted one keep nothing.
+    The last term is PEFT's fp32 copy of the input of LoRA's A. Measured: within 15 % for BLOOM and GPT-2;
+    models with fused attention keep a fifth to a half less. Blocks below the first adapted one keep nothing.
 
     Args:
         recomputed: with gradient checkpointing, which keeps H numbers per token and block, and in backward
@@ -280,7 +280,7 @@ def activation_bytes(
     copies = 0
     if number_bytes < FP32_BYTES:
         copies = FP32_BYTES * sum(own.fan_in for own in adapted_layers(sizes, lora))
-    per_block = (16 * sizes.hidden_size + 2 * sizes.num_heads * length) * number_bytes
+    per_block = activations_per_token(sizes.hidden_size, sizes.num_heads, length) * number_bytes
     if recomputed:
         inputs = blocks * sizes.hidden_size * number_bytes
         return rows * length * (inputs + 2 * (per_block + math.ceil(copies / blocks)))
@@ -316,17 +316,18 @@ def _traffic(
 ) -> _Traffic:
     """Bytes sent and received by kind, and round trips that follow one another.
 
-    Servers hand hidden states to each other, and every server's output comes back to the client, which sends
-    a rollout's prompts to each server. With H hops in all, L of them with blocks below the first adapted one
-    and U with adapted blocks, P prompt tokens of distinct prompts, R response tokens less one per response, n
-    tokens that travel for all responses and their prompts (`_travelling`), m those of a minibatch, and E
-    epochs, in units of one hidden state, which takes `hidden` bytes (and m = 0 where minibatches are computed
-    in parts):
+    Servers hand hidden states to each other; in a rollout those that are some way off, as is assumed here.
+    The client sends its prompts to each server and gets every server's output, in an update the last one's.
+    With H hops in all, L of them with blocks below the first adapted one and U with adapted blocks, P prompt
+    tokens of distinct prompts, R response tokens less one per response, n tokens that travel for all
+    responses and their prompts (`_travelling`), m those of a minibatch, and E epochs, in units of one hidden
+    state, which takes `hidden` bytes (and m = 0 where minibatches are computed in parts):
 
         sent      P H + R + n (with L > 0) + (2 n - m) (policy and ref) + E n (1 forward + U backward:
                   gradients; inputs too where servers have no room to keep them from the forward)
-        received  R H + n L + (2 n - m) U + E n (U + U - 1: the first returns no gradient), and of P H
-                  only each prompt's last token from the last hop
+        received  R H + n (with L > 0) + (2 n - m) + E n (1 + U - 1: the first returns no gradient; the
+                  outputs of all where the next server has no room to keep them), and of P H only each
+                  prompt's last token from the last hop
 
     A pass forward through h servers takes h + 1 trips, one back 2 h.
 
@@ -353,9 +354,9 @@ def _traffic(
     chosen = responses * (response_tokens - 1)
     below, above = travelling(responses), scored_tokens + epochs * trained
     put_in = prompts * prompt_tokens * hops + chosen + (below if lower else 0) + above
-    come_out = chosen * hops + below * lower + above * upper
     in_step = trained / responses * at_once * sizes.hidden_size * wire_bytes  # that a server is to keep
     again = max(0.0, 1 - KEPT_INPUT_BYTES / KEPT_INPUT_SHARE / in_step)
+    come_out = chosen * hops + (below if lower else 0) + above + again * epochs * trained * (upper - 1)
     sent = {
         "activations": round(hidden * (put_in + (1 + again) * epochs * trained * upper)),
         "adapters": epochs * minibatches * adapter,

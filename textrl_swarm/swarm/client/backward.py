@@ -17,8 +17,8 @@ class Piece:
 
     span: Span
 
-    inputs: Tensor
-    """(b, S, W) of its first block."""
+    inputs: Tensor | None
+    """(b, S, W) of its first block; None = the server before handed them over, and they are kept there."""
 
     kept: str | None = None
     """Name under which the server keeps the inputs; None = it does not."""
@@ -37,9 +37,15 @@ class MicroBatchBackward:
         grad: with respect to its output.
         trail: of its forward.
         packed: how rows lie in all of these tensors.
+
+    Attributes:
+        start: its first block.
+        inputs: (b, S, W) of that block.
     """
 
     def __init__(self, grad: Tensor, trail: Trail, packed: PackedRows | None = None):
+        assert trail[0].inputs is not None, "the client had them"
+        self.start, self.inputs = trail[0].span.start, trail[0].inputs
         self.packed = packed
         self.left = [replace(piece) for piece in trail]
         self.left[-1].grad = grad

@@ -195,7 +195,7 @@ class BlockChain:
         for index, task in enumerate(tasks):
             summed = (name, index, len(tasks)) if is_summed else None
             jobs.append(self.passes.backward(task, adapter, need_input_grad, summed))
-        largest = max(piece.inputs.nbytes for task in tasks for piece in task.left)
+        largest = max(task.inputs.nbytes for task in tasks)
         results = self._run_all(jobs, largest)
         for _, flats in results:  # in row order: the sum is the same however the answers raced
             for block, flat in flats.items():

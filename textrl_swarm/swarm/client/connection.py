@@ -194,6 +194,7 @@ class SwarmClient:
         self._tell_mixture(span, weights)
         self.chain.limits = self.chain.limits.within(info)
         self.chain.passes.room[span.peer] = info["kept_input_bytes"]
+        self.chain.hand_overs.round_trip_s[span.peer] = await self._calls.round_trip_s(span.peer, uid)
         for block in range(span.start, span.stop):
             layers = info["linears"][str(block)]
             self.linears[block] = {path: read_sizes(sizes) for path, sizes in layers.items()}

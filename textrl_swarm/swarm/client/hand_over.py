@@ -11,6 +11,7 @@ from textrl_swarm.swarm.client.rpc import short_id
 
 logger = logging.getLogger(__name__)
 
+_LEAST_ROUND_TRIP_S = 0.01  # swarm_speed.py: a hand-over costs 4 ms of a processor
 _AGAIN_S = 120.0  # until servers that could not reach each other are asked again
 
 
@@ -18,20 +19,23 @@ class HandOvers:
     """Pairs of servers, and when a hand-over between them failed.
 
     Attributes:
-        are_wanted: False = the client relays everything.
+        round_trip_s: from the client to a server and back, where it was measured.
+        least_round_trip_s: between nearer servers, a hand-over of one token takes longer than it saves.
     """
 
     def __init__(self) -> None:
-        self.are_wanted = True
+        self.round_trip_s: dict[PeerID, float] = {}
+        self.least_round_trip_s = _LEAST_ROUND_TRIP_S
         self._failed_until: dict[tuple[PeerID, PeerID], float] = {}
 
     def can(self, giver: PeerID, taker: PeerID) -> bool:
         """Whether one may be tried."""
-        return (
-            self.are_wanted
-            and giver != taker
-            and self._failed_until.get((giver, taker), 0.0) < time.monotonic()
-        )
+        return giver != taker and self._failed_until.get((giver, taker), 0.0) < time.monotonic()
+
+    def saves_time(self, giver: PeerID, taker: PeerID) -> bool:
+        """Whether one is worth it in each step of a generation."""
+        relayed_s = (self.round_trip_s.get(giver, 0.0) + self.round_trip_s.get(taker, 0.0)) / 2
+        return relayed_s >= self.least_round_trip_s and self.can(giver, taker)
 
     def failed(self, giver: PeerID, taker: PeerID) -> None:
         """From now on the client relays between them, for some minutes."""

@@ -70,17 +70,21 @@ class Passes:
         while block < stop:
             spans = await self._router.route(block, stop, timeout_s=attempts.left_s)
             names = [self._room_for(span, hidden) if will_go_back else None for span in spans]
-            outputs, error = await self._forward_once(spans, hidden, adapter, packed, names)
-            for span, name, output in zip(spans, names, outputs, strict=False):
-                self._router.report_success(span.peer)
-                trail.append(Piece(span, hidden.to(span.dtype), name))
-                hidden, block = output, span.stop
+            outputs, error = await self._forward_once(spans, hidden, adapter, packed, names, will_go_back)
             if isinstance(error, AdapterMissing):
                 self._pushed.forget(spans[len(outputs)], adapter)
                 attempts.lost_adapter()
             elif isinstance(error, ServerFailed):
                 self._router.report_failure(spans[len(outputs)].peer, error)
                 await attempts.pause(error)
+            while outputs and outputs[-1] is None:
+                outputs.pop()  # only the server that failed had it: it is computed again
+            inputs: Tensor | None = hidden
+            for span, name, output in zip(spans, names, outputs, strict=False):
+                self._router.report_success(span.peer)
+                trail.append(Piece(span, None if inputs is None else inputs.to(span.dtype), name))
+                inputs, block = output, span.stop
+            hidden = hidden if inputs is None else inputs
         return hidden, trail
 
     async def _forward_once(
@@ -90,9 +94,10 @@ class Passes:
         adapter: AdapterSnapshot | None,
         packed: PackedRows | None,
         kept: Sequence[str | None],
-    ) -> tuple[list[Tensor], AdapterMissing | ServerFailed | None]:
-        """Outputs of the first spans, as far as hidden states go from server to server; and the error of the
-        span after them.
+        will_go_back: bool,
+    ) -> tuple[list[Tensor | None], AdapterMissing | ServerFailed | None]:
+        """Outputs of the first spans, as far as hidden states go from server to server, None for those that
+        only the next server has; and the error of the span after them.
         """
         count = 1
         while count < len(spans) and self._hand_overs.can(spans[count - 1].peer, spans[count].peer):
@@ -110,8 +115,8 @@ class Passes:
                 return [], key
             else:
                 raise key
-        calls = self._start(spans[: len(ready)], hidden, ready, packed, kept)
-        outputs: list[Tensor] = []
+        calls = self._start(spans[: len(ready)], hidden, ready, packed, kept, will_go_back)
+        outputs: list[Tensor | None] = []
         try:
             for i, call in enumerate(calls):
                 output, has_handed_over = await call
@@ -134,15 +139,20 @@ class Passes:
         keys: Sequence[str],
         packed: PackedRows | None,
         kept: Sequence[str | None],
-    ) -> list[asyncio.Task[tuple[Tensor, bool]]]:
-        """Asks all of these servers at once; each but the first waits for what the one before hands over."""
+        will_go_back: bool,
+    ) -> list[asyncio.Task[tuple[Tensor | None, bool]]]:
+        """Asks all of these servers at once; each but the first waits for what the one before hands over, and
+        the client gets it too where the backward could need it.
+        """
         names = [uuid.uuid4().hex for _ in spans]
         calls = []
         for i, (span, key) in enumerate(zip(spans, keys, strict=True)):
             receivers = []
             for following, name in zip(spans[i + 1 : i + 2], names[i + 1 : i + 2], strict=True):
                 receivers.append(Receiver(str(following.peer), self._router.uids[following.start], name))
-            plan = ForwardPlan(names[i] if i > 0 else None, receivers, servers=i + 1, keep=kept[i])
+            is_quiet = bool(receivers) and (not will_go_back or kept[i + 1] is not None)
+            session = names[i] if i > 0 else None
+            plan = ForwardPlan(session, receivers, keep=kept[i], quiet=is_quiet, servers=i + 1)
             sent = hidden.to(span.dtype)
             call = self._calls.forward(span.peer, self._uids(span), sent, key, packed, plan=plan)
             calls.append(asyncio.ensure_future(call))
@@ -167,9 +177,9 @@ class Passes:
             assert piece.grad is not None, "pieces are finished from the last to the first"
             needed = task.needs_input_grad(need_input_grad)
             try:
+                inputs = piece.kept or await self._inputs(task, piece, adapter)
                 key = await self._pushed.ensure(span, adapter)
-                grad = piece.grad.to(span.dtype)
-                sent = piece.inputs, grad, key, needed, summed, task.packed, piece.kept
+                sent = inputs, piece.grad.to(span.dtype), key, needed, summed, task.packed
                 grad_input, span_flats = await self._calls.backward(span.peer, self._uids(span), *sent)
             except AdapterMissing:
                 self._pushed.forget(span, adapter)
@@ -183,13 +193,22 @@ class Passes:
                 await attempts.pause(error)
                 # Other servers take over, however many that takes: their inputs come from running the span
                 # again.
-                _, trail = await self.forward(piece.inputs, span.start, span.stop, adapter, task.packed)
+                inputs = await self._inputs(task, piece, adapter)
+                _, trail = await self.forward(inputs, span.start, span.stop, adapter, task.packed)
                 task.replace_last(trail)
                 continue
             self._router.report_success(span.peer)
             task.finish_last(grad_input)
             flats.update(zip(range(span.start, span.stop), span_flats, strict=True))
         return (grad_input if need_input_grad else None), flats
+
+    async def _inputs(self, task: MicroBatchBackward, piece: Piece, adapter: AdapterSnapshot) -> Tensor:
+        """Those of a piece; where only its server had them, the blocks below are run again."""
+        if piece.inputs is None:
+            start, stop = task.start, piece.span.start
+            inputs, _ = await self.forward(task.inputs, start, stop, adapter, task.packed)
+            piece.inputs = inputs.to(piece.span.dtype)
+        return piece.inputs
 
     def _room_for(self, span: Span, hidden: Tensor) -> str | None:
         """A name under which a server is asked to keep inputs; None when it has no more room for them."""

@@ -6,6 +6,7 @@ Runs inside hivemind's event loop thread. Knows nothing about routes, retries or
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -39,6 +40,7 @@ from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_GROWTH = 8  # of a block's output over its input: what else crosses the boundary
 _ANY = 1 << 40  # numbers: gradients are as large as the adapter
+_ROUND_TRIPS = 3  # of which the fastest counts: the first opens the stream
 
 
 # What hivemind, the network and unpacking a stranger's answer raise.
@@ -67,6 +69,9 @@ class ForwardPlan:
 
     keep: str | None = None
     """The name under which the server keeps the inputs for the backward; None = it need not."""
+
+    quiet: bool = False
+    """Whether outputs that the receiver has need not come back to the client."""
 
     servers: int = 1
     """Those that compute before the answer can come, this one among them."""
@@ -133,6 +138,15 @@ class ServerCalls:
         answer = await self._request(peer, "echo", [uid], [hidden], {}, hidden.numel(), kinds)
         _complete(answer.tensors, 1, peer)
 
+    async def round_trip_s(self, peer: PeerID, uid: str) -> float:
+        """Seconds that next to nothing takes there and back, over the stream that is open then."""
+        seconds = []
+        for _ in range(_ROUND_TRIPS):
+            started = time.monotonic()
+            await self.echo(peer, uid, torch.zeros(1, 1, 1))
+            seconds.append(time.monotonic() - started)
+        return min(seconds)
+
     async def push(
         self, peer: PeerID, uids: Sequence[str], blocks: Sequence[int], adapter: AdapterSnapshot
     ) -> None:
@@ -150,8 +164,9 @@ class ServerCalls:
         packed: PackedRows | None = None,
         *,
         plan: ForwardPlan | None = None,
-    ) -> tuple[Tensor, bool]:
-        """Output (B, S, H) of a chain of blocks, and whether it went to the next server too.
+    ) -> tuple[Tensor | None, bool]:
+        """Output (B, S, H) of a chain of blocks, and whether it went to the next server; None where it did,
+        and need not come back.
 
         Args:
             key: of the adapter; "" = none.
@@ -164,6 +179,8 @@ class ServerCalls:
         tensors = [hidden]
         if plan.keep is not None:
             metadata["keep"] = plan.keep
+        if plan.quiet:
+            metadata["quiet"] = True
         if plan.session is not None:
             metadata["session"] = plan.session
             tensors = []
@@ -172,28 +189,31 @@ class ServerCalls:
         answer = await self._request(
             peer, "forward", uids, tensors, metadata, most, kinds, servers=plan.servers
         )
+        has_handed_over = bool(answer.told.get(HANDED_OVER))
+        if plan.quiet and has_handed_over and not answer.tensors:
+            return None, True
         (outputs,) = _complete(answer.tensors, 1, peer)
-        return _checked(outputs, hidden, peer, self.boundary), bool(answer.told.get(HANDED_OVER))
+        return _checked(outputs, hidden, peer, self.boundary), has_handed_over
 
     async def backward(
         self,
         peer: PeerID,
         uids: Sequence[str],
-        hidden: Tensor,
+        inputs: Tensor | str,
         grad: Tensor,
         key: str,
         need_input_grad: bool,
         summed: tuple[str, int, int] | None = None,
         packed: PackedRows | None = None,
-        kept: str | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradient of the chain's input (None when not needed) and of each block's flat adapter tensor.
 
         Args:
+            inputs: (B, S, H), or the name under which the server keeps them.
+            grad: with respect to the output.
             summed: name of a sum over micro-batches, index of this one, and their number: each block's
                 gradient is that of all of them, or empty while the server has not seen all.
-            packed: how rows lie in `hidden` and `grad`.
-            kept: name under which the server keeps `hidden`, which then does not travel.
+            packed: how rows lie in all of these tensors.
 
         Raises:
             InputsMissing: it does not keep them any more.
@@ -201,16 +221,17 @@ class ServerCalls:
         metadata = {
             "active_adapter": key, "need_input_grad": need_input_grad, "sum": summed, **_packing(packed)
         }  # fmt: skip
-        tensors = [hidden, grad]
-        if kept is not None:
-            metadata["kept"] = kept
-            tensors = [grad]
+        tensors = [grad]
+        if isinstance(inputs, str):
+            metadata["kept"] = inputs
+        else:
+            tensors.insert(0, inputs)
         kinds = "activations", "gradients"
         answer = await self._request(peer, "backward", uids, tensors, metadata, _ANY, kinds)
         grad_input, *flats = _complete(answer.tensors, 1 + len(uids), peer)
         if not all(torch.isfinite(flat).all() for flat in flats):
             raise ServerFailed(f"server {short_id(peer)} returned gradients that are not finite")
-        return (_checked(grad_input, hidden, peer) if need_input_grad else None), flats
+        return (_checked(grad_input, grad, peer, self.boundary) if need_input_grad else None), flats
 
     async def _request(
         self,

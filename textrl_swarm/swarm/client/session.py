@@ -2,10 +2,10 @@
 any server.
 
 Every step's input to every span is kept; when a server is lost, its blocks go to others and the steps are
-replayed one by one. Servers hand outputs to each other as well as to the client, which relays what did not
-come through. The same steps in the same shapes give the same numbers, so on fp32 servers the outcome is
-bit-equal to an undisturbed run. (Stock petals 2.2 fails here: its issue 587.) Knows nothing about tokens,
-embeddings or sampling.
+replayed one by one. Servers that are far away hand outputs to each other as well as to the client, which
+relays what did not come through. The same steps in the same shapes give the same numbers, so on fp32 servers
+the outcome is bit-equal to an undisturbed run. (Stock petals 2.2 fails here: its issue 587.) Knows nothing
+about tokens, embeddings or sampling.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class GenerationSession:
             is_waiting = 0 < taker.done <= step
             if taker.stream is None or not is_waiting:
                 break
-            if not self._chain.hand_overs.can(giver.span.peer, taker.span.peer):
+            if not self._chain.hand_overs.saves_time(giver.span.peer, taker.span.peer):
                 break
             last_only = self._places[step].last_only and taker is following[-1]
             uid = self._chain.router.uids[taker.span.start]

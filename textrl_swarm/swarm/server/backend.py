@@ -27,16 +27,14 @@ from petals.utils.misc import is_dummy
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from textrl_swarm.decoders.block import DecoderBlock
+from textrl_swarm.decoders.block import DecoderBlock, activations_per_token
 from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, keep_rows
 from textrl_swarm.decoders.chunks import Chunk
-from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.models.experts import LowRank, add_to_matrices, route
 from textrl_swarm.models.layers import LayerSizes, is_routed
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
-from textrl_swarm.swarm.server.gradient_sums import GradientSums
 from textrl_swarm.swarm.server.served_model import ServedBlock
 
 # What is added at this moment, by target path. Petals' Runtime is one thread, one request at a time.
@@ -55,7 +53,8 @@ def _active_in(experts_path: str, parameter: str) -> LowRank | None:
 
 
 @contextmanager
-def _applied(header: AdapterHeader, block: int, flat: Tensor) -> Iterator[None]:
+def applied(header: AdapterHeader, block: int, flat: Tensor) -> Iterator[None]:
+    """What blocks compute here has the update of one block's adapter added."""
     global _ACTIVE
     previous = _ACTIVE
     views = header.layout(block).views(flat)
@@ -75,9 +74,8 @@ class LoraBackend(TransformerBackend):
 
     store: ClassVar[AdapterStore]
 
-    store_pool: ClassVar[PrioritizedTaskPool]
-
-    sums: ClassVar[GradientSums]
+    shared_pools: ClassVar[tuple[PrioritizedTaskPool, ...]]
+    """What is not one block's."""
 
     quantization: ClassVar[str | None] = None
 
@@ -115,7 +113,6 @@ class LoraBackend(TransformerBackend):
         self.inference_pool = self._pool(self.inference_step, "inference")
         self.forward_pool = self._pool(self.forward, "forward")
         self.backward_pool = self._pool(self.backward, "backward")
-        self.lora_backward_pool = self._pool(self.lora_backward, "lora_backward")
         own = BatchTensorDescriptor((), dtype=self.dtype), BatchTensorDescriptor((), dtype=torch.int64)
         self.inference_schema = (*self.args_schema, *own), self.kwargs_schema
         per_token, _ = cache_bytes([self.cache_spec], self.dtype)
@@ -140,7 +137,7 @@ class LoraBackend(TransformerBackend):
         )
 
     def get_pools(self) -> tuple[PrioritizedTaskPool, ...]:
-        return (*super().get_pools(), self.lora_backward_pool, self.store_pool)
+        return (*super().get_pools(), *self.shared_pools)
 
     def get_inference_cache_descriptors(self, batch_size: int, max_length: int) -> list[TensorDescriptor]:
         """The tensors of one session, in the order in which `inference_step` finds them."""
@@ -160,8 +157,14 @@ class LoraBackend(TransformerBackend):
         else:
             yield
             return
-        with _applied(header, self.block_index, flat) if flat is not None else nullcontext():
+        with applied(header, self.block_index, flat) if flat is not None else nullcontext():
             yield
+
+    def activation_bytes(self, rows: int, length: int) -> int:
+        """What a backward keeps of the block's forward."""
+        heads = getattr(self.config, "num_attention_heads", None) or 0
+        per_token = activations_per_token(self.config.hidden_size, heads, length)
+        return rows * length * per_token * self.dtype.itemsize
 
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
         hidden, name, *packed = inputs
@@ -233,47 +236,3 @@ class LoraBackend(TransformerBackend):
     def _tokens_at_once(self, length: int, past: int) -> int:
         heads = getattr(self.config, "num_attention_heads", None) or 1
         return self.max_chunk_size_bytes // (heads * self.dtype.itemsize * (past + length))
-
-    def lora_backward(
-        self,
-        inputs: Tensor,
-        grad_outputs: Tensor,
-        key: str,
-        need_input_grad: bool,
-        summed: tuple[str, int, int] | None = None,
-        packed: PackedRows | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of one block, re-running its forward.
-
-        Args:
-            inputs, grad_outputs: (B, S, H).
-            key: of a pushed adapter; "" = none changes this block.
-            need_input_grad: False spares the pass through the layers below the first adapted one.
-            summed: name of a sum over micro-batches, index of this one, and their number.
-            packed: how rows lie in inputs and grad_outputs.
-
-        Returns:
-            Gradient of the inputs (B, S, H), or an empty tensor; gradient of the block's flat adapter tensor,
-            fp32 (block_numel,), or an empty tensor for a block that the adapter does not change. With
-            `summed`, the sum of all micro-batches, or an empty tensor while some are missing.
-        """
-        header, flat = self.store.get(key, self.block_index) if key else (None, None)
-        if header is None or flat is None:
-            grad = self.backward(inputs, grad_outputs, "", packed)[0] if need_input_grad else torch.empty(0)
-            return grad, torch.empty(0)
-        with torch.inference_mode(False), torch.enable_grad():
-            inputs = inputs.detach().clone().requires_grad_(need_input_grad)
-            leaf = flat.detach().requires_grad_(True)
-            with _applied(header, self.block_index, leaf):
-                outputs = self.block(inputs, packed)
-            wanted = (inputs, leaf) if need_input_grad else (leaf,)
-            *grad_inputs, grad_leaf = torch.autograd.grad(outputs, wanted, grad_outputs.to(outputs.dtype))
-        if summed is not None:
-            name, index, count = summed
-            total = self.sums.add((name, self.block_index), index, count, grad_leaf.cpu())
-            grad_leaf = torch.empty(0) if total is None else total
-        return (grad_inputs[0] if need_input_grad else torch.empty(0), grad_leaf)
-
-    def shutdown(self) -> None:
-        self.lora_backward_pool = None
-        super().shutdown()

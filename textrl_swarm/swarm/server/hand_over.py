@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import astuple
 from typing import Any, Protocol
 
+import torch
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
 from hivemind.p2p import P2P, PeerID
 from torch import Tensor
@@ -77,6 +78,8 @@ class HandOvers:
     async def _give(
         self, peer: PeerID, uid: str, output: Tensor, metadata: Mapping[str, Any], codec: str | None
     ) -> bool:
+        if not torch.isfinite(output).all():
+            return False  # the client is to see who computed it
         method = ServerStub.get_stub(self._p2p, peer).rpc_requests
         call = self._streams.call(peer, method, uid, [output], metadata, connect_s=_CONNECT_S, codec=codec)
         try:

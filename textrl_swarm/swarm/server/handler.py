@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -21,6 +21,7 @@ from hivemind.p2p import P2P, P2PContext
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from petals.server.handler import TransformerConnectionHandler
+from petals.server.task_pool import PrioritizedTaskPool
 from torch import Tensor
 
 from textrl_swarm.decoders.caches import cache_bytes
@@ -47,6 +48,7 @@ from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
 from textrl_swarm.swarm.server.hand_over import HandOvers, deliver, delivered
 from textrl_swarm.swarm.server.kept_inputs import KeptInputs
+from textrl_swarm.swarm.server.training import Sum, Training
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
@@ -54,7 +56,6 @@ logger = logging.getLogger(__name__)
 
 Outgoing: TypeAlias = "asyncio.Queue[list[runtime_pb2.ExpertResponse] | None]"  # None = nothing more comes
 
-_BACKWARD_PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
 _PUSH_PRIORITY = 0.5  # before any computation
 _MAX_NAME = 64  # letters of the name of a sum, or of kept inputs
 _AT_ONCE = 64  # requests of one stream that were read and are not answered
@@ -80,6 +81,11 @@ class LoraHandler(TransformerConnectionHandler):
 
     kept_input_bytes: ClassVar[int] = KEPT_INPUT_BYTES
     """For inputs of forwards, in all processes; a client's stream, and what is kept for it, is in one."""
+
+    training: ClassVar[Training]
+
+    store_pool: ClassVar[PrioritizedTaskPool]
+    """Takes pushed adapters."""
 
     _rpc_handlers = None  # hivemind caches these two on the class; inherited, they would hide the new RPCs
     _stub_type = None
@@ -140,9 +146,9 @@ class LoraHandler(TransformerConnectionHandler):
 
         `forward` takes inputs (B, S, H) and `active_adapter`, and gives outputs. With `packed` (see
         PackedRows), here and in `backward`, rows share prefixes. With `keep` (a name), the server keeps the
-        inputs for the backward, if it has room. With `session`, another server hands the
-        inputs over; with `hand_over` (see Receiver), the outputs go to another server as well, and the ending
-        tells whether they arrived.
+        inputs for the backward, if it has room. With `session`, another server hands the inputs over; with
+        `hand_over` (see Receiver), the outputs go to another server as well, and the ending tells whether
+        they arrived. With `quiet`, the client gets outputs only if they did not.
 
         `echo` gives back hidden states (B, S, H), for who measures the connection.
 
@@ -185,7 +191,8 @@ class LoraHandler(TransformerConnectionHandler):
                         what = metadata.get("request")
                         if what not in self._KINDS:
                             raise ShapeError(f"requests are {', '.join(self._KINDS)}, not {what!r}")
-                        self._log_request(what, first.uid.split(), context)
+                        if what != "hand_over":  # one for every token
+                            self._log_request(what, first.uid.split(), context)
                         tensors = await self._read(first, requests, metadata, backends)
                 except Exception as error:  # what follows may be a part of what was not read
                     await asyncio.gather(*running)
@@ -213,6 +220,8 @@ class LoraHandler(TransformerConnectionHandler):
             async with timeout(self.request_timeout):
                 answer = await self._KINDS[metadata["request"]](self, request)
                 handed_on = self._hand_overs.start(answer[0], metadata, codec) if answer else None
+                if handed_on is not None and metadata.get("quiet") and await handed_on:
+                    answer = []
                 for tensor in answer:
                     parts = tensor_parts(tensor, codec)
                     messages = [runtime_pb2.ExpertResponse(tensors=[part]) for part in parts]
@@ -286,7 +295,7 @@ class LoraHandler(TransformerConnectionHandler):
         _check_header(request.metadata, backends, request.tensors)
         blocks = [backend.block_index for backend in backends]
         stored = request.client, header, blocks, *request.tensors
-        await backends[0].store_pool.submit_task(torch.zeros(1), *stored, priority=_PUSH_PRIORITY)
+        await self.store_pool.submit_task(torch.zeros(1), *stored, priority=_PUSH_PRIORITY)
         return []
 
     async def _forward(self, request: _Request) -> list[Tensor]:
@@ -297,9 +306,7 @@ class LoraHandler(TransformerConnectionHandler):
         packed = _checked_packed(metadata.get("packed"), hidden, backends)
         if metadata.get("keep") is not None:
             self._kept.put(request.client, str(metadata["keep"])[:_MAX_NAME], hidden)
-        async for output in _run_forward(backends, hidden, self._get_active_adapter(metadata), packed):
-            hidden = output
-        return [hidden]
+        return [await self.training.forward(backends, hidden, self._get_active_adapter(metadata), packed)]
 
     async def _backward(self, request: _Request) -> list[Tensor]:
         backends, metadata, tensors = request.backends, request.metadata, request.tensors
@@ -312,7 +319,9 @@ class LoraHandler(TransformerConnectionHandler):
         need_input_grad = bool(metadata.get("need_input_grad", True))
         summed = _checked_sum(metadata.get("sum"))
         packed = _checked_packed(metadata.get("packed"), inputs, backends)
-        return await _run_backward(backends, inputs, grad_outputs, key, need_input_grad, summed, packed)
+        return await self.training.backward(
+            backends, inputs, grad_outputs, key, need_input_grad, summed, packed
+        )
 
     _KINDS: ClassVar[dict[str, Callable[..., Awaitable[list[Tensor]]]]] = {
         "push": _store,
@@ -404,7 +413,7 @@ def _check_header(metadata: dict[str, Any], backends: Sequence[LoraBackend], fla
             raise adapter_rejected(f"block {block}: the tensor is not the one the header names")
 
 
-def _checked_sum(raw: Any) -> tuple[str, int, int] | None:
+def _checked_sum(raw: Any) -> Sum | None:
     if raw is None:
         return None
     try:
@@ -429,38 +438,3 @@ def _checked_packed(raw: Any, hidden: Tensor, backends: Sequence[LoraBackend]) -
     if packed.unpacked(tokens) > most:
         raise ShapeError(f"rows that share prefixes have {packed.unpacked(tokens)} tokens, more than {most}")
     return packed
-
-
-async def _run_forward(
-    backends: Sequence[LoraBackend], hidden: Tensor, key: str, packed: PackedRows | None
-) -> AsyncIterator[Tensor]:
-    """The output of each block."""
-    for backend in backends:
-        hidden = hidden.to(backend.dtype)
-        (hidden,) = await backend.forward_pool.submit_task(hidden, key, packed, priority=_BACKWARD_PRIORITY)
-        yield hidden
-
-
-async def _run_backward(
-    backends: Sequence[LoraBackend],
-    inputs: Tensor,
-    grad_outputs: Tensor,
-    key: str,
-    need_input_grad: bool,
-    summed: tuple[str, int, int] | None,
-    packed: PackedRows | None,
-) -> list[Tensor]:
-    """[gradient of the inputs or empty, flat gradient of backends[0], of backends[1], ...]"""
-    block_inputs = [inputs.to(backends[0].dtype)]
-    async for hidden in _run_forward(backends[:-1], inputs, key, packed):
-        block_inputs.append(hidden)
-    grad = grad_outputs.to(backends[-1].dtype)
-    flats: list[Tensor] = []
-    for position in reversed(range(len(backends))):
-        needed = need_input_grad or position > 0
-        pool = backends[position].lora_backward_pool
-        grad, flat = await pool.submit_task(
-            block_inputs[position], grad, key, needed, summed, packed, priority=_BACKWARD_PRIORITY
-        )
-        flats.append(flat)
-    return [grad, *reversed(flats)]

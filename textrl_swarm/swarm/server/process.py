@@ -56,6 +56,7 @@ from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
 from textrl_swarm.swarm.server.gradient_sums import GradientSums  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
 from textrl_swarm.swarm.server.served_model import ServedModel, block_config  # noqa: E402
+from textrl_swarm.swarm.server.training import Training  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +103,20 @@ def _announced_names(adapters: Sequence[str]) -> list[str]:
 class LoraContainer(ModuleContainer):
     """ModuleContainer that makes the adapter store before the blocks, and reports when requests can come."""
 
-    def __init__(self, *args: Any, dht_announcer: Any, **kwargs: Any):
+    def __init__(
+        self,
+        dht: Any,
+        dht_prefix: str,
+        module_backends: Mapping[str, LoraBackend],
+        *,
+        dht_announcer: Any,
+        **kwargs: Any,
+    ):
         # petals' own formula knows one kind of attention; its constructor announces the server.
         blocks = (int(uid.rpartition(".")[2]) for uid in dht_announcer.module_uids)
         dht_announcer.bytes_per_token = LoraServer.model.cache_bytes(blocks)[0]
-        super().__init__(*args, dht_announcer=dht_announcer, **kwargs)
+        LoraHandler.training.backends = module_backends
+        super().__init__(dht, dht_prefix, module_backends, dht_announcer=dht_announcer, **kwargs)
 
     @classmethod
     def create(cls, *, dht: Any, block_indices: Sequence[int], device: Any, **kwargs: Any) -> LoraContainer:
@@ -118,13 +128,20 @@ class LoraContainer(ModuleContainer):
             return (torch.tensor([store.size_bytes]),)
 
         LoraBackend.store = store
-        LoraBackend.sums = GradientSums(LoraServer.adapter_bytes_per_client)
+        training = LoraHandler.training = Training(
+            store,
+            GradientSums(LoraServer.adapter_bytes_per_client),
+            max_tokens=kwargs["max_batch_size"],
+            max_activation_bytes=kwargs["max_chunk_size_bytes"],
+            device=torch.device(device),
+        )
         quant_type = kwargs["quant_type"].name.lower()
         LoraBackend.quantization = None if quant_type == "none" else quant_type
         LoraBackend.preloaded = _preload(LoraServer.adapter_sources, device)
-        LoraBackend.store_pool = PrioritizedTaskPool(
+        LoraHandler.store_pool = PrioritizedTaskPool(
             put, max_batch_size=1 << 62, name="lora_store", device=torch.device("cpu")
         )
+        LoraBackend.shared_pools = *training.pools, LoraHandler.store_pool
         container = super().create(dht=dht, block_indices=block_indices, device=device, **kwargs)
         tell_parent("online", span=[min(block_indices), max(block_indices) + 1])
         return container
