@@ -1,6 +1,8 @@
 """Training through servers that are far away: each behind a link with a delay and a rate.
 
-    python benchmarks/wide_area.py [--round-trip-ms 50] [--mbit 10] [--servers 2 4] [--repeats 3]
+    python benchmarks/wide_area.py [--link 2,50 --link 2,50,10 ...] [--repeats 3]
+
+A link is the number of servers, and the milliseconds there and back and the Mbit/s of the way to each.
 
 What is compared is measured in turn with the same servers. Nothing leaves this machine: a TCP proxy in front
 of every server delays what goes through it.
@@ -9,10 +11,12 @@ of every server delays what goes through it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from harness import DistantSwarm, Times, in_turn, report
@@ -31,9 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--servers", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--round-trip-ms", type=float, nargs="+", default=[50.0])
-    parser.add_argument("--mbit", type=float, nargs="+", default=[0.0], help="0 = as fast as loopback")
+    parser.add_argument("--link", type=Link.read, action="append", metavar="SERVERS,MS[,MBIT]")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -41,26 +43,19 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         model = random_bloom(directory + "/bloom", hidden=HIDDEN, layers=BLOCKS)
-        for servers in options.servers:
-            near_s = None  # an update when the servers are on this machine
-            for round_trip_ms in (0.0, *options.round_trip_ms):
-                for mbit in options.mbit if round_trip_ms else (0.0,):
-                    link = Link(servers, round_trip_ms / 1000, mbit * 1e6)
-                    with (
-                        DistantSwarm(model, servers, round_trip_ms, mbit) as swarm,
-                        load_policy(
-                            model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8)
-                        ) as policy,
-                    ):
-                        if near_s is None:
-                            near_s = update_time(policy, options.repeats)[0].median
-                            continue
-                        rows += [[str(link), *row] for row in rollouts(policy, servers, options.repeats)]
-                        seconds, sent, received = update_time(policy, options.repeats)
-                        bound_s = link.bound_s(near_s, sent, received)
-                        what = f"update, {EPOCHS} epochs; bound {bound_s:.2f} s"
-                        share = f"{bound_s / seconds.median:.2f} of the bound"
-                        rows.append([str(link), what, f"{seconds.median:.2f}", seconds.spread, "", "", share])
+        links = options.link or [Link(2, 0.05), Link(4, 0.05)]
+        near_s = {}  # an update when the servers are on this machine
+        for servers in {link.servers for link in links}:
+            with connected(model, Link(servers)) as policy:
+                near_s[servers] = update_time(policy, options.repeats)[0].median
+        for link in links:
+            with connected(model, link) as policy:
+                rows += [[str(link), *row] for row in rollouts(policy, link.servers, options.repeats)]
+                seconds, sent, received = update_time(policy, options.repeats)
+            bound_s = link.bound_s(near_s[link.servers], sent, received)
+            what = f"update, {EPOCHS} epochs; bound {bound_s:.2f} s"
+            share = f"{bound_s / seconds.median:.2f} of the bound"
+            rows.append([str(link), what, f"{seconds.median:.2f}", seconds.spread, "", "", share])
     report(
         f"{BLOCKS} blocks, hidden {HIDDEN}, {NEW_TOKENS} new tokens; medians of {options.repeats}",
         ["link", "what", "seconds", "spread", "ms/step", "tokens/s", "time over the first's"],
@@ -68,11 +63,27 @@ def main() -> None:
     )
 
 
+@contextlib.contextmanager
+def connected(model: Path, link: Link) -> Iterator[Policy]:
+    mbit = link.bits_per_s / 1e6
+    with (
+        DistantSwarm(model, link.servers, 1000 * link.round_trip_s, mbit) as swarm,
+        load_policy(model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=8)) as policy,
+    ):
+        yield policy
+
+
 @dataclass(frozen=True)
 class Link:
     servers: int
-    round_trip_s: float
-    bits_per_s: float
+    round_trip_s: float = 0.0
+    bits_per_s: float = 0.0  # 0 = as fast as loopback
+
+    @staticmethod
+    def read(text: str) -> Link:
+        servers, *rest = text.split(",")
+        milliseconds, mbit = [*map(float, rest), 0.0][:2]
+        return Link(int(servers), milliseconds / 1000, mbit * 1e6)
 
     def __str__(self) -> str:
         rate = f", {self.bits_per_s / 1e6:g} Mbit/s" if self.bits_per_s else ""
