@@ -393,6 +393,7 @@ def check_outcome(out: Path, iterations: int, servers: int) -> dict:
     return summary
 
 
+@pytest.mark.slow  # most of a minute; the next one runs the demo too
 def test_demo_on_this_machine(local_demo):
     out, said = local_demo
     summary = check_outcome(out, iterations=2, servers=0)

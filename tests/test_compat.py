@@ -56,6 +56,7 @@ def test_importing_leaves_no_trace():
     assert out.endswith("fine\n")
 
 
+@pytest.mark.slow  # a fresh process
 def test_the_users_own_settings_win():
     out = python(
         """
@@ -69,6 +70,7 @@ def test_the_users_own_settings_win():
     assert out == "False yes\n"
 
 
+@pytest.mark.slow  # a fresh process
 def test_the_hook_may_be_installed_twice():
     out = python(
         """

@@ -56,6 +56,7 @@ def test_the_swarm_example_never_talks_to_the_public_swarm():
     assert done.returncode == 2 and "give --initial-peers ADDRESS" in done.stderr
 
 
+@pytest.mark.slow  # a fresh process
 def test_a_model_is_steered_by_any_classifier(tmp_path, tiny_bloom):
     """Quick: a model and a classifier that know no English."""
     judge = classifier(tmp_path / "judge")

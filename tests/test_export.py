@@ -148,6 +148,7 @@ def test_a_merged_model_is_the_policy_in_plain_transformers(trained, architectur
     )
 
 
+@pytest.mark.slow  # two fresh processes
 def test_the_check_in_a_fresh_process_says_how_far_apart_they_are(trained):
     trained("gpt2", LoraSettings(r=2, layers=1))
     for export in (export_adapter, export_merged):
@@ -159,7 +160,7 @@ def test_the_check_in_a_fresh_process_says_how_far_apart_they_are(trained):
         )
 
 
-@pytest.mark.parametrize("damage", ["scale", "drop"])
+@pytest.mark.parametrize("damage", ["scale", pytest.param("drop", marks=pytest.mark.slow)])
 def test_the_check_notices_an_export_that_is_not_what_was_trained(trained, monkeypatch, damage):
     trained()
     copy = shutil.copyfile
@@ -179,6 +180,7 @@ def test_the_check_notices_an_export_that_is_not_what_was_trained(trained, monke
         export_adapter(find_source("trained"), "out", silent())
 
 
+@pytest.mark.slow  # a fresh process
 def test_sixteen_bits_are_merged_with_a_word_about_rounding(trained):
     trained("llama", dtype=torch.bfloat16)
     console = silent()
@@ -188,6 +190,7 @@ def test_sixteen_bits_are_merged_with_a_word_about_rounding(trained):
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.slow  # a fresh process
 def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one_with_a_word(run):
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("quantization: null", "quantization: 8bit"))
@@ -211,6 +214,7 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one_with_
     assert float(measured) == pytest.approx(float(max(differences)), rel=0.05) and float(measured) > 0
 
 
+@pytest.mark.slow  # two models quantised
 def test_what_a_machine_cannot_quantise_is_not_compared(run, monkeypatch):
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("quantization: null", "quantization: 8bit"))

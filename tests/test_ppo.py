@@ -912,6 +912,7 @@ def test_servers_hold_the_same_base_after_training_and_the_ratio_is_one(two_serv
             assert difference(policy(tokens).logits, before) > 0.01
 
 
+@pytest.mark.slow  # starts of servers
 @pytest.mark.swarm
 def test_it_learns_through_a_swarm(two_servers):
     with connect(two_servers) as policy:

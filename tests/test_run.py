@@ -228,7 +228,12 @@ train_command.train_command(load_config(sys.argv[1]), Console())
 
 @pytest.mark.parametrize(
     ("where", "at"),
-    [("update", 7), ("saving", 8), ("renaming", 6), ("pending", 3)],
+    [
+        ("update", 7),
+        pytest.param("saving", 8, marks=pytest.mark.slow),
+        pytest.param("renaming", 6, marks=pytest.mark.slow),
+        pytest.param("pending", 3, marks=pytest.mark.slow),
+    ],
     ids=["update", "saving", "renaming", "sampled"],
 )
 def test_a_run_that_was_killed_ends_as_one_that_was_not(configure, where, at):
@@ -409,6 +414,7 @@ command.train_command(load_config(sys.argv[2]), Console())
 """
 
 
+@pytest.mark.slow  # two processes, half a minute
 def test_a_run_with_values_of_every_type_resumes_in_another_process(configure):
     Path("resuming.py").write_text(RESUMING)
     for iterations, seed in ((1, "1"), (2, "2")):

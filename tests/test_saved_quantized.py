@@ -93,7 +93,7 @@ def test_the_option_must_agree_with_the_checkpoint(saved, bits, recwarn):
     [
         pytest.param("8bit", False, marks=pytest.mark.slow),
         ("8bit", True),
-        ("4bit", False),
+        pytest.param("4bit", False, marks=pytest.mark.slow),
         pytest.param("4bit", True, marks=pytest.mark.slow),
     ],
 )

@@ -39,6 +39,7 @@ def plain(tiny_bloom, tmp_path_factory):
     return made
 
 
+@pytest.mark.slow  # half a minute
 @pytest.mark.swarm
 def test_stock_clients_get_the_adapter_that_they_name(tiny_bloom, plain, tmp_path):
     with LocalSwarm(

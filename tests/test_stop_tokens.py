@@ -165,6 +165,7 @@ def test_stop_strings_of_a_model_are_single_tokens():
         stop_ids(None, GenerationConfig(stop_strings=["b"]))
 
 
+@pytest.mark.slow  # starts of servers
 @pytest.mark.swarm
 def test_a_swarm_ends_responses_where_this_machine_does(tiny_bloom, tmp_path):
     directory = tmp_path / "several-ends"

@@ -48,10 +48,10 @@ MIB = 1 << 20
         ("two_servers", LoraSettings(r=3, alpha=5, targets=("query_key_value",))),
         ("two_servers", LoraSettings(r=1, targets=("dense", "dense_4h_to_h"), layers=2)),
         ("two_servers", LoraSettings(r=8, layers=1)),
-        ("small_server", LoraSettings(r=2, targets=("dense",))),
+        pytest.param("small_server", LoraSettings(r=2, targets=("dense",)), marks=pytest.mark.slow),
         ("small_server", LoraSettings(r=16, alpha=1)),
-        ("three_servers", LoraSettings(r=6, layers=3)),
-        ("three_servers", LoraSettings(r=4, targets=("dense_h_to_4h",))),
+        pytest.param("three_servers", LoraSettings(r=6, layers=3), marks=pytest.mark.slow),
+        pytest.param("three_servers", LoraSettings(r=4, targets=("dense_h_to_4h",)), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -534,7 +534,7 @@ def _recorded(monkeypatch, owner, name: str, argument: int) -> list:
 # --------------------------------------------------------------------------------------- stock petals clients
 
 
-@pytest.mark.parametrize("where", ["here", "in a process of its own"])
+@pytest.mark.parametrize("where", ["here", pytest.param("in a process of its own", marks=pytest.mark.slow)])
 def test_stock_petals_clients(two_servers, where):
     with connect(two_servers, filled=50) as policy, torch.no_grad():
         policy(random_tokens(1, 3))  # somebody else's adapter lies on the servers

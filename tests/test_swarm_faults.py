@@ -99,7 +99,9 @@ def test_training_is_the_same_on_either_route(replicas, undisturbed):
         assert_equal_parameters(two_steps(policy, TOKENS), undisturbed[0])
 
 
-@pytest.mark.parametrize("moment", ["before forward 0", "before backward 0"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("before forward 0", marks=pytest.mark.slow), "before backward 0"]
+)
 def test_a_replica_takes_over(replicas, undisturbed, moment):
     only(replicas, 0, 1, 2)
     reached = []
@@ -153,11 +155,14 @@ def undisturbed_halves(replicas):
 @pytest.mark.parametrize(
     "disturb",
     [
-        lambda swarm, servers: swarm.kill(0),
-        lambda swarm, servers: servers.append("answer lost"),
-        lambda swarm, servers: servers.append("no sums"),
+        pytest.param(lambda swarm, servers: swarm.kill(0), id="a server is lost"),
+        pytest.param(
+            lambda swarm, servers: servers.append("answer lost"),
+            id="an answer is lost",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda swarm, servers: servers.append("no sums"), id="no server keeps sums"),
     ],
-    ids=["a server is lost", "an answer is lost", "no server keeps sums"],
 )
 def test_sums_of_gradients_are_the_same_whatever_happens(replicas, monkeypatch, disturb):
     """Six micro-batches of a row each; the server adds up their gradients, and is lost with half of them."""
@@ -205,7 +210,7 @@ def replaced(swarm: LocalSwarm, i: int) -> threading.Thread:
     [
         pytest.param(1, "before", marks=pytest.mark.slow),  # starts of servers
         pytest.param(2, "before", marks=pytest.mark.slow),
-        (1, "sent"),
+        pytest.param(1, "sent", marks=pytest.mark.slow),
         (2, "sent"),
     ],
 )
@@ -233,7 +238,9 @@ def test_a_server_is_lost_while_one_hands_over_to_the_other(
     thread.join()
 
 
-@pytest.mark.parametrize("lost", [1, 2], ids=["who gives", "who takes"])
+@pytest.mark.parametrize(
+    "lost", [pytest.param(1, id="who gives", marks=pytest.mark.slow), pytest.param(2, id="who takes")]
+)
 def test_a_server_is_lost_in_a_forward_that_is_handed_over(replicas, undisturbed, monkeypatch, lost):
     only(replicas, 1, 2)
     original, asked, threads = ServerCalls.forward, [], []
@@ -300,8 +307,10 @@ def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, 
 
 @pytest.mark.parametrize(
     "work",
-    [lambda policy: run(policy, TOKENS), lambda policy: greedy(policy, PROMPTS, 4)],
-    ids=["training", "generation"],
+    [
+        pytest.param(lambda policy: run(policy, TOKENS), id="training"),
+        pytest.param(lambda policy: greedy(policy, PROMPTS, 4), id="generation", marks=pytest.mark.slow),
+    ],
 )
 def test_without_replica_or_restart_it_fails_within_the_deadline(replicas, work):
     only(replicas, 1, 2)
@@ -515,6 +524,7 @@ if sys.argv[3] == "killed":
 """
 
 
+@pytest.mark.slow  # two processes, half a minute
 def test_a_client_leaves_no_socket_behind(two_servers):
     """What a killed client leaves goes when the next one starts."""
     temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
@@ -546,6 +556,7 @@ def test_a_server_that_cannot_start_says_why(tiny_bloom):
         LocalSwarm(tiny_bloom(seed=4), num_servers=2, server_options=["--no_such_option", "1"]).__enter__()
 
 
+@pytest.mark.slow  # another start of a server
 def test_weights_that_do_not_fit_are_told_before_they_are_loaded(tmp_path):
     BloomConfig(hidden_size=14336, n_layer=70, n_head=112).save_pretrained(tmp_path)
     index = {"metadata": {}, "weight_map": {"h.0.mlp.dense_h_to_4h.weight": "never-there.safetensors"}}

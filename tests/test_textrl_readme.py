@@ -249,6 +249,7 @@ def test_examples_1_with_the_environment_that_it_means(world, capsys, caplog):
     assert len(scores) > 1 and set(scores) == {1.0}  # [1] at the end, and both samples get it
 
 
+@pytest.mark.slow  # starts of servers
 @pytest.mark.swarm
 def test_example_3(world, hub, capsys, monkeypatch):
     """The prompt alone has more tokens than max_length: on 0.2.15 that was an error of petals."""
@@ -271,6 +272,7 @@ def test_key_parameters(world):
     assert world["actor"].sampling.repetition_penalty == 2 and not world["actor"].act_deterministically
 
 
+@pytest.mark.slow  # half a minute
 def test_usage_with_the_manual_loop(world, capsys, caplog):
     type_in(world, IMPORTS, LOAD, UNBOUND_REWARD, PREPARE, MANUAL_LOOP, checkpoint="gpt2")
     printed = capsys.readouterr().out
