@@ -464,7 +464,7 @@ def test_the_furthest_reaching_server_is_taken(router):
 def test_servers_of_another_version_are_named_as_such(router):
     made = router(("old", 0, 4, 1.0, "textrl-swarm/lora-v1"))
     with pytest.raises(
-        BlocksUnavailable, match=r"another protocol than this client \(textrl-swarm/lora-v5\)"
+        BlocksUnavailable, match=r"another protocol than this client \(textrl-swarm/lora-v6\)"
     ):
         route(made)
 

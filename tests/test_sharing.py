@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.micro_batches import cut, put_together
-from textrl_swarm.swarm.streams import OpenStream
+from textrl_swarm.swarm.streams import OpenStream, is_connected
 
 # Recurrent states of transformers keep no gradients.
 RECURRENT = {"qwen3_next", "qwen3_5_text", "bamba", "mamba2", "mamba", "jamba"}
@@ -212,7 +213,9 @@ def test_a_packing_that_makes_no_sense_is_answered(two_servers, raw, tokens):
         uid = " ".join(policy._client.router.uids[span.start : span.stop])
 
         async def ask():
-            stream = await OpenStream.open(calls._stub(span.peer).rpc_requests, 5)
+            stream = await OpenStream.open(
+                calls._stub(span.peer).rpc_requests, 5, partial(is_connected, calls.p2p, span.peer)
+            )
             hidden = torch.zeros(1, tokens, policy.hidden_size)
             try:
                 await stream.send(uid, [hidden], {"request": "forward", "packed": raw})

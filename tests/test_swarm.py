@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.codec import encoded_bytes
 from textrl_swarm.swarm.local import LocalSwarm
 from textrl_swarm.swarm.protocol import Receiver
-from textrl_swarm.swarm.streams import OpenStream
+from textrl_swarm.swarm.streams import OpenStream, is_connected
 
 pytestmark = pytest.mark.swarm
 
@@ -469,7 +470,9 @@ def test_requests_that_make_no_sense_are_answered(two_servers, changes, tensors,
         hidden = [torch.zeros(1, 2, policy.hidden_size)] * tensors
 
         async def ask():
-            stream = await OpenStream.open(calls._stub(span.peer).rpc_requests, 5)
+            stream = await OpenStream.open(
+                calls._stub(span.peer).rpc_requests, 5, partial(is_connected, calls.p2p, span.peer)
+            )
             stream.codec = changes.get("codec")
             try:
                 await stream.send(uid, hidden, changes)

@@ -143,6 +143,49 @@ def test_a_replica_takes_over_in_the_middle_of_a_generation(replicas, undisturbe
     assert_equal_rollouts(rollout, undisturbed[1])
 
 
+def _freeze(swarm: LocalSwarm, how: str) -> None:
+    """Server 0 says nothing more, and its connections stay open, unless it is killed two seconds later."""
+    pid = swarm.servers[0].pid
+    if how == "all of it":
+        os.killpg(pid, signal.SIGSTOP)
+    else:
+        os.kill(pid, signal.SIGSTOP)
+    if how == "killed":
+        threading.Timer(2.0, swarm.kill, args=(0,)).start()
+
+
+@pytest.mark.timeout(100)  # a request's own is 120 s
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("what computes", "computing process has stopped"),
+        pytest.param("all of it", "no sign of life for 8 s", marks=pytest.mark.slow),
+        pytest.param("killed", "", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("work", ["generation", pytest.param("training", marks=pytest.mark.slow)])
+def test_a_frozen_server_is_left(replicas, undisturbed, monkeypatch, caplog, how, text, work):
+    only(replicas, 0, 1, 2)
+    caplog.set_level("INFO")
+    with connect(replicas, filled=70, timeouts=Timeouts()) as policy:
+        assert policy.num_servers == 1
+        if work == "generation":
+            two_steps(policy, TOKENS)
+            during_generation(monkeypatch, 5, lambda: _freeze(replicas, how))
+            assert_equal_rollouts(policy.generate(PROMPTS, SAMPLING), undisturbed[1])
+        else:
+            frozen = []
+
+            def disturb(now):
+                if now == "before backward 0":
+                    frozen.append(_freeze(replicas, how))
+
+            assert_equal_parameters(two_steps(policy, TOKENS, disturb), undisturbed[0])
+            assert frozen
+    replicas.kill(0)
+    assert text in caplog.text
+
+
 @pytest.fixture(scope="module")
 def undisturbed_halves(replicas):
     """A rollout in which server 1 hands over to server 2."""

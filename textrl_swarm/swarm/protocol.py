@@ -35,9 +35,9 @@ from textrl_swarm.models.quantization import saved_quantization
 # Announced among a server's adapters, so that routing can tell who can train, and how. v1 had one layout for
 # all blocks; v2 generated through petals' rpc_inference, with rows of equal length; v3 had neither codecs nor
 # rows that share prefixes; v4 answered one request of a stream after the other, and gave nothing to other
-# servers.
+# servers; v5 gave no sign of life while it computed.
 CAPABILITY_PREFIX = "textrl-swarm/lora-v"
-CAPABILITY = f"{CAPABILITY_PREFIX}5"
+CAPABILITY = f"{CAPABILITY_PREFIX}6"
 INFO_KEY = "textrl_swarm"  # our entry in the answer of rpc_info; stock clients ignore it
 # Metadata key of a request: tell how the answer ended. Of an answer's last message: "" = complete, else the
 # error.
@@ -50,6 +50,12 @@ CODEC = "textrl_swarm_codec"
 # ending, that the server reads no more requests from this stream.
 NUMBER = "textrl_swarm_number"
 CLOSING = "textrl_swarm_closing"
+
+# Metadata key of a message that says nothing else: one comes whenever a stream has been silent for BEAT_S
+# seconds. After SILENCE_S without any, the server is taken for lost.
+ALIVE = "textrl_swarm_alive"
+BEAT_S = 2.0
+SILENCE_S = 8
 
 # Metadata key of an answer to a request with `hand_over`: whether the output went to the next server.
 HANDED_OVER = "textrl_swarm_handed_over"

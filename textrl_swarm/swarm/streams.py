@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
-from textrl_swarm.swarm.protocol import CLOSING, CODEC, ENDING, NUMBER
+from textrl_swarm.swarm.protocol import ALIVE, CLOSING, CODEC, ENDING, NUMBER, SILENCE_S
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 
 # What says nothing but that a connection is gone.
@@ -28,7 +29,18 @@ BROKEN = (P2PDaemonError, OSError, EOFError, asyncio.IncompleteReadError)
 
 _CLOSE_S = 2.0
 _ANY = 1 << 40  # numbers
+
+IsConnected: TypeAlias = Callable[[], Awaitable[bool]]
 _IDLE_S = 60.0  # after which a stream is not used again; the server ends it after some minutes
+
+
+class Silence(EOFError):
+    """Of a server that was killed, frozen or cut off, as far as one can tell."""
+
+
+async def is_connected(p2p: P2P, peer: PeerID) -> bool:
+    """Whether this process's daemon has a connection to a peer; a frozen one may keep it."""
+    return any(other.peer_id == peer for other in await p2p.list_peers())
 
 
 class OpenStream:
@@ -39,15 +51,18 @@ class OpenStream:
         received: bytes of tensors so far.
     """
 
-    def __init__(self, requests: asyncio.Queue[runtime_pb2.ExpertRequest], answers: Any):
+    def __init__(
+        self, requests: asyncio.Queue[runtime_pb2.ExpertRequest], answers: Any, is_connected: IsConnected
+    ):
         self._requests = requests
-        self._answers = answers
+        self._stream = answers
+        self._answers = _heard(answers, is_connected)
         self.codec: str | None = None
         self.received = 0
         self._has_failed = False  # the server says nothing more
 
     @staticmethod
-    async def open(method: Any, timeout_s: float) -> OpenStream:
+    async def open(method: Any, timeout_s: float, is_connected: IsConnected) -> OpenStream:
         """Calls an RPC of a stub."""
         requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
 
@@ -58,7 +73,7 @@ class OpenStream:
                 if not request.uid:
                     return
 
-        return OpenStream(requests, await asyncio.wait_for(method(feed()), timeout_s))
+        return OpenStream(requests, await asyncio.wait_for(method(feed()), timeout_s), is_connected)
 
     async def send(self, uid: str, tensors: Sequence[Tensor], metadata: Mapping[str, Any]) -> int:
         """A request, in messages of a size that hivemind carries; the first of them has the metadata.
@@ -94,6 +109,7 @@ class OpenStream:
             max_numbers: most numbers of a tensor with which this is told.
 
         Raises:
+            Silence: the server gave no sign of life for SILENCE_S seconds, or is no longer connected.
             EOFError: the connection broke off.
             ShapeError: a tensor has more.
         """
@@ -118,6 +134,8 @@ class OpenStream:
         tensor, told = await self.next(lambda _: max_numbers)
         if tensor is not None:
             return decoded(tensor, self.codec)
+        if told.get(CLOSING):
+            raise Silence(told[ENDING])
         if told[ENDING]:
             self._has_failed = True
             raise P2PHandlerError(told[ENDING])
@@ -142,8 +160,32 @@ class OpenStream:
 
     async def drop(self) -> None:
         """Waits for nothing more; never raises."""
-        with contextlib.suppress(Exception):
-            await self._answers.aclose()
+        for answers in (self._answers, self._stream):
+            with contextlib.suppress(Exception):
+                await answers.aclose()
+
+
+async def _heard(stream: AsyncIterator[Any], is_connected: IsConnected) -> AsyncGenerator[Any, None]:
+    """Messages of a stream without the signs of life between them."""
+    while True:
+        arriving = asyncio.ensure_future(anext(stream))
+        try:
+            # Seconds in which this process ran: it may have been stopped itself.
+            for _ in range(SILENCE_S):
+                if (await asyncio.wait([arriving], timeout=1))[0]:
+                    break
+                if not await is_connected():
+                    raise Silence("the connection is closed")
+            else:
+                raise Silence(f"no sign of life for {SILENCE_S} s")
+        finally:
+            arriving.cancel()  # if it has not arrived
+        try:
+            message = arriving.result()
+        except StopAsyncIteration:
+            return
+        if not message.metadata or ALIVE not in MSGPackSerializer.loads(message.metadata):
+            yield message
 
 
 async def packed_parts(tensors: Sequence[Tensor], codec: str | None) -> list[runtime_pb2.Tensor]:
@@ -238,6 +280,8 @@ class _Requests:
                     else:
                         asked.ending.set_result(told)
                 if told.get(CLOSING):
+                    if NUMBER not in told:
+                        error = Silence(told[ENDING])
                     return
         except Exception as found:
             error = found
@@ -260,8 +304,8 @@ class _Requests:
         await self._stream.drop()
 
 
-async def _open(method: Any, timeout_s: float) -> _Requests:
-    return _Requests(await OpenStream.open(method, timeout_s))
+async def _open(method: Any, timeout_s: float, is_connected: IsConnected) -> _Requests:
+    return _Requests(await OpenStream.open(method, timeout_s, is_connected))
 
 
 def _is_stale(opened: asyncio.Task[_Requests]) -> bool:
@@ -274,9 +318,14 @@ async def _close(opening: asyncio.Task[_Requests]) -> None:
 
 
 class StreamPool:
-    """The streams for requests, one for each server."""
+    """The streams for requests, one for each server.
 
-    def __init__(self) -> None:
+    Args:
+        p2p: that of this process.
+    """
+
+    def __init__(self, p2p: P2P):
+        self._p2p = p2p
         self._open: dict[PeerID, asyncio.Task[_Requests]] = {}
         self._closing: set[asyncio.Future[None]] = set()
 
@@ -309,7 +358,9 @@ class StreamPool:
                 opening = None
             is_new = opening is None
             if opening is None:
-                opening = self._open[peer] = asyncio.ensure_future(_open(method, connect_s))
+                opening = self._open[peer] = asyncio.ensure_future(
+                    _open(method, connect_s, partial(is_connected, self._p2p, peer))
+                )
             try:
                 requests = await asyncio.shield(opening)  # others wait for it too
             except Exception:
@@ -318,10 +369,10 @@ class StreamPool:
                 raise
             try:
                 return await requests.ask(uid, tensors, metadata, codec, max_numbers)
-            except BROKEN:
+            except BROKEN as error:
                 if self._open.get(peer) is opening:
                     self.forget(peer)
-                if is_new:
+                if is_new or isinstance(error, Silence):
                     raise
 
     def forget(self, peer: PeerID) -> None:

@@ -60,7 +60,8 @@ class Passes:
         input.
 
         Args:
-            will_go_back: whether servers are asked to keep their inputs.
+            will_go_back: whether servers are asked to keep their inputs; where they have no room, the client
+                gets them.
         """
         attempts = Attempts(
             f"forward through {blocks_text(range(start, stop))}", self._calls.timeouts.recovery_s
@@ -84,7 +85,8 @@ class Passes:
                 self._router.report_success(span.peer)
                 trail.append(Piece(span, None if inputs is None else inputs.to(span.dtype), name))
                 inputs, block = output, span.stop
-            hidden = hidden if inputs is None else inputs
+            assert inputs is not None, "of the last of them the client has the output"
+            hidden = inputs
         return hidden, trail
 
     async def _forward_once(
@@ -194,7 +196,9 @@ class Passes:
                 # Other servers take over, however many that takes: their inputs come from running the span
                 # again.
                 inputs = await self._inputs(task, piece, adapter)
-                _, trail = await self.forward(inputs, span.start, span.stop, adapter, task.packed)
+                _, trail = await self.forward(
+                    inputs, span.start, span.stop, adapter, task.packed, will_go_back=True
+                )
                 task.replace_last(trail)
                 continue
             self._router.report_success(span.peer)

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from textrl_swarm.swarm.protocol import (
     error_from_wire,
     weights_key,
 )
-from textrl_swarm.swarm.streams import Answer, OpenStream, StreamPool
+from textrl_swarm.swarm.streams import Answer, OpenStream, StreamPool, is_connected
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
@@ -103,7 +104,7 @@ class ServerCalls:
         self.timeouts = timeouts
         self.traffic = traffic
         self._weights: dict[PeerID, Mapping[str, ServedWeights]] = {}
-        self._streams = StreamPool()
+        self._streams = StreamPool(p2p)
         self.codec: str | None = None  # of hidden states, see swarm/codec.py
 
     async def close(self) -> None:
@@ -274,7 +275,9 @@ class ServerCalls:
     ) -> GenerationStream:
         """A stream that keeps the caches of one batch on the server: so many rows, and tokens in each."""
         try:
-            stream = await OpenStream.open(self._stub(peer).rpc_generate, self.timeouts.connect_s)
+            stream = await OpenStream.open(
+                self._stub(peer).rpc_generate, self.timeouts.connect_s, partial(is_connected, self.p2p, peer)
+            )
             stream.codec = self.codec
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_generate") from error

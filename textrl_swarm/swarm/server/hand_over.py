@@ -41,7 +41,7 @@ class HandOvers:
 
     def __init__(self, p2p: P2P):
         self._p2p = p2p
-        self._streams = StreamPool()
+        self._streams = StreamPool(p2p)
         self._running: set[asyncio.Task[bool]] = set()
 
     def start(

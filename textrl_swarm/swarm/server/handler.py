@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -48,12 +49,14 @@ from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
 from textrl_swarm.swarm.server.hand_over import HandOvers, deliver, delivered
 from textrl_swarm.swarm.server.kept_inputs import KeptInputs
+from textrl_swarm.swarm.server.pulse import Pulse, with_signs_of_life
 from textrl_swarm.swarm.server.training import Sum, Training
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
 logger = logging.getLogger(__name__)
 
+Answers: TypeAlias = AsyncGenerator[runtime_pb2.ExpertResponse, None]
 Outgoing: TypeAlias = "asyncio.Queue[list[runtime_pb2.ExpertResponse] | None]"  # None = nothing more comes
 
 _PUSH_PRIORITY = 0.5  # before any computation
@@ -81,6 +84,9 @@ class LoraHandler(TransformerConnectionHandler):
 
     kept_input_bytes: ClassVar[int] = KEPT_INPUT_BYTES
     """For inputs of forwards, in all processes; a client's stream, and what is kept for it, is in one."""
+
+    pulse: ClassVar[Pulse]
+    """Of the process that computes."""
 
     training: ClassVar[Training]
 
@@ -121,6 +127,11 @@ class LoraHandler(TransformerConnectionHandler):
         (answer with the last token of each row) and `hand_over` (see Receiver) in its metadata, and is
         answered by the outputs. A message without a tensor ends the generation.
         """
+        async with aclosing(with_signs_of_life(self._generate(requests, context), self.pulse)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _generate(self, requests: Requests, context: P2PContext) -> Answers:
         ending = ""
         try:
             first = await asyncio.wait_for(anext(requests), self.step_timeout)
@@ -161,6 +172,11 @@ class LoraHandler(TransformerConnectionHandler):
         (a name, the index of this micro-batch, their number), the flat gradients are empty but for the
         request that completes a block's sum.
         """
+        async with aclosing(with_signs_of_life(self._responses(requests, context), self.pulse)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _responses(self, requests: Requests, context: P2PContext) -> Answers:
         outgoing: Outgoing = asyncio.Queue(maxsize=2)
         work = asyncio.ensure_future(self._take_requests(requests, context, outgoing))
         try:

@@ -55,6 +55,7 @@ from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
 from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
 from textrl_swarm.swarm.server.gradient_sums import GradientSums  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
+from textrl_swarm.swarm.server.pulse import Pulse  # noqa: E402
 from textrl_swarm.swarm.server.served_model import ServedModel, block_config  # noqa: E402
 from textrl_swarm.swarm.server.training import Training  # noqa: E402
 
@@ -350,6 +351,7 @@ def main() -> None:
         at = options.index(PEERS_FROM_PARENT)
         options[at : at + 1] = sys.stdin.readline().split()
     _end_with_parent()
+    LoraHandler.pulse = Pulse()
     compat.use_server_classes(
         server=LoraServer,
         backend=LoraBackend,

@@ -1,0 +1,103 @@
+"""What tells a server that computes for long from one that is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from hivemind.proto import runtime_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+
+from textrl_swarm.swarm import streams
+from textrl_swarm.swarm.protocol import ALIVE, CLOSING, ENDING
+from textrl_swarm.swarm.server import pulse
+from textrl_swarm.swarm.server.pulse import with_signs_of_life
+
+
+def message(**told) -> runtime_pb2.ExpertResponse:
+    return runtime_pb2.ExpertResponse(metadata=MSGPackSerializer.dumps(told))
+
+
+async def answers(*items: str | float | Exception, ended: list[str] | None = None):
+    """Messages of these names, after pauses of so many seconds."""
+    try:
+        for item in items:
+            if isinstance(item, float):
+                await asyncio.sleep(item)
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield message(name=item)
+    finally:
+        if ended is not None:
+            ended.append("closed")
+
+
+def told_by(server, *, beating: bool = True, most: int = 100) -> list[dict]:
+    async def run() -> list[dict]:
+        found: list[dict] = []
+        responses = with_signs_of_life(server, SimpleNamespace(is_beating=beating))
+        async for response in responses:
+            found.append(MSGPackSerializer.loads(response.metadata))
+            if len(found) == most:
+                break
+        await responses.aclose()
+        return found
+
+    return asyncio.run(run())
+
+
+def test_a_server_gives_a_sign_while_it_has_nothing_to_say(monkeypatch):
+    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    told = told_by(answers("a", "b", 0.18, "c"))
+    assert told == [{"name": "a"}, {"name": "b"}, *3 * [{ALIVE: True}], {"name": "c"}]
+
+
+def test_a_server_whose_computing_process_stops_says_so(monkeypatch):
+    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    ended: list[str] = []
+    first, last = told_by(answers("a", 60.0, "b", ended=ended), beating=False)
+    assert first == {"name": "a"} and last[CLOSING] and "has stopped" in last[ENDING]
+    assert ended == ["closed"]
+
+
+@pytest.mark.parametrize("most", [1, 2], ids=["after an answer", "while it computes"])
+def test_what_the_client_leaves_is_closed(monkeypatch, most):
+    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    ended: list[str] = []
+    told_by(answers("a", 60.0, "b", ended=ended), most=most)
+    assert ended == ["closed"]
+
+
+def test_an_error_comes_through():
+    with pytest.raises(ValueError, match="broken"):
+        told_by(answers("a", ValueError("broken")))
+
+
+def heard(stream, connected: bool = True) -> list[str]:
+    async def is_connected() -> bool:
+        return connected
+
+    async def run() -> list[str]:
+        found = []
+        async for response in streams._heard(stream, is_connected):
+            found.append(MSGPackSerializer.loads(response.metadata)["name"])
+        return found
+
+    return asyncio.run(run())
+
+
+def test_signs_of_life_are_not_answers(monkeypatch):
+    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    beating = SimpleNamespace(is_beating=True)
+    assert heard(with_signs_of_life(answers("a", 0.2, "b"), beating)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("connected", "text"), [(True, "no sign of life for 1 s"), (False, "the connection is closed")]
+)
+def test_silence_is_noticed(monkeypatch, connected, text):
+    monkeypatch.setattr(streams, "SILENCE_S", 1 if connected else 60)
+    with pytest.raises(streams.Silence, match=text):
+        heard(answers("a", 60.0), connected)
