@@ -110,14 +110,16 @@ def as_if_far_away(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def small_server(tiny_bloom, tmp_path_factory) -> Iterator[LocalSwarm]:
-    """Keys without `transformer.`, dropout in the configuration, 64 tokens at once and 400 in the caches."""
+    """Keys without `transformer.`, dropout in the configuration, 64 tokens at once and 400 in the caches; a
+    backward of so many tokens goes through one or two of its three blocks at once.
+    """
     directory = tmp_path_factory.mktemp("models") / "with.a dot"
     shutil.copytree(tiny_bloom(seed=2, layers=3, prefix="h"), directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(
         json.dumps({**config, "hidden_dropout": 0.3, "attention_dropout": 0.3})
     )
-    options = ("--max_batch_size", "64", "--attn_cache_tokens", "400")
+    options = ("--max_batch_size", "64", "--attn_cache_tokens", "400", "--max_chunk_size_bytes", "400000")
     with LocalSwarm(directory, num_servers=1, server_options=options) as swarm:
         yield swarm
 

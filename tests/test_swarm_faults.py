@@ -311,18 +311,24 @@ def test_a_server_is_lost_before_the_backward_of_what_was_handed_over(
 ):
     """Nobody but server 2 had its inputs: server 1 computes them again."""
     only(replicas, 1, 2)
-    original, threads, asked = ServerCalls.backward, [], []
+    backward, forward, threads, asked = ServerCalls.backward, ServerCalls.forward, [], []
 
-    async def backward(self, peer, uids, inputs, *args, **options):
-        asked.append((len(uids), isinstance(inputs, str)))
+    async def losing(self, peer, uids, inputs, *args, **options):
+        asked.append("backward of what is kept" if isinstance(inputs, str) else "backward")
         if not threads:
             threads.append(replaced(replicas, lost))
-        return await original(self, peer, uids, inputs, *args, **options)
+        return await backward(self, peer, uids, inputs, *args, **options)
+
+    async def recorded(self, peer, uids, *args, **options):
+        asked.append(f"forward from {uids[0].rpartition('.')[2]}")
+        return await forward(self, peer, uids, *args, **options)
 
     with connect(replicas, filled=70) as policy:
-        monkeypatch.setattr(ServerCalls, "backward", backward)
+        monkeypatch.setattr(ServerCalls, "backward", losing)
+        monkeypatch.setattr(ServerCalls, "forward", recorded)
         assert_equal_parameters(two_steps(policy, TOKENS), undisturbed[0])
-    assert asked[0] == (2, True) and (2, False) in asked
+    assert asked[:3] == ["forward from 0", "forward from 2", "backward of what is kept"]
+    assert "forward from 0" in asked[3 : asked.index("forward from 2", 3)] or lost == 1
     (thread,) = threads
     thread.join()
 

@@ -134,7 +134,7 @@ class OpenStream:
         tensor, told = await self.next(lambda _: max_numbers)
         if tensor is not None:
             return decoded(tensor, self.codec)
-        if told.get(CLOSING):
+        if CLOSING in told and NUMBER not in told:
             raise Silence(told[ENDING])
         if told[ENDING]:
             self._has_failed = True

@@ -118,6 +118,7 @@ class Training:
     def _forward(
         self, hidden: Tensor, key: str, packed: PackedRows | None, names: Sequence[str]
     ) -> tuple[Tensor, ...]:
+        hidden = hidden.to(self.backends[names[0]].dtype)
         for name in names:
             (hidden,) = self.backends[name].forward(hidden, key, packed)
         return (hidden,)
