@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.protocol import Receiver
+from textrl_swarm.swarm.server import hand_over
 from textrl_swarm.swarm.server.hand_over import HandOvers, in_order
 
 
@@ -88,14 +90,21 @@ def test_receivers_survive_the_wire():
     assert Receiver.decode_all(None) == []
 
 
-def test_numbers_that_are_not_finite_are_not_handed_over():
+@pytest.mark.parametrize(("number", "goes"), [(2.0, True), (float("nan"), False), (float("inf"), False)])
+def test_numbers_that_are_not_finite_are_not_handed_over(monkeypatch, number, goes):
     """The client is to see which server computed them."""
+
+    async def call(*args, **options) -> None:
+        """The other server takes everything."""
+
+    monkeypatch.setattr(hand_over.StreamPool, "call", call)
+    monkeypatch.setattr(hand_over.ServerStub, "get_stub", MagicMock())
     receivers = [["QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "bloom.0", "session", False]]
 
     async def give(hand_overs: HandOvers) -> bool:
-        output = torch.tensor([[[1.0, float("nan")]]])
+        output = torch.tensor([[[1.0, number]]])
         task = hand_overs.start(output, {"hand_over": receivers}, None)
         assert task is not None
         return await task
 
-    assert asyncio.run(give(HandOvers(None))) is False  # reaches for no connection
+    assert asyncio.run(give(HandOvers(None))) is goes

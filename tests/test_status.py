@@ -368,6 +368,7 @@ def test_real_servers_can_train_and_say_how_fast(two_servers):
     assert report.untrainable == ()
 
 
+@pytest.mark.slow  # a fresh process
 @pytest.mark.swarm
 def test_json_alone_is_on_standard_output(two_servers):
     done = textrl_swarm("status", "--initial-peers", *two_servers.initial_peers, "--json")

@@ -352,6 +352,7 @@ def test_example_4_the_notebook(world):
     assert {"best", "scores.txt", "300_finish"} <= set(os.listdir("elon_musk_dogecoin"))
 
 
+@pytest.mark.slow  # a fresh process
 def test_what_was_trained_can_be_dumped(world, monkeypatch, capsys):
     cli = pytest.importorskip("textrl_swarm.cli")
     type_in(world, IMPORTS, LOAD, REWARD, TRAIN, checkpoint="gpt2")
