@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from scripted import scripted
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.protocol import Receiver
@@ -21,12 +23,8 @@ def ordered(from_client: list, from_server: list | None, timeout_s: float = 5.0)
     """
 
     async def source(items: list, sender: str, is_endless: bool):
-        for item in items:
-            if isinstance(item, float):
-                await asyncio.sleep(item)
-            elif isinstance(item, Exception):
-                raise item
-            else:
+        async with aclosing(scripted(items)) as script:
+            async for item in script:
                 step = json.loads(item) if isinstance(item, str) else item
                 yield torch.zeros(1), {"sender": sender, **({} if step is None else {"step": step})}
         if is_endless:

@@ -159,21 +159,16 @@ def bloomz() -> dict:
             8,
             "only 16.0 GB of its memory are free",
         ),
-        pytest.param(
-            {"cpu": 64 * GB, "cuda": 11 * GB},
-            "bigscience/bloomz-7b1-mt",
-            "4bit",
-            4,
-            "only 11.0 GB",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"cpu": 64 * GB, "cuda": 8 * GB},
-            "bigscience/bloomz-3b",
-            "8bit",
-            4,
-            "only 8.0 GB",
-            marks=pytest.mark.slow,
+        *(
+            pytest.param(
+                {"cpu": 64 * GB, "cuda": size * GB},
+                f"bigscience/{model}",
+                bits,
+                4,
+                f"only {size}.0 GB",
+                marks=pytest.mark.slow,
+            )
+            for size, model, bits in ((11, "bloomz-7b1-mt", "4bit"), (8, "bloomz-3b", "8bit"))
         ),
         (
             {"cpu": 64 * GB},

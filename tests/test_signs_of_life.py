@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from types import SimpleNamespace
 
 import pytest
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
+from scripted import scripted
 
 from textrl_swarm.swarm import streams
 from textrl_swarm.swarm.protocol import ALIVE, CLOSING, ENDING
@@ -20,15 +22,11 @@ def message(**told) -> runtime_pb2.ExpertResponse:
 
 
 async def answers(*items: str | float | Exception, ended: list[str] | None = None):
-    """Messages of these names, after pauses of so many seconds."""
+    """Messages of these names."""
     try:
-        for item in items:
-            if isinstance(item, float):
-                await asyncio.sleep(item)
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield message(name=item)
+        async with aclosing(scripted(items)) as script:
+            async for name in script:
+                yield message(name=name)
     finally:
         if ended is not None:
             ended.append("closed")
