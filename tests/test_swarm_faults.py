@@ -162,7 +162,7 @@ def _freeze(swarm: LocalSwarm, how: str) -> None:
     [
         ("what computes", "computing process has stopped"),
         pytest.param("all of it", "no sign of life for 8 s", marks=pytest.mark.slow),
-        pytest.param("killed", "", marks=pytest.mark.slow),
+        pytest.param("killed", "the connection is closed", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("work", ["generation", pytest.param("training", marks=pytest.mark.slow)])
