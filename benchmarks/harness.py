@@ -5,7 +5,6 @@ Tables go to the terminal, and as Markdown to the file that TEXTRL_SWARM_RESULTS
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import statistics
@@ -77,36 +76,57 @@ def report(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]
 # --------------------------------------------------------------------------------------- slow links
 
 
+class SlowLink:
+    """The way to one server, see slow_link.py."""
+
+    def __init__(self, round_trip_ms: float, mbit: float | None):
+        self.real, self.seen = _free_port(), _free_port()
+        script = Path(__file__).with_name("slow_link.py")
+        numbers = [self.seen, self.real, round_trip_ms / 2, mbit or 0]
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), *map(str, numbers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdout is not None and self._process.stdout.readline() == b"listening\n"
+
+    def say(self, word: str) -> None:
+        """`cut`, `part`, `stall` or `heal`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(word.encode() + b"\n")
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
 class DistantSwarm(LocalSwarm):
     """A LocalSwarm each of whose servers is reached through a slow link.
 
     Args:
         round_trip_ms: of every connection to a server, the clients' and the other servers'.
         mbit: per second, to each server and back; None = as fast as loopback is.
+        options: of LocalSwarm.
     """
 
-    def __init__(self, model: str | Path, num_servers: int, round_trip_ms: float, mbit: float | None = None):
-        super().__init__(model, num_servers)
-        self._link = [str(round_trip_ms / 2), str(mbit or 0)]
-        self._stack = contextlib.ExitStack()
+    def __init__(
+        self,
+        model: str | Path,
+        num_servers: int | None = None,
+        round_trip_ms: float = 0.0,
+        mbit: float | None = None,
+        **options: Any,
+    ):
+        super().__init__(model, *([] if num_servers is None else [num_servers]), **options)
+        self._link = round_trip_ms, mbit
+        self.links: dict[int, SlowLink] = {}
 
     def _launch(self, i: int, peers: Sequence[str], addresses: Sequence[str] = ()) -> Any:
-        real, seen = _free_port(), _free_port()
-        link = Path(__file__).with_name("slow_link.py")
-        proxy = subprocess.Popen(
-            [sys.executable, str(link), str(seen), str(real), *self._link], stdout=subprocess.PIPE
-        )
-        self._stack.callback(proxy.wait)
-        self._stack.callback(proxy.kill)
-        assert proxy.stdout is not None and proxy.stdout.readline() == b"listening\n"
+        if i not in self.links:
+            self.links[i] = SlowLink(*self._link)
         common = self._options
-        own = [
-            "--host_maddrs",
-            f"/ip4/127.0.0.1/tcp/{real}",
-            "--announce_maddrs",
-            f"/ip4/127.0.0.1/tcp/{seen}",
-        ]
-        self._options = [*common, *own]
+        for option, port in (("--host_maddrs", "real"), ("--announce_maddrs", "seen")):
+            address = f"/ip4/127.0.0.1/tcp/{getattr(self.links[i], port)}"
+            self._options = [*self._options, option, address]
         try:
             return super()._launch(i, peers)
         finally:
@@ -114,7 +134,9 @@ class DistantSwarm(LocalSwarm):
 
     def close(self, leave_within_s: float = 0.0) -> None:
         super().close(leave_within_s)
-        self._stack.close()
+        for link in self.links.values():
+            link.close()
+        self.links.clear()
 
 
 def _free_port() -> int:

@@ -32,10 +32,10 @@ async def answers(*items: str | float | Exception, ended: list[str] | None = Non
             ended.append("closed")
 
 
-def told_by(server, *, beating: bool = True, most: int = 100) -> list[dict]:
+def told_by(server, *, beating: bool = True, leaving: bool = False, most: int = 100) -> list[dict]:
     async def run() -> list[dict]:
         found: list[dict] = []
-        responses = with_signs_of_life(server, SimpleNamespace(is_beating=beating))
+        responses = with_signs_of_life(server, SimpleNamespace(is_beating=beating, is_leaving=leaving))
         async for response in responses:
             found.append(MSGPackSerializer.loads(response.metadata))
             if len(found) == most:
@@ -46,23 +46,37 @@ def told_by(server, *, beating: bool = True, most: int = 100) -> list[dict]:
     return asyncio.run(run())
 
 
-def test_a_server_gives_a_sign_while_it_has_nothing_to_say(monkeypatch):
+def often(monkeypatch) -> None:
     monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    monkeypatch.setattr(pulse, "_TICK_S", 0.05)
+
+
+def test_a_server_gives_a_sign_while_it_has_nothing_to_say(monkeypatch):
+    often(monkeypatch)
     told = told_by(answers("a", "b", 0.18, "c"))
     assert told == [{"name": "a"}, {"name": "b"}, *3 * [{ALIVE: True}], {"name": "c"}]
 
 
 def test_a_server_whose_computing_process_stops_says_so(monkeypatch):
-    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    often(monkeypatch)
     ended: list[str] = []
     first, last = told_by(answers("a", 60.0, "b", ended=ended), beating=False)
     assert first == {"name": "a"} and last[CLOSING] and "has stopped" in last[ENDING]
     assert ended == ["closed"]
 
 
+@pytest.mark.parametrize("wait_s", [0.0, 60.0], ids=["at work", "in silence"])
+def test_a_server_that_leaves_says_so(monkeypatch, wait_s):
+    often(monkeypatch)
+    ended: list[str] = []
+    (told,) = told_by(answers(wait_s, "a", "b", ended=ended), leaving=True)
+    assert told[CLOSING] and "leaves the swarm" in told[ENDING]
+    assert ended == ["closed"]
+
+
 @pytest.mark.parametrize("most", [1, 2], ids=["after an answer", "while it computes"])
 def test_what_the_client_leaves_is_closed(monkeypatch, most):
-    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    often(monkeypatch)
     ended: list[str] = []
     told_by(answers("a", 60.0, "b", ended=ended), most=most)
     assert ended == ["closed"]
@@ -87,8 +101,8 @@ def heard(stream, connected: bool = True) -> list[str]:
 
 
 def test_signs_of_life_are_not_answers(monkeypatch):
-    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
-    beating = SimpleNamespace(is_beating=True)
+    often(monkeypatch)
+    beating = SimpleNamespace(is_beating=True, is_leaving=False)
     assert heard(with_signs_of_life(answers("a", 0.2, "b"), beating)) == ["a", "b"]
 
 

@@ -119,6 +119,10 @@ class ServerFailed(SwarmError):
         self.answered = answered
 
 
+class ServerBusy(ServerFailed):
+    """A server is in order and has no room now: others use it. The client looks for another, or waits."""
+
+
 class RemoteFailure(SwarmError):
     """A request kept failing until its deadline; the last cause is chained."""
 

@@ -276,6 +276,7 @@ def use_server_classes(
     backend: type,
     handler: type,
     container: type,
+    start_node,
     read_config,
     load_block,
     convert_block,
@@ -285,6 +286,7 @@ def use_server_classes(
 
     Args:
         server, backend, handler, container: subclasses of the stock ones.
+        start_node: in the place of hivemind's DHT.
         read_config: name of a model -> the configuration of its decoder.
         load_block, convert_block, measure_speed: in the places of petals' `load_pretrained_block`,
             `convert_block` and `measure_compute_rps`.
@@ -300,6 +302,7 @@ def use_server_classes(
     replacements = {
         server_module: {
             "AutoDistributedConfig": AnyConfig,
+            "DHT": start_node,
             "TransformerBackend": backend,
             "TransformerConnectionHandler": handler,
             "load_pretrained_block": load_block,

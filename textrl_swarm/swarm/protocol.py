@@ -25,7 +25,14 @@ from textrl_swarm.decoders.block import cache_spec
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
-from textrl_swarm.errors import AdapterMissing, AdapterRejected, InputsMissing, ModelError, ShapeError
+from textrl_swarm.errors import (
+    AdapterMissing,
+    AdapterRejected,
+    InputsMissing,
+    ModelError,
+    ServerBusy,
+    ShapeError,
+)
 from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.models.quantization import saved_quantization
@@ -148,6 +155,7 @@ class Receiver:
 _MISSING = "ADAPTER_MISSING"
 _INPUTS_MISSING = "INPUTS_MISSING"
 _REJECTED = "ADAPTER_REJECTED"
+_BUSY = "SERVER_BUSY"
 
 
 def adapter_missing(key: str, block: int) -> AdapterMissing:
@@ -165,7 +173,14 @@ def inputs_missing(name: str) -> InputsMissing:
     return InputsMissing(f"{_INPUTS_MISSING}:{name}")
 
 
-def error_from_wire(text: str, server: str) -> AdapterMissing | AdapterRejected | InputsMissing | None:
+def server_busy(reason: str) -> ServerBusy:
+    """A server's error for a request that it could take at another time."""
+    return ServerBusy(f"{_BUSY}: {reason}")
+
+
+def error_from_wire(
+    text: str, server: str
+) -> AdapterMissing | AdapterRejected | InputsMissing | ServerBusy | None:
     """The client's error for the text of a server's error; None when the text is of another kind."""
     if _INPUTS_MISSING in text:
         return InputsMissing(text)
@@ -174,6 +189,8 @@ def error_from_wire(text: str, server: str) -> AdapterMissing | AdapterRejected 
     if _REJECTED in text:
         reason = text.partition(_REJECTED)[2].removeprefix(": ")
         return AdapterRejected(f"server {server} refused the adapter: {reason}")
+    if _BUSY in text:
+        return ServerBusy(f"server {server} is busy: {text.partition(_BUSY)[2].removeprefix(': ')}")
     return None
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
@@ -31,11 +31,23 @@ _CLOSE_S = 2.0
 _ANY = 1 << 40  # numbers
 
 IsConnected: TypeAlias = Callable[[], Awaitable[bool]]
+Result = TypeVar("Result")
+
 _IDLE_S = 60.0  # after which a stream is not used again; the server ends it after some minutes
 
 
 class Silence(EOFError):
     """Of a server that was killed, frozen or cut off, as far as one can tell."""
+
+
+async def within(seconds: float, awaited: Awaitable[Result], what: str) -> Result:
+    """The result, or an asyncio.TimeoutError that says what did not come, and for how long."""
+    try:
+        return await asyncio.wait_for(awaited, seconds)
+    except asyncio.TimeoutError as error:
+        if str(error):
+            raise
+        raise asyncio.TimeoutError(f"no {what} within {seconds:.0f} s") from None
 
 
 async def is_connected(p2p: P2P, peer: PeerID) -> bool:
@@ -73,7 +85,8 @@ class OpenStream:
                 if not request.uid:
                     return
 
-        return OpenStream(requests, await asyncio.wait_for(method(feed()), timeout_s), is_connected)
+        answers = await within(timeout_s, method(feed()), "connection")
+        return OpenStream(requests, answers, is_connected)
 
     async def send(self, uid: str, tensors: Sequence[Tensor], metadata: Mapping[str, Any]) -> int:
         """A request, in messages of a size that hivemind carries; the first of them has the metadata.

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 
-from textrl_swarm.errors import RemoteFailure, ServerFailed
+from textrl_swarm.errors import RemoteFailure, ServerBusy, ServerFailed
 
 logger = logging.getLogger(__name__)
 
 _MAX_ANSWERED_FAILURES = 3  # errors that servers report themselves before a request is given up
 _MAX_LOST_ADAPTERS = 20  # times servers may lose the adapter of one request before it is given up
 _MAX_BACKOFF_S = 8.0
+_ROOM_AGAIN_S = 1.0
 
 
 class Attempts:
@@ -48,6 +49,9 @@ class Attempts:
     async def pause(self, error: ServerFailed) -> None:
         """Waits before the next attempt. Raises RemoteFailure when the attempts are used up."""
         self._deadline = self._deadline or time.monotonic() + self._recovery_s
+        if isinstance(error, ServerBusy):
+            await self._wait_for_room(error)
+            return
         self._answered += error.answered
         if self._answered >= _MAX_ANSWERED_FAILURES or self.left_s == 0:
             raise RemoteFailure(
@@ -59,3 +63,12 @@ class Attempts:
         logger.warning("%s (retry %d in %.1f s)", error, self._count + 1, delay_s)
         self._count += 1
         await asyncio.sleep(delay_s)
+
+    async def _wait_for_room(self, error: ServerBusy) -> None:
+        if self.left_s == 0:
+            raise RemoteFailure(
+                f"{self._what} waited {self._recovery_s:.0f} s: {error}; run again when others are done, or "
+                "start more servers"
+            ) from error
+        logger.warning("%s; waiting for room, for another %.0f s at most", error, self.left_s)
+        await asyncio.sleep(min(self.left_s, _ROOM_AGAIN_S))

@@ -30,6 +30,7 @@ from textrl_swarm.swarm.client.chain import BlockChain, run_in_background
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
 from textrl_swarm.swarm.client.session import GenerationSession
+from textrl_swarm.swarm.node import start_client_node
 from textrl_swarm.swarm.protocol import AdapterSnapshot, ServedWeights, read_sizes, read_weights
 from textrl_swarm.swarm.traffic import Traffic
 
@@ -86,7 +87,7 @@ def join(initial_peers: Sequence[str], timeout_s: float) -> tuple[DHT, P2P]:
     """
     addresses = check_addresses(initial_peers)
     with joining(addresses):
-        dht = DHT(addresses, client_mode=True, num_workers=32, startup_timeout=timeout_s, start=True)
+        dht = start_client_node(addresses, client_mode=True, num_workers=32, startup_timeout=timeout_s)
     try:
         return dht, run_in_background(dht.replicate_p2p())
     except BaseException:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 from hivemind.p2p import PeerID
 
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls
 from textrl_swarm.swarm.protocol import AdapterSnapshot
+
+_REMEMBERED = 16  # adapters of a server; a run uses one or two at a time, and a new one after every step
 
 
 class PushedAdapters:
@@ -18,7 +20,9 @@ class PushedAdapters:
     def __init__(self, router: Router, calls: ServerCalls):
         self._router = router
         self._calls = calls
-        self._held: set[tuple[PeerID, str, int]] = set()  # (peer, adapter key, block)
+        self._held: defaultdict[PeerID, OrderedDict[str, set[int]]] = defaultdict(
+            OrderedDict
+        )  # blocks by key
         self._locks: defaultdict[PeerID, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ensure(self, span: Span, adapter: AdapterSnapshot | None) -> str:
@@ -29,15 +33,19 @@ class PushedAdapters:
         if adapter is None or not blocks:
             return ""
         async with self._locks[span.peer]:
-            needed = [block for block in blocks if (span.peer, adapter.key, block) not in self._held]
+            held = self._held[span.peer]
+            needed = [block for block in blocks if block not in held.get(adapter.key, ())]
             if needed:
                 await self._calls.push(
                     span.peer, [self._router.uids[block] for block in needed], needed, adapter
                 )
-                self._held.update((span.peer, adapter.key, block) for block in needed)
+                held.setdefault(adapter.key, set()).update(needed)
+            held.move_to_end(adapter.key)
+            while len(held) > _REMEMBERED:
+                held.popitem(last=False)
         return adapter.key
 
     def forget(self, span: Span, adapter: AdapterSnapshot | None) -> None:
         """Notes that the server no longer holds this adapter: it evicted the adapter, or was restarted."""
         if adapter is not None:
-            self._held -= {(span.peer, adapter.key, block) for block in range(span.start, span.stop)}
+            self._held[span.peer].get(adapter.key, set()).difference_update(range(span.start, span.stop))

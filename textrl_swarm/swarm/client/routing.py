@@ -23,7 +23,7 @@ from petals.constants import DTYPE_MAP
 from petals.data_structures import ModelInfo, RemoteModuleInfo, ServerState
 from petals.utils.dht import compute_spans, get_remote_module_infos
 
-from textrl_swarm.errors import BlocksUnavailable, ServerFailed, ServerMismatch
+from textrl_swarm.errors import BlocksUnavailable, ServerBusy, ServerFailed, ServerMismatch
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.rpc import short_id
 from textrl_swarm.swarm.protocol import CAPABILITY, CAPABILITY_PREFIX
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _BAN_S = 2.0  # first ban of a server that failed; doubles with each failure in a row
 _MAX_BAN_S = 240.0
+_BUSY_S = 15.0  # how long others are preferred to a server that had no room
 _POLL_S = 1.0  # how often the DHT is asked again while blocks are missing
 
 
@@ -96,6 +97,7 @@ class Router:
         self._accepted: dict[PeerID, tuple[int, int]] = {}  # the blocks start..stop that were inspected
         self._refused: dict[PeerID, str] = {}  # servers of another model, for good
         self._failures: dict[PeerID, _Failures] = {}
+        self._busy_until: dict[PeerID, float] = {}  # in time.monotonic seconds
         self._spans: list[Span] = []
         self._untrainable: list[Span] = []
         self._other_version: list[Span] = []
@@ -136,8 +138,11 @@ class Router:
 
     def report_failure(self, peer: PeerID, error: ServerFailed | None = None) -> None:
         """Routes around this server for a while, and inspects it again before it is used. Requests that fail
-        together count once.
+        together count once. Of one that is busy only others are preferred, if there are any.
         """
+        if isinstance(error, ServerBusy):
+            self._busy_until[peer] = time.monotonic() + _BUSY_S
+            return
         self._accepted.pop(peer, None)
         earlier = self._failures.get(peer, _NO_FAILURES)
         if earlier.is_banned:
@@ -174,8 +179,8 @@ class Router:
         return chain
 
     def _best(self, block: int) -> Span | None:
-        """The usable server that did not fail lately and reaches furthest from this block; then the faster
-        one.
+        """The usable server that has room, did not fail lately and reaches furthest from this block; then the
+        faster one.
 
         Different clients break ties differently.
         """
@@ -184,9 +189,10 @@ class Router:
             is_banned = self._failures.get(span.peer, _NO_FAILURES).is_banned
             return span.start <= block < span.stop and span.peer not in self._refused and not is_banned
 
-        def preference(span: Span) -> tuple[bool, int, float, bytes]:
+        def preference(span: Span) -> tuple[bool, bool, int, float, bytes]:
             tie_break = hashlib.sha256((self._salt + str(span.peer)).encode()).digest()
-            return (span.peer not in self._failures, span.stop, span.throughput, tie_break)
+            has_room = self._busy_until.get(span.peer, -math.inf) <= time.monotonic()
+            return (has_room, span.peer not in self._failures, span.stop, span.throughput, tie_break)
 
         return max(filter(usable, self._spans), key=preference, default=None)
 

@@ -35,12 +35,13 @@ from textrl_swarm.swarm.protocol import (
     error_from_wire,
     weights_key,
 )
-from textrl_swarm.swarm.streams import Answer, OpenStream, StreamPool, is_connected
+from textrl_swarm.swarm.streams import Answer, OpenStream, StreamPool, is_connected, within
 from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_GROWTH = 8  # of a block's output over its input: what else crosses the boundary
 _ANY = 1 << 40  # numbers: gradients are as large as the adapter
+_ALLOCATE_S = 8.0  # in which a server finds room for caches, before another server is asked
 _ROUND_TRIPS = 3  # of which the fastest counts: the first opens the stream
 
 
@@ -128,7 +129,8 @@ class ServerCalls:
         """Our entry of rpc_info; empty for a stock petals server."""
         timeout_s = self.timeouts.connect_s + self.timeouts.request_s
         try:
-            answer = await self._stub(peer).rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=timeout_s)
+            asked = self._stub(peer).rpc_info(runtime_pb2.ExpertUID(uid=uid))
+            answer = await within(timeout_s, asked, "answer")
             return MSGPackSerializer.loads(answer.serialized_info).get(INFO_KEY, {})
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_info") from error
@@ -260,7 +262,7 @@ class ServerCalls:
             connect_s=self.timeouts.connect_s, codec=self.codec, max_numbers=max_numbers,
         )  # fmt: skip
         try:
-            answer = await asyncio.wait_for(call, servers * self.timeouts.request_s)
+            answer = await within(servers * self.timeouts.request_s, call, "answer")
         except asyncio.TimeoutError as error:
             self._streams.forget(peer)
             raise _translated(error, peer, what) from error
@@ -285,7 +287,7 @@ class ServerCalls:
             "rows": rows,
             "max_length": max_length,
             "active_adapter": key,
-            "alloc_timeout": self.timeouts.request_s / 2,
+            "alloc_timeout": min(_ALLOCATE_S, self.timeouts.request_s / 2),
             **self._naming_weights(peer, uids),
         }
         return GenerationStream(self, peer, " ".join(uids), stream, opening)

@@ -7,10 +7,11 @@ against what was allocated. Knows nothing about adapters, prompts or sampling.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from async_timeout import timeout
@@ -19,18 +20,21 @@ from hivemind.utils.serializer import MSGPackSerializer
 from petals.data_structures import Handle
 from petals.server.block_functions import MAX_NF4_SHORT_INFERENCE_TOKENS, MAX_SHORT_INFERENCE_TOKENS
 from petals.server.handler import TransformerConnectionHandler
+from petals.server.memory_cache import AllocationFailed, MemoryCache
 from torch import Tensor
 
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import ShapeError
-from textrl_swarm.swarm.protocol import CODEC
+from textrl_swarm.swarm.protocol import CODEC, server_busy
 from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.hand_over import HandOvers, delivered, in_order
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses
 
+_IDLE_S = 15
 _PRIORITY = 1.0  # petals' own for generation, before forward and backward
 MAX_WIDTH = 8  # numbers per token over H: hidden states and what else crosses the boundary
+Item = TypeVar("Item")
 _NO_INDICES = torch.empty(0, dtype=torch.int64)  # petals' way to say "do not reorder the cache"
 
 
@@ -62,19 +66,34 @@ async def generate(
 
     Raises:
         ShapeError: numbers that make no sense, or do not fit what was allocated.
+        ServerBusy: others have the caches.
     """
     opening = MSGPackSerializer.loads(first.metadata)
-    rows, max_length, timeout_s = _opening(opening, handler)
+    rows, max_length, timeout_s = _opening(opening, handler, backends)
     codec, session = opening.get(CODEC), opening.get("session")
-    cache = handler._allocate_cache(backends, batch_size=rows, max_length=max_length, timeout=timeout_s)
-    async with timeout(handler.session_timeout), cache as handles, AsyncExitStack() as until_the_end:
+    memory = backends[0].memory_cache
+    async with timeout(handler.session_timeout), AsyncExitStack() as until_the_end:
+        allocated = handler._allocate_cache(
+            backends, batch_size=rows, max_length=max_length, timeout=timeout_s
+        )
+        try:
+            handles = await until_the_end.enter_async_context(allocated)
+        except AllocationFailed as error:
+            share = memory.current_size_bytes / memory.max_size_bytes
+            raise server_busy(
+                f"no room for caches of {rows} x {max_length} tokens within {timeout_s:.0f} s, for other "
+                f"generations have {share:.0%} of it (--attn_cache_tokens)"
+            ) from error
         handed_over = None
         if session is not None:
             until_the_end.enter_context(handler._managed_session(str(session)))
             handed_over = delivered(handler, str(session))
         steps = in_order(_steps(first, requests, backends[0]), handed_over, handler.step_timeout)
+        await until_the_end.enter_async_context(aclosing(steps))
+        yielding = giving_way(steps, memory)
+        await until_the_end.enter_async_context(aclosing(yielding))
         live = rows
-        async for hidden, metadata in await until_the_end.enter_async_context(aclosing(steps)):
+        async for hidden, metadata in yielding:
             chunk = Chunk.decode(metadata.get("chunk", {}))
             step_rows, length, _ = _checked(hidden).shape
             chunk.require_fit(step_rows, length, live, max_length)
@@ -86,7 +105,34 @@ async def generate(
                 yield runtime_pb2.ExpertResponse(tensors=[part])
 
 
-def _opening(metadata: Mapping[str, Any], handler: TransformerConnectionHandler) -> tuple[int, int, float]:
+async def giving_way(arriving: AsyncIterator[Item], memory: MemoryCache) -> AsyncGenerator[Item, None]:
+    """What arrives for a generation, until nothing has for _IDLE_S seconds and somebody waits for its caches.
+
+    Raises:
+        ServerBusy: then.
+    """
+    while True:
+        following = asyncio.ensure_future(anext(arriving))
+        idle_s = 0
+        try:
+            while not (await asyncio.wait([following], timeout=1))[0]:
+                idle_s += 1
+                if idle_s >= _IDLE_S and memory.enqueued_size_bytes > 0:
+                    raise server_busy(
+                        f"others wait for the caches of this generation, which did nothing for {idle_s} s"
+                    )
+            item = following.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
+        yield item
+
+
+def _opening(
+    metadata: Mapping[str, Any], handler: TransformerConnectionHandler, backends: Sequence[LoraBackend]
+) -> tuple[int, int, float]:
     """Rows, tokens in each, and seconds to wait for their caches."""
     try:
         rows, max_length = int(metadata["rows"]), int(metadata["max_length"])
@@ -97,6 +143,14 @@ def _opening(metadata: Mapping[str, Any], handler: TransformerConnectionHandler)
         raise ShapeError(
             f"a generation of {rows} rows of {max_length} tokens was asked for; rows may have 1 to "
             f"{handler.inference_max_length} here (--inference_max_length)"
+        )
+    memory = backends[0].memory_cache
+    caches = [
+        cache for backend in backends for cache in backend.get_inference_cache_descriptors(rows, max_length)
+    ]
+    if memory.get_allocation_size(*caches) > memory.max_size_bytes:
+        raise ShapeError(
+            f"caches for {rows} x {max_length} tokens are more than this server has (--attn_cache_tokens)"
         )
     return rows, max_length, timeout_s
 

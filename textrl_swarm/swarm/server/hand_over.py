@@ -21,7 +21,7 @@ from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.protocol import LEAST_BYTES_PER_S, Receiver
-from textrl_swarm.swarm.streams import StreamPool
+from textrl_swarm.swarm.streams import StreamPool, within
 from textrl_swarm.swarm.stub import ServerStub
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ async def in_order(
     number = 0
     try:
         while True:
-            step = await asyncio.wait_for(arrived.get(), timeout_s)
+            step = await within(timeout_s, arrived.get(), "step")
             if isinstance(step, Exception):
                 raise step
             if step is None:

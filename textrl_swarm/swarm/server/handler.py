@@ -43,15 +43,17 @@ from textrl_swarm.swarm.protocol import (
     adapter_rejected,
     digest,
     is_adapter_key,
+    server_busy,
     weights_key,
 )
 from textrl_swarm.swarm.server.backend import LoraBackend
-from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
+from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate, giving_way
 from textrl_swarm.swarm.server.hand_over import HandOvers, deliver, delivered
 from textrl_swarm.swarm.server.kept_inputs import KeptInputs
 from textrl_swarm.swarm.server.pulse import Pulse, with_signs_of_life
 from textrl_swarm.swarm.server.training import Sum, Training
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
+from textrl_swarm.swarm.streams import within
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ class LoraHandler(TransformerConnectionHandler):
     async def _generate(self, requests: Requests, context: P2PContext) -> Answers:
         ending = ""
         try:
-            first = await asyncio.wait_for(anext(requests), self.step_timeout)
+            first = await within(self.step_timeout, anext(requests), "message")
             metadata = MSGPackSerializer.loads(first.metadata)
             self._check_weights(first.uid, metadata)
             adapter = self._get_active_adapter(metadata)
@@ -142,10 +144,19 @@ class LoraHandler(TransformerConnectionHandler):
             backends = self._backends(first.uid)
             async for response in generate(self, self._hand_overs, backends, adapter, first, requests):
                 yield response
+        except asyncio.TimeoutError as error:
+            ending = _text(error) if str(error) else f"no end within {self.session_timeout:.0f} s"
         except Exception as error:
             ending = _text(error)
         yield _ending(ending)
         await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
+
+    async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
+        """Petals' generation, whose caches others may get while it does nothing."""
+        cache = next(iter(self.module_backends.values())).memory_cache
+        async with aclosing(super().rpc_inference(giving_way(requests, cache), context)) as responses:
+            async for response in responses:
+                yield response
 
     async def rpc_requests(self, requests: Requests, context: P2PContext) -> Responses:
         """Any number of requests, one after the other. Metadata of the first message of each: `request`, and
@@ -193,7 +204,7 @@ class LoraHandler(TransformerConnectionHandler):
         try:
             for number in itertools.count():
                 try:
-                    first = await asyncio.wait_for(anext(requests), self.step_timeout)
+                    first = await within(self.step_timeout, anext(requests), "message")
                 except (StopAsyncIteration, asyncio.TimeoutError):
                     break
                 if not first.uid:
@@ -245,6 +256,8 @@ class LoraHandler(TransformerConnectionHandler):
                     await outgoing.put(messages)
                 if handed_on is not None:
                     told[HANDED_OVER] = await handed_on
+        except asyncio.TimeoutError:
+            ending = _text(server_busy(f"this request had no turn within {self.request_timeout:.0f} s"))
         except Exception as error:
             ending = _text(error)
         await outgoing.put([_ending(ending, told)])

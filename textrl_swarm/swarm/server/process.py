@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -36,11 +37,12 @@ from petals.utils.convert_block import QuantType  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from textrl_swarm.decoders.caches import server_cache_bytes  # noqa: E402
-from textrl_swarm.errors import ConfigError, ModelError  # noqa: E402
+from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError  # noqa: E402
 from textrl_swarm.models.base_model import resolve  # noqa: E402
 from textrl_swarm.models.layers import layers_of  # noqa: E402
 from textrl_swarm.models.quantization import warn_of_misread_rows  # noqa: E402
 from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
+from textrl_swarm.swarm.node import start_server_node  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
     ADAPTER_STORE_BYTES,
     ADAPTER_STORE_BYTES_PER_CLIENT,
@@ -55,7 +57,7 @@ from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
 from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
 from textrl_swarm.swarm.server.gradient_sums import GradientSums  # noqa: E402
 from textrl_swarm.swarm.server.handler import LoraHandler  # noqa: E402
-from textrl_swarm.swarm.server.pulse import Pulse  # noqa: E402
+from textrl_swarm.swarm.server.pulse import FAREWELL_S, Pulse  # noqa: E402
 from textrl_swarm.swarm.server.served_model import ServedModel, block_config  # noqa: E402
 from textrl_swarm.swarm.server.training import Training  # noqa: E402
 
@@ -143,9 +145,16 @@ class LoraContainer(ModuleContainer):
             put, max_batch_size=1 << 62, name="lora_store", device=torch.device("cpu")
         )
         LoraBackend.shared_pools = *training.pools, LoraHandler.store_pool
+        LoraHandler.pulse.is_leaving = False
         container = super().create(dht=dht, block_indices=block_indices, device=device, **kwargs)
         tell_parent("online", span=[min(block_indices), max(block_indices) + 1])
         return container
+
+    def shutdown(self) -> None:
+        """Clients hear of it before their streams end, which they would take seconds to notice."""
+        LoraHandler.pulse.is_leaving = True
+        time.sleep(FAREWELL_S)
+        super().shutdown()
 
 
 class LoraServer(Server):
@@ -326,6 +335,15 @@ def _take_own_options(argv: list[str]) -> list[str]:
     return petals_options
 
 
+class _OneLine(logging.Filter):
+    """Shortens the tracebacks of what a client is told, such as an adapter that is missing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], TextRLSwarmError):
+            record.exc_info = None
+        return True
+
+
 def _end_with_parent() -> None:
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: forked handlers would inherit its lock
@@ -345,6 +363,7 @@ def main() -> None:
     options = _take_own_options(sys.argv[1:])
     use_hivemind_log_handler("in_root_logger")
     disable_progress_bar()  # one per block
+    logging.getLogger("hivemind.moe.server.runtime").addFilter(_OneLine())
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if PEERS_FROM_PARENT in options:
         tell_parent("imported")
@@ -357,6 +376,7 @@ def main() -> None:
         backend=LoraBackend,
         handler=LoraHandler,
         container=LoraContainer,
+        start_node=start_server_node,
         read_config=_read_config,
         load_block=_load_block,
         convert_block=_make_ready,

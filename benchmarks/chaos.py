@@ -1,0 +1,481 @@
+"""Training while servers die, stall, leave and join: does it notice, go on, and learn the very same?
+
+    python benchmarks/chaos.py [--faults 104] [--seed 0] [--kind KIND ...]
+
+Each round is a rollout and an update. Into every round comes one fault, at a seeded moment: before a call to
+a server, or while the server has it. What was sampled and learned is compared, bit for bit, with the same
+round of a run that nothing disturbs. Three servers hold the blocks twice; what a fault broke is mended after
+its round. In every fourth round a second trainer works beside the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+from harness import DistantSwarm, report
+from transformers.utils.logging import disable_progress_bar
+
+from textrl_swarm import LoraSettings, PPOConfig, SamplingConfig, Timeouts, load_policy
+from textrl_swarm.decoders.chunks import Chunk
+from textrl_swarm.learning.ppo import PPO
+from textrl_swarm.models.tiny import random_bloom
+from textrl_swarm.policies.base import Policy
+from textrl_swarm.swarm.client.chain import run_in_background
+from textrl_swarm.swarm.client.passes import Passes
+from textrl_swarm.swarm.client.routing import Router
+from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
+from textrl_swarm.swarm.client.session import GenerationSession
+from textrl_swarm.swarm.launch import ServerProcess
+
+SPANS = [(0, 4), (0, 2), (2, 4)]
+OTHER_SPANS = [(0, 4), (0, 3), (3, 4)]
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
+SAMPLING = SamplingConfig(max_new_tokens=8, num_samples=2, stop_token_ids=())
+CACHE_TOKENS = 512
+OPTIONS = ("--attn_cache_tokens", str(CACHE_TOKENS), "--mean_balance_check_period", "2")
+TIMEOUTS = Timeouts(request_s=120, recovery_s=60)
+CALLS = ("step", "push", "forward", "backward")
+KILLED_AFTER_S, PARTED_S, PAUSED_S = 2.0, 5.0, 5.0
+
+
+# --------------------------------------------------------------------------------------- what can break
+
+
+class Chaos(DistantSwarm):
+    """Servers on links that can break, and everything that can be done to them."""
+
+    def __init__(self, model: Path):
+        super().__init__(model, spans=SPANS, server_options=OPTIONS)
+        self.threads = ThreadPoolExecutor(8)
+        self._later: list[Any] = []
+
+    def index(self, peer: Any) -> int:
+        """Of the server with this peer id."""
+        for i, server in enumerate(self.servers):
+            if any(address.endswith(str(peer)) for address in server.addresses):
+                return i
+        raise LookupError(peer)
+
+    def later(self, seconds: float, action: Callable[[], object]) -> None:
+        def run() -> None:
+            time.sleep(seconds)
+            action()
+
+        self._later.append(self.threads.submit(run))
+
+    def signal(self, i: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.servers[i].pid, number)
+
+    def signal_all(self, i: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.servers[i].pid, number)
+
+    def kill_parts(self, i: int, which: str) -> None:
+        """Ends the daemon, or the processes that answer requests."""
+        children = psutil.Process(self.servers[i].pid).children()
+        node = next(child for child in children if any(map(_is_daemon, child.children())))
+        if which == "daemon":
+            parts = node.children()
+        else:
+            parts = [child for child in children if child != node and child.name().startswith("python")]
+        for part in parts:
+            part.kill()
+
+    def replace(self, indices: Sequence[int]) -> None:
+        """Kills servers and starts them again, as a supervisor would."""
+        for i in indices:
+            self.kill(i)
+        self.later(0, lambda: self._start_all(indices))
+
+    def _start_all(self, indices: Sequence[int]) -> None:
+        """One after the other while nobody runs whom the next could join."""
+        first, *others = indices
+        if not self.initial_peers:
+            self.start(first)
+            indices = others
+        list(self.threads.map(self.start, indices))
+
+    def change_boundaries(self) -> None:
+        self._spans = OTHER_SPANS if self._spans == SPANS else SPANS
+        self.replace(range(len(SPANS)))
+
+    def mend(self) -> None:
+        """Until everything is as it was."""
+        for link in self.links.values():
+            link.say("heal")
+        for i in range(len(self.servers)):
+            self.signal_all(i, signal.SIGCONT)
+        for action in self._later:
+            action.result(300)
+        self._later.clear()
+        broken = [i for i, server in enumerate(self.servers) if not _runs_whole(server)]
+        if broken:
+            self._start_all(broken)
+
+    def close(self, leave_within_s: float = 0.0) -> None:
+        super().close(leave_within_s)
+        self.threads.shutdown(cancel_futures=True)
+
+
+def _is_daemon(process: psutil.Process) -> bool:
+    return bool(process.name() == "p2pd")
+
+
+def _runs_whole(server: ServerProcess) -> bool:
+    """Whether a server runs and has its daemon, ten seconds after whose end it ends."""
+    if not server.running:
+        return False
+    children = psutil.Process(server.pid).children()
+    return any(_is_daemon(grandchild) for child in children for grandchild in child.children())
+
+
+def _freeze_and_kill(swarm: Chaos, i: int) -> None:
+    swarm.signal(i, signal.SIGSTOP)
+    swarm.later(KILLED_AFTER_S, functools.partial(swarm.kill, i))
+
+
+def _pause(swarm: Chaos, i: int) -> None:
+    swarm.signal_all(i, signal.SIGSTOP)
+    swarm.later(PAUSED_S, functools.partial(swarm.signal_all, i, signal.SIGCONT))
+
+
+def _part_all(swarm: Chaos, i: int) -> None:
+    for link in swarm.links.values():
+        link.say("part")
+        swarm.later(PARTED_S, functools.partial(link.say, "heal"))
+
+
+FULL = "caches full of others"
+KINDS: dict[str, Callable[[Chaos, int], object]] = {
+    "killed, all of it": lambda swarm, i: swarm.kill(i),
+    "killed while it computes": _freeze_and_kill,
+    "main process killed": lambda swarm, i: swarm.signal(i, signal.SIGKILL),
+    "daemon killed": lambda swarm, i: swarm.kill_parts(i, "daemon"),
+    "handlers killed, store lost": lambda swarm, i: swarm.kill_parts(i, "handlers"),
+    "SIGTERM": lambda swarm, i: swarm.signal(i, signal.SIGTERM),
+    "leaves (SIGINT)": lambda swarm, i: swarm.signal(i, signal.SIGINT),
+    "frozen, what computes": lambda swarm, i: swarm.signal(i, signal.SIGSTOP),
+    "frozen, all of it": lambda swarm, i: swarm.signal_all(i, signal.SIGSTOP),
+    f"frozen for {PAUSED_S:.0f} s": _pause,
+    "connections reset": lambda swarm, i: swarm.links[i].say("cut"),
+    "link carries nothing": lambda swarm, i: swarm.links[i].say("stall"),
+    f"all links part for {PARTED_S:.0f} s": _part_all,
+    "both replicas restart": lambda swarm, i: swarm.replace((0, 1) if i < 2 else (0, 2)),
+    "others with other boundaries": lambda swarm, i: swarm.change_boundaries(),
+    FULL: lambda swarm, i: None,  # before the round, see `caches_taken`
+}
+
+
+# ------------------------------------------------------------------------------------- when it breaks
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Before, or while a server has, a round's call of a kind."""
+
+    call: str
+    number: int
+    is_during: bool
+
+    def __str__(self) -> str:
+        return f"{'in' if self.is_during else 'before'} {self.call} {self.number}"
+
+
+@dataclass
+class Watch:
+    """One trainer's calls: fires a fault at its moment; notes when it was noticed and when work went on."""
+
+    policy: Policy
+    moment: Moment | None = None
+    fire: Callable[[Any], object] = lambda peer: None
+    seen: Counter[str] = field(default_factory=Counter)
+    fired_at: float | None = None
+    noticed_at: float | None = None
+    went_on_at: float | None = None
+
+    def begin(self, moment: Moment | None = None, fire: Callable[[Any], object] = lambda peer: None) -> None:
+        self.moment, self.fire = moment, fire
+        self.seen.clear()
+        self.fired_at = self.noticed_at = self.went_on_at = None
+
+    async def around(self, kind: str, peer: Any, call: Callable[[], Any]) -> Any:
+        number = self.seen[kind]
+        self.seen[kind] += 1
+        moment = self.moment
+        if moment is None or (moment.call, moment.number) != (kind, number):
+            return await call()
+        self.moment = None
+        if not moment.is_during:
+            await self._fire(peer)
+            return await call()
+        task = asyncio.ensure_future(call())
+        await asyncio.sleep(0.005)
+        await self._fire(peer)
+        return await task
+
+    async def _fire(self, peer: Any) -> None:
+        self.fired_at = time.monotonic()
+        await asyncio.get_running_loop().run_in_executor(None, self.fire, peer)
+
+    def noticed(self) -> None:
+        if self.fired_at is not None and self.noticed_at is None:
+            self.noticed_at = time.monotonic()
+
+    def went_on(self) -> None:
+        if self.noticed_at is not None and self.went_on_at is None:
+            self.went_on_at = time.monotonic()
+
+
+@contextlib.contextmanager
+def watching(policy: Policy) -> Iterator[Watch]:
+    """Hooks into the client code; other policies' calls pass by."""
+    watch = Watch(policy)
+    client = policy._client
+
+    def hooked(
+        owner: type, name: str, kind: str, is_mine: Callable[[Any], bool], peer_of: Callable[..., Any]
+    ):
+        original = getattr(owner, name)
+
+        async def call(self: Any, *args: Any, **options: Any) -> Any:
+            if not is_mine(self):
+                return await original(self, *args, **options)
+            return await watch.around(kind, peer_of(self, *args), lambda: original(self, *args, **options))
+
+        stack.enter_context(mock.patch.object(owner, name, call))
+
+    def noting(owner: type, name: str, is_mine: Callable[[Any], bool]) -> None:
+        original = getattr(owner, name)
+
+        async def call(self: Any, *args: Any, **options: Any) -> Any:
+            result = await original(self, *args, **options)
+            if is_mine(self):
+                watch.went_on()
+            return result
+
+        stack.enter_context(mock.patch.object(owner, name, call))
+
+    report_failure = Router.report_failure
+
+    def noticing(self: Router, peer: Any, error: Any = None) -> None:
+        if self is client.router:
+            watch.noticed()
+        report_failure(self, peer, error)
+
+    with contextlib.ExitStack() as stack:
+        for kind in ("push", "forward", "backward"):
+            hooked(
+                ServerCalls, kind, kind, lambda calls: calls is client._calls, lambda calls, peer, *_: peer
+            )
+        hooked(GenerationStream, "send", "step", lambda s: s._calls is client._calls, lambda s, *_: s.peer)
+        noting(GenerationSession, "_run", lambda session: session._chain is client.chain)
+        noting(Passes, "forward", lambda passes: passes is client.chain.passes)
+        noting(Passes, "backward", lambda passes: passes is client.chain.passes)
+        stack.enter_context(mock.patch.object(Router, "report_failure", noticing))
+        yield watch
+
+
+# ---------------------------------------------------------------------------------------------- rounds
+
+
+class Trainer:
+    """A policy that learns from made-up rewards, a round after the other."""
+
+    def __init__(self, swarm: Chaos, seed: int):
+        self.policy = load_policy(
+            swarm.model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=4), timeouts=TIMEOUTS
+        )
+        self.policy._client.chain.hand_overs.least_round_trip_s = 0.0
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, parameter in sorted(self.policy.trainable_parameters().items()):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        self._ppo = PPO(self.policy, PPOConfig(epochs=2, minibatch_size=6, kl_coef=0.05, lr=1e-2))
+        self._seed = seed
+
+    def round(self, number: int) -> str:
+        """A digest of what was sampled, and of all parameters afterwards."""
+        sampling = SamplingConfig(**{**vars(SAMPLING), "seed": 1000 * self._seed + number})
+        rollout = self.policy.generate(PROMPTS, sampling)
+        rewards = torch.zeros(rollout.response_mask.shape)
+        rewards[:, -1] = (rollout.tokens % 7).float().mean(1)
+        self._ppo.update(rollout, rewards)
+        digest = hashlib.sha256()
+        for tensor in (rollout.tokens, rollout.old_logprobs, rollout.values, *self._parameters()):
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for _, parameter in sorted(self.policy.trainable_parameters().items())]
+
+
+@contextlib.contextmanager
+def caches_taken(rival: Policy, policy: Policy) -> Iterator[None]:
+    """A rival's generations have all caches of the servers that a policy uses, and do nothing."""
+    client, calls = policy._client, rival._client._calls
+    streams: list[GenerationStream] = []
+
+    async def take() -> None:
+        for span in await client.router.route(0, client.fingerprint.num_blocks, timeout_s=60):
+            uids = client.router.uids[span.start : span.stop]
+            stream = await calls.open_generation(span.peer, uids, rows=1, max_length=CACHE_TOKENS, key="")
+            streams.append(stream)
+            hidden = torch.zeros(1, 1, client.fingerprint.hidden_size)
+            await stream.send(hidden, Chunk(past=0), step=0, last_only=False)
+            await stream.receive(hidden, last_only=False)
+
+    async def leave() -> None:
+        for stream in streams:
+            await stream.close()
+
+    run_in_background(take())
+    try:
+        yield
+    finally:
+        run_in_background(leave())
+
+
+@dataclass
+class Fault:
+    kind: str
+    moment: Moment
+    is_equal: bool
+    noticed_s: float | None
+    went_on_s: float | None
+    longer_s: float
+
+
+def undisturbed(swarm: Chaos, rounds: int) -> tuple[list[list[str]], Counter[str], float]:
+    """Digests of both trainers' rounds, one server's calls in a round, and a round's median seconds."""
+    digests: list[list[str]] = []
+    seconds = []
+    for seed in (0, 1):
+        trainer = Trainer(swarm, seed)
+        with trainer.policy, watching(trainer.policy) as watch:
+            digests.append([])
+            for number in range(rounds if seed == 0 else -(-rounds // 4)):
+                watch.begin()
+                started = time.monotonic()
+                digests[-1].append(trainer.round(number))
+                seconds.append(time.monotonic() - started)
+            counts = Counter(watch.seen)
+    return digests, counts, statistics.median(seconds)
+
+
+def disturbed(
+    swarm: Chaos, kinds: Sequence[str], seed: int, say: Callable[[str], object] = lambda line: None
+) -> list[Fault]:
+    """One fault of each of these kinds, one after the other."""
+    rng = random.Random(seed)
+    expected, counts, usual_s = undisturbed(swarm, len(kinds))
+    found: list[Fault] = []
+    first, second, rival = (Trainer(swarm, seed) for seed in (0, 1, 2))
+    with contextlib.ExitStack() as stack:
+        for trainer in (first, second, rival):
+            stack.enter_context(trainer.policy)
+        watch = stack.enter_context(watching(first.policy))
+        beside = stack.enter_context(ThreadPoolExecutor(1))
+        for number, kind in enumerate(kinds):
+            call = rng.choice(CALLS)
+            moment = Moment(call, rng.randrange(counts[call]), rng.random() < 0.5)
+            watch.begin(moment, lambda peer, kind=kind: KINDS[kind](swarm, swarm.index(peer)))
+            with contextlib.ExitStack() as during:
+                if kind == FULL:
+                    during.enter_context(caches_taken(rival.policy, first.policy))
+                    watch.begin()
+                    watch.fired_at = time.monotonic()
+                started = time.monotonic()
+                both = beside.submit(second.round, number // 4) if number % 4 == 0 else None
+                digest = first.round(number)
+            took_s = time.monotonic() - started
+            is_equal = digest == expected[0][number]
+            if both is not None:
+                is_equal &= both.result() == expected[1][number // 4]
+            assert watch.fired_at is not None, f"{moment} never came"
+            noticed_s = None if watch.noticed_at is None else watch.noticed_at - watch.fired_at
+            went_on_s = None if watch.went_on_at is None else watch.went_on_at - watch.fired_at
+            found.append(Fault(kind, moment, is_equal, noticed_s, went_on_s, took_s - usual_s))
+            say(
+                f"{number + 1}/{len(kinds)} {kind}, {moment}: {'equal' if is_equal else 'NOT EQUAL'}, "
+                f"noticed after {_text(noticed_s)} s, went on after {_text(went_on_s)} s"
+            )
+            swarm.mend()
+    return found
+
+
+def _text(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f}"
+
+
+def _spread(seconds: Sequence[float | None]) -> str:
+    known = [value for value in seconds if value is not None]
+    return f"{statistics.median(known):.1f} ({max(known):.1f})" if known else "-"
+
+
+# --------------------------------------------------------------------------------------------- the table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=7 * len(KINDS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", action="append", choices=list(KINDS), help="only these")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    logging.getLogger("textrl_swarm").setLevel(os.environ.get("CHAOS_LOG", "ERROR"))
+    chosen = options.kind or list(KINDS)
+    kinds = (chosen * -(-options.faults // len(chosen)))[: options.faults]
+    random.Random(options.seed).shuffle(kinds)
+    with tempfile.TemporaryDirectory() as directory:
+        model = random_bloom(directory + "/bloom", seed=4)
+        with Chaos(model) as swarm:
+            faults = disturbed(
+                swarm, kinds, options.seed, functools.partial(print, file=sys.stderr, flush=True)
+            )
+    rows = []
+    for kind in [*chosen, None]:
+        own = [fault for fault in faults if kind in (None, fault.kind)]
+        rows.append(
+            [
+                kind or "all",
+                len(own),
+                sum(fault.is_equal for fault in own),
+                _spread([fault.noticed_s for fault in own]),
+                _spread([fault.went_on_s for fault in own]),
+                _spread([fault.longer_s for fault in own]),
+            ]
+        )
+    report(
+        f"{len(faults)} faults, seed {options.seed}; seconds: median (worst)",
+        ["fault", "injected", "bit-equal", "noticed after", "went on after", "round longer by"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What belongs together ends together: the processes of a server, and those of a client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from plain_peft import connect, random_tokens, run
+
+from textrl_swarm.swarm.local import LocalSwarm
+
+pytestmark = pytest.mark.swarm
+
+TOKENS = random_tokens(2, 6, seed=5)
+END_S = 30  # processes of a busy machine
+
+
+def _group(pid: int) -> list[psutil.Process]:
+    """The living processes of a process group."""
+    found = []
+    for process in psutil.process_iter(["pid"]):
+        try:
+            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    return found
+
+
+def _until_empty(processes) -> list[psutil.Process]:
+    deadline = time.monotonic() + END_S
+    while (left := processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "its main process",
+        pytest.param("its node", marks=pytest.mark.slow),
+        pytest.param("its daemon", marks=pytest.mark.slow),
+    ],
+)
+def test_a_server_ends_with_any_of_its_parts(tiny_bloom, part):
+    with LocalSwarm(tiny_bloom(seed=1), num_servers=1) as swarm:
+        (server,) = swarm.servers
+        members = _group(server.pid)
+        daemons = [process for process in members if process.name() == "p2pd"]
+        (daemon,) = (process for process in daemons if process.ppid() != server.pid)  # not petals' probe
+        killed = {"its main process": server.pid, "its node": daemon.ppid(), "its daemon": daemon.pid}[part]
+        os.kill(killed, signal.SIGKILL)
+        assert not _until_empty(lambda: _group(server.pid))
+        server.process.wait(END_S)
+        swarm.start(0)
+        with connect(swarm) as policy:
+            run(policy, TOKENS)
+
+
+_CLIENT = """
+import sys
+from textrl_swarm.policies.loading import load_policy
+
+policy = load_policy(sys.argv[1], initial_peers=sys.argv[2:])
+policy.generate([[1, 2]])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_client_leaves_no_process(two_servers):
+    arguments = [sys.executable, "-c", _CLIENT, str(two_servers.model), *two_servers.initial_peers]
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as client:
+        assert client.stdout.readline() == "ready\n"
+        assert {process.name() for process in _group(client.pid)} >= {"p2pd"}
+        client.kill()
+    assert not _until_empty(lambda: _group(client.pid))
