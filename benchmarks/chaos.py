@@ -53,7 +53,7 @@ OTHER_SPANS = [(0, 4), (0, 3), (3, 4)]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
 SAMPLING = SamplingConfig(max_new_tokens=8, num_samples=2, stop_token_ids=())
 CACHE_TOKENS = 512
-OPTIONS = ("--attn_cache_tokens", str(CACHE_TOKENS), "--mean_balance_check_period", "2")
+OPTIONS = ("--attn_cache_tokens", str(CACHE_TOKENS))
 TIMEOUTS = Timeouts(request_s=120, recovery_s=60)
 CALLS = ("step", "push", "forward", "backward")
 KILLED_AFTER_S, PARTED_S, PAUSED_S = 2.0, 5.0, 5.0
@@ -92,16 +92,18 @@ class Chaos(DistantSwarm):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.servers[i].pid, number)
 
-    def kill_parts(self, i: int, which: str) -> None:
-        """Ends the daemon, or the processes that answer requests."""
+    def end(self, i: int, number: int) -> None:
+        """A signal that ends a server sooner or later."""
+        self.signal(i, number)
+        self.later(0, functools.partial(self.servers[i].process.wait, 60))
+
+    def kill_part(self, i: int, which: str) -> None:
+        """Kills the daemon, or one of the processes that answer requests."""
         children = psutil.Process(self.servers[i].pid).children()
         node = next(child for child in children if any(map(_is_daemon, child.children())))
-        if which == "daemon":
-            parts = node.children()
-        else:
-            parts = [child for child in children if child != node and child.name().startswith("python")]
-        for part in parts:
-            part.kill()
+        handlers = (child for child in children if child != node and child.name().startswith("python"))
+        (next(handlers) if which == "handler" else node.children()[0]).kill()
+        self.later(0, functools.partial(self.servers[i].process.wait, 60))
 
     def replace(self, indices: Sequence[int]) -> None:
         """Kills servers and starts them again, as a supervisor would."""
@@ -171,11 +173,11 @@ FULL = "caches full of others"
 KINDS: dict[str, Callable[[Chaos, int], object]] = {
     "killed, all of it": lambda swarm, i: swarm.kill(i),
     "killed while it computes": _freeze_and_kill,
-    "main process killed": lambda swarm, i: swarm.signal(i, signal.SIGKILL),
-    "daemon killed": lambda swarm, i: swarm.kill_parts(i, "daemon"),
-    "handlers killed, store lost": lambda swarm, i: swarm.kill_parts(i, "handlers"),
-    "SIGTERM": lambda swarm, i: swarm.signal(i, signal.SIGTERM),
-    "leaves (SIGINT)": lambda swarm, i: swarm.signal(i, signal.SIGINT),
+    "main process killed": lambda swarm, i: swarm.end(i, signal.SIGKILL),
+    "daemon killed": lambda swarm, i: swarm.kill_part(i, "daemon"),
+    "handler killed": lambda swarm, i: swarm.kill_part(i, "handler"),
+    "SIGTERM": lambda swarm, i: swarm.end(i, signal.SIGTERM),
+    "leaves (SIGINT)": lambda swarm, i: swarm.end(i, signal.SIGINT),
     "frozen, what computes": lambda swarm, i: swarm.signal(i, signal.SIGSTOP),
     "frozen, all of it": lambda swarm, i: swarm.signal_all(i, signal.SIGSTOP),
     f"frozen for {PAUSED_S:.0f} s": _pause,

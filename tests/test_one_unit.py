@@ -45,6 +45,7 @@ def _until_empty(processes) -> list[psutil.Process]:
         "its main process",
         pytest.param("its node", marks=pytest.mark.slow),
         pytest.param("its daemon", marks=pytest.mark.slow),
+        pytest.param("a handler", marks=pytest.mark.slow),
     ],
 )
 def test_a_server_ends_with_any_of_its_parts(tiny_bloom, part):
@@ -53,8 +54,13 @@ def test_a_server_ends_with_any_of_its_parts(tiny_bloom, part):
         members = _group(server.pid)
         daemons = [process for process in members if process.name() == "p2pd"]
         (daemon,) = (process for process in daemons if process.ppid() != server.pid)  # not petals' probe
-        killed = {"its main process": server.pid, "its node": daemon.ppid(), "its daemon": daemon.pid}[part]
-        os.kill(killed, signal.SIGKILL)
+        pids = {"its main process": server.pid, "its node": daemon.ppid(), "its daemon": daemon.pid}
+        (pids["a handler"], *_) = (
+            process.pid
+            for process in members
+            if process.name() != "p2pd" and process.pid not in pids.values()
+        )
+        os.kill(pids[part], signal.SIGKILL)
         assert not _until_empty(lambda: _group(server.pid))
         server.process.wait(END_S)
         swarm.start(0)

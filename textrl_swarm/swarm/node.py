@@ -46,9 +46,9 @@ class _Node(DHT):
             time.sleep(_TICK_S)
             daemons = daemons or psutil.Process().children()
             if self._ends_group and daemons and not any(map(_runs, daemons)):
-                _end_group(_FAREWELL_S)
+                end_group(_FAREWELL_S)
         if self._ends_group:
-            _end_group()
+            end_group()
         _kill(daemons or psutil.Process().children())
         os._exit(1)
 
@@ -62,7 +62,8 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
         process.kill()
 
 
-def _end_group(after_s: float = 0.0) -> None:
+def end_group(after_s: float = 0.0) -> None:
+    """Ends this process's group, which is a server's, this process included."""
     time.sleep(after_s)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
@@ -89,7 +90,7 @@ def start_server_node(initial_peers: Sequence[str], **options: Any) -> DHT:
 
     def end_with_node() -> None:
         connection.wait([node.sentinel])
-        _end_group(_FAREWELL_S)
+        end_group(_FAREWELL_S)
 
     threading.Thread(target=end_with_node, daemon=True, name="end with node").start()
     return node

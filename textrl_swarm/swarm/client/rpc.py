@@ -41,7 +41,7 @@ from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_GROWTH = 8  # of a block's output over its input: what else crosses the boundary
 _ANY = 1 << 40  # numbers: gradients are as large as the adapter
-_ALLOCATE_S = 8.0  # in which a server finds room for caches, before another server is asked
+_ALLOCATE_S = 3.0  # in which a server finds room for caches, before another server is asked
 _ROUND_TRIPS = 3  # of which the fastest counts: the first opens the stream
 
 

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import connection
 from typing import Any, ClassVar
 
 from textrl_swarm.swarm import compat
@@ -42,7 +43,7 @@ from textrl_swarm.models.base_model import resolve  # noqa: E402
 from textrl_swarm.models.layers import layers_of  # noqa: E402
 from textrl_swarm.models.quantization import warn_of_misread_rows  # noqa: E402
 from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
-from textrl_swarm.swarm.node import start_server_node  # noqa: E402
+from textrl_swarm.swarm.node import end_group, start_server_node  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
     ADAPTER_STORE_BYTES,
     ADAPTER_STORE_BYTES_PER_CLIENT,
@@ -147,6 +148,7 @@ class LoraContainer(ModuleContainer):
         LoraBackend.shared_pools = *training.pools, LoraHandler.store_pool
         LoraHandler.pulse.is_leaving = False
         container = super().create(dht=dht, block_indices=block_indices, device=device, **kwargs)
+        threading.Thread(target=_end_with_handlers, args=(container.conn_handlers,), daemon=True).start()
         tell_parent("online", span=[min(block_indices), max(block_indices) + 1])
         return container
 
@@ -155,6 +157,14 @@ class LoraContainer(ModuleContainer):
         LoraHandler.pulse.is_leaving = True
         time.sleep(FAREWELL_S)
         super().shutdown()
+
+
+def _end_with_handlers(handlers: Sequence[LoraHandler]) -> None:
+    """Petals would start new ones, beside which the daemon goes on giving streams to the dead: they hang."""
+    connection.wait([handler.sentinel for handler in handlers])
+    if not LoraHandler.pulse.is_leaving:
+        logger.error("a process that answers requests has ended, and so does this server")
+        end_group()
 
 
 class LoraServer(Server):
