@@ -15,11 +15,13 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,7 +48,7 @@ from textrl_swarm.swarm.client.passes import Passes
 from textrl_swarm.swarm.client.routing import Router
 from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
 from textrl_swarm.swarm.client.session import GenerationSession
-from textrl_swarm.swarm.launch import ServerProcess
+from textrl_swarm.swarm.local import LocalSwarm
 
 SPANS = [(0, 4), (0, 2), (2, 4)]
 OTHER_SPANS = [(0, 4), (0, 3), (3, 4)]
@@ -132,7 +134,7 @@ class Chaos(DistantSwarm):
         for action in self._later:
             action.result(300)
         self._later.clear()
-        broken = [i for i, server in enumerate(self.servers) if not _runs_whole(server)]
+        broken = [i for i, server in enumerate(self.servers) if not server.running]
         if broken:
             self._start_all(broken)
 
@@ -143,14 +145,6 @@ class Chaos(DistantSwarm):
 
 def _is_daemon(process: psutil.Process) -> bool:
     return bool(process.name() == "p2pd")
-
-
-def _runs_whole(server: ServerProcess) -> bool:
-    """Whether a server runs and has its daemon, ten seconds after whose end it ends."""
-    if not server.running:
-        return False
-    children = psutil.Process(server.pid).children()
-    return any(_is_daemon(grandchild) for child in children for grandchild in child.children())
 
 
 def _freeze_and_kill(swarm: Chaos, i: int) -> None:
@@ -305,7 +299,7 @@ def watching(policy: Policy) -> Iterator[Watch]:
 class Trainer:
     """A policy that learns from made-up rewards, a round after the other."""
 
-    def __init__(self, swarm: Chaos, seed: int):
+    def __init__(self, swarm: LocalSwarm, seed: int):
         self.policy = load_policy(
             swarm.model, initial_peers=swarm.initial_peers, lora=LoraSettings(r=4), timeouts=TIMEOUTS
         )
@@ -316,6 +310,12 @@ class Trainer:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         self._ppo = PPO(self.policy, PPOConfig(epochs=2, minibatch_size=6, kl_coef=0.05, lr=1e-2))
         self._seed = seed
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.policy.close()
 
     def round(self, number: int) -> str:
         """A digest of what was sampled, and of all parameters afterwards."""
@@ -375,7 +375,7 @@ def undisturbed(swarm: Chaos, rounds: int) -> tuple[list[list[str]], Counter[str
     seconds = []
     for seed in (0, 1):
         trainer = Trainer(swarm, seed)
-        with trainer.policy, watching(trainer.policy) as watch:
+        with trainer, watching(trainer.policy) as watch:
             digests.append([])
             for number in range(rounds if seed == 0 else -(-rounds // 4)):
                 watch.begin()
@@ -396,7 +396,7 @@ def disturbed(
     first, second, rival = (Trainer(swarm, seed) for seed in (0, 1, 2))
     with contextlib.ExitStack() as stack:
         for trainer in (first, second, rival):
-            stack.enter_context(trainer.policy)
+            stack.enter_context(trainer)
         watch = stack.enter_context(watching(first.policy))
         beside = stack.enter_context(ThreadPoolExecutor(1))
         for number, kind in enumerate(kinds):
@@ -436,6 +436,135 @@ def _spread(seconds: Sequence[float | None]) -> str:
     return f"{statistics.median(known):.1f} ({max(known):.1f})" if known else "-"
 
 
+# --------------------------------------------------------------------------- servers that move, trainers
+
+
+class Rebalancing(LocalSwarm):
+    """A server that loads its blocks anew all the time, as when it finds others that are needed more."""
+
+    def __init__(self, model: Path):
+        often = "--num_blocks", "4", "--mean_balance_check_period", "2", "--balance_quality", "2"
+        super().__init__(model, num_servers=1, server_options=often)
+        self._spans = None  # petals chooses
+
+    @property
+    def times(self) -> int:
+        return self.servers[0].log_path.read_text().count("server will load other blocks")
+
+
+def rebalanced(model: Path, seconds: float) -> tuple[int, bool]:
+    """How often a server loaded its blocks anew while a trainer worked, and whether that learned the same."""
+    digests: list[list[str]] = []
+    with LocalSwarm(model, num_servers=1) as swarm, Trainer(swarm, 0) as trainer:
+        until = time.monotonic() + seconds
+        digests.append([])
+        while time.monotonic() < until:
+            digests[0].append(trainer.round(len(digests[0])))
+    with Rebalancing(model) as swarm:
+        with Trainer(swarm, 0) as trainer:
+            digests.append([trainer.round(number) for number in range(len(digests[0]))])
+        return swarm.times, digests[0] == digests[1]
+
+
+class Runs:
+    """Runs of `textrl-swarm train` in directories of their own.
+
+    Args:
+        work: an empty directory.
+    """
+
+    def __init__(self, swarm: LocalSwarm, work: Path):
+        self._work = work
+        (work / "reward.py").write_text(
+            "def score(items, texts):\n    return [len(t) / 100 for t in texts]\n"
+        )
+        config = {
+            "model": str(swarm.model),
+            "swarm": {"initial_peers": swarm.initial_peers},
+            "prompts": ["the cat", "a dog"],
+            "reward": {"function": "reward.py:score"},
+            "sampling": {"max_new_tokens": 8, "num_samples": 2},
+            "train": {"iterations": 8, "prompts_per_iteration": 2},
+            "output": "out",
+        }
+        (work / "run.yaml").write_text(json.dumps(config))  # which is YAML too
+
+    def start(self, output: str) -> subprocess.Popen[str]:
+        """In the background."""
+        return subprocess.Popen(
+            ["textrl-swarm", "train", "run.yaml", "--set", f"output={output}"],
+            cwd=self._work,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def until_iteration(self, run: subprocess.Popen[str], number: int) -> None:
+        """Waits for a line about it."""
+        assert run.stdout is not None
+        for line in run.stdout:
+            if f"iteration {number}/" in line:
+                return
+        raise RuntimeError(f"the run ended before iteration {number}")
+
+    def finish(self, output: str) -> bytes:
+        """Runs it to its end; the adapter."""
+        run = self.start(output)
+        text, _ = run.communicate(timeout=300)
+        if run.returncode:
+            raise RuntimeError(text)
+        return (self._work / output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def _stop(runs: Runs, output: str, number: int, signal_number: int) -> None:
+    run = runs.start(output)
+    runs.until_iteration(run, number)
+    time.sleep(random.Random(number).random())
+    run.send_signal(signal_number)
+    run.communicate(timeout=60)
+
+
+def _run_out_of_disk(runs: Runs, output: str, number: int) -> None:
+    run = runs.start(output)
+    runs.until_iteration(run, number)
+    psutil.Process(run.pid).rlimit(psutil.RLIMIT_FSIZE, (1000, 1000))
+    text, _ = run.communicate(timeout=60)
+    if run.returncode != 1 or "File too large" not in text:
+        raise RuntimeError(f"the run did not end with an error about a file: {text}")
+
+
+def _start_twice(runs: Runs, output: str, number: int) -> None:
+    run = runs.start(output)
+    runs.until_iteration(run, number)
+    second = runs.start(output)
+    text, _ = second.communicate(timeout=60)
+    if second.returncode != 1:
+        raise RuntimeError(f"a second run in one directory was not refused: {text}")
+    run.communicate(timeout=300)
+
+
+TRAINERS: dict[str, Callable[[Runs, str, int], None]] = {
+    "trainer killed, resumed": lambda *where: _stop(*where, signal.SIGKILL),
+    "trainer told to end, resumed": lambda *where: _stop(*where, signal.SIGTERM),
+    "no room for a checkpoint": _run_out_of_disk,
+    "two runs in one directory": _start_twice,
+}
+
+
+def trainers_disturbed(swarm: LocalSwarm, times: int) -> dict[str, list[bool]]:
+    """Whether runs that were disturbed, so many of each kind, end with the adapter of one that was not."""
+    found: dict[str, list[bool]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        runs = Runs(swarm, Path(directory))
+        expected = runs.finish("undisturbed")
+        for kind, disturb in TRAINERS.items():
+            for i in range(times):
+                output = f"{kind.replace(' ', '-').replace(',', '')}-{i}"
+                disturb(runs, output, 2 + 2 * i)
+                found.setdefault(kind, []).append(runs.finish(output) == expected)
+    return found
+
+
 # --------------------------------------------------------------------------------------------- the table
 
 
@@ -446,6 +575,8 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=7 * len(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only these")
+    parser.add_argument("--trainers", type=int, default=2, help="faults of a kind that befall a trainer")
+    parser.add_argument("--rebalancing-s", type=float, default=20.0, help="of work with a server that moves")
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
@@ -456,10 +587,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = random_bloom(directory + "/bloom", seed=4)
         with Chaos(model) as swarm:
-            faults = disturbed(
-                swarm, kinds, options.seed, functools.partial(print, file=sys.stderr, flush=True)
-            )
-    rows = []
+            say = functools.partial(print, file=sys.stderr, flush=True)
+            faults = disturbed(swarm, kinds, options.seed, say)
+            trainers = trainers_disturbed(swarm, options.trainers) if options.trainers else {}
+        moves, is_equal = rebalanced(model, options.rebalancing_s) if options.rebalancing_s else (0, True)
+    rows: list[list[object]] = []
     for kind in [*chosen, None]:
         own = [fault for fault in faults if kind in (None, fault.kind)]
         rows.append(
@@ -472,6 +604,10 @@ def main() -> None:
                 _spread([fault.longer_s for fault in own]),
             ]
         )
+    for kind, outcomes in trainers.items():
+        rows.append([kind, len(outcomes), sum(outcomes), "", "", ""])
+    if moves:
+        rows.append(["server loads its blocks anew", moves, moves if is_equal else 0, "", "", ""])
     report(
         f"{len(faults)} faults, seed {options.seed}; seconds: median (worst)",
         ["fault", "injected", "bit-equal", "noticed after", "went on after", "round longer by"],

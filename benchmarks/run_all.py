@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py [NAME ...]
 
-NAME is a script of this folder without ".py"; without any, all of them run, which takes about three quarters
-of an hour. Sections of scripts that do not run stay as they are.
+NAME is a script of this folder without ".py"; without any, all of them run, which takes more than an
+hour. Sections of scripts that do not run stay as they are.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "swarm_speed": ["--repeats", "5"],
     "wide_area": [*(f"--link={link}" for link in LINKS), "--repeats", "2"],
     "traffic": [],
+    "chaos": [],
     "codec_speed": ["--repeats", "3"],
     "scale": ["--repeats", "2"],
     "gpu": [],

@@ -1,0 +1,41 @@
+"""One fault of every kind, at a seeded moment of a training; benchmarks/chaos.py injects a hundred."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytestmark = pytest.mark.swarm
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def chaos() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("chaos", BENCHMARKS / "chaos.py")
+    module = sys.modules["chaos"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def test_every_kind_of_fault_is_survived(chaos, tiny_bloom):
+    with chaos.Chaos(tiny_bloom(seed=4)) as swarm:
+        faults = chaos.disturbed(swarm, list(chaos.KINDS), seed=1)
+        assert [fault.kind for fault in faults] == list(chaos.KINDS)
+        assert not [(fault.kind, str(fault.moment)) for fault in faults if not fault.is_equal]
+        runs = chaos.trainers_disturbed(swarm, times=1)
+    assert runs.keys() == chaos.TRAINERS.keys()
+    assert all(all(outcomes) for outcomes in runs.values()), runs
+
+
+@pytest.mark.slow
+def test_a_server_that_loads_its_blocks_anew_is_survived(chaos, tiny_bloom):
+    times, is_equal = chaos.rebalanced(tiny_bloom(seed=4), 10.0)
+    assert times > 0
+    assert is_equal
