@@ -529,15 +529,17 @@ def _run_out_of_disk(runs: Runs, output: str, number: int) -> None:
     runs.until_iteration(run, number)
     psutil.Process(run.pid).rlimit(psutil.RLIMIT_FSIZE, (1000, 1000))
     text, _ = run.communicate(timeout=60)
-    if run.returncode != 1 or "File too large" not in text:
+    if run.returncode != 1 or "cannot be written" not in text:
         raise RuntimeError(f"the run did not end with an error about a file: {text}")
 
 
 def _start_twice(runs: Runs, output: str, number: int) -> None:
     run = runs.start(output)
     runs.until_iteration(run, number)
+    run.send_signal(signal.SIGSTOP)  # it shall not end before
     second = runs.start(output)
     text, _ = second.communicate(timeout=60)
+    run.send_signal(signal.SIGCONT)
     if second.returncode != 1:
         raise RuntimeError(f"a second run in one directory was not refused: {text}")
     run.communicate(timeout=300)

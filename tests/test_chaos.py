@@ -29,7 +29,11 @@ def test_every_kind_of_fault_is_survived(chaos, tiny_bloom):
         faults = chaos.disturbed(swarm, list(chaos.KINDS), seed=1)
         assert [fault.kind for fault in faults] == list(chaos.KINDS)
         assert not [(fault.kind, str(fault.moment)) for fault in faults if not fault.is_equal]
-        runs = chaos.trainers_disturbed(swarm, times=1)
+
+
+@pytest.mark.slow  # test_run.py has each of these for a local model
+def test_runs_are_continued_whatever_befalls_the_trainer(chaos, two_servers):
+    runs = chaos.trainers_disturbed(two_servers, times=1)
     assert runs.keys() == chaos.TRAINERS.keys()
     assert all(all(outcomes) for outcomes in runs.values()), runs
 
