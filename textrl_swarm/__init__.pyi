@@ -22,6 +22,7 @@ from .errors import PetalsMissing as PetalsMissing
 from .errors import PromptError as PromptError
 from .errors import RemoteFailure as RemoteFailure
 from .errors import RewardError as RewardError
+from .errors import ServerBusy as ServerBusy
 from .errors import ServerFailed as ServerFailed
 from .errors import ServerMismatch as ServerMismatch
 from .errors import ShapeError as ShapeError

@@ -17,6 +17,7 @@
         ├── BlocksUnavailable   no server holds some of the model's blocks
         ├── ServerMismatch      a server holds blocks of another model
         ├── ServerFailed        one server did not answer, or answered with an error
+        │   └── ServerBusy      a server has no room now
         ├── RemoteFailure       a request kept failing until its deadline
         ├── AdapterMissing      a server does not hold the adapter that a request names
         ├── InputsMissing       a server did not keep the inputs that a request names

@@ -6,6 +6,7 @@ client's hold memory, a server's accept requests that nobody computes any more. 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -54,12 +55,15 @@ class _Node(DHT):
 
 
 def _runs(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def end_group(after_s: float = 0.0) -> None:
