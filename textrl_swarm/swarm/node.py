@@ -103,14 +103,15 @@ def start_server_node(initial_peers: Sequence[str], **options: Any) -> DHT:
 def _start(initial_peers: Sequence[str], **options: Any) -> DHT:
     """A peer on a busy machine may not answer the first ping in time."""
     _start_shared_memory()
-    for left in reversed(range(_STARTS)):
+    left = _STARTS
+    while True:
+        left -= 1
         try:
             return _Node(initial_peers, **options)
         except RuntimeError as error:
             if left == 0 or "initial_peers responded" not in str(error):
                 raise
             logger.warning("none of %s answered in time; asking again", ", ".join(map(str, initial_peers)))
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _start_shared_memory() -> None:
