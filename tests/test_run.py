@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -296,6 +297,29 @@ def test_ctrl_c_says_how_to_continue(configure, monkeypatch):
         said = train(configure())
     assert "Stopped. 2 of 5 iterations are saved in runs/a; rerun the command to resume." in said
     assert "continuing runs/a after iteration 2 of 5" in train(configure())
+
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_finalizer_is_not_lost(configure, monkeypatch):
+    update = Run.shows_samples
+
+    def finalizing(self, index):
+        if index == 1:
+            Finalized()
+        return update(self, index)
+
+    monkeypatch.setattr(Run, "shows_samples", finalizing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        assert "Stopped. 2 of 5 iterations are saved in runs/a" in train(configure())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_reward_that_draws_numbers_is_seeded_too(configure):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def train_command(
         _show_plan(config, ingredients, console)
         return None
     with contextlib.ExitStack() as stack:
+        ctrl_c = stack.enter_context(CtrlC())
         stack.enter_context(locked(Path(config.output)))
         if config.swarm is None:
             _print(console, f"loading {config.model} ...")  # transformers shows a bar of its own
@@ -69,9 +71,10 @@ def train_command(
             policy = stack.enter_context(open_policy(config, ingredients.model))
         with spinner(console, "looking for a run to continue"):
             run = Run(config, ingredients, policy, accept_changes=accept_changes)
+        ctrl_c.check()
         _introduce(run, len(ingredients.prompts), console)
         try:
-            _show(run, console)
+            _show(run, console, ctrl_c)
         except KeyboardInterrupt:
             console.print(
                 f"[yellow]Stopped.[/] {run.done} of {config.train.iterations} iterations are saved in "
@@ -121,7 +124,33 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
         )
 
 
-def _show(run: Run, console: Console) -> None:
+class CtrlC:
+    """Remembers Ctrl-C: raised in a finalizer or a callback, KeyboardInterrupt is printed and lost."""
+
+    def __init__(self) -> None:
+        self._is_pressed = False
+
+    def __enter__(self) -> CtrlC:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:  # else it is ignored, or somebody else's
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, signum: int, frame: object) -> None:
+        self._is_pressed = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt when it was pressed."""
+        if self._is_pressed:
+            raise KeyboardInterrupt
+
+
+def _show(run: Run, console: Console, ctrl_c: CtrlC) -> None:
     """Runs the remaining iterations, with a bar, and every so often a table of samples."""
     total = run.config.train.iterations
     columns = (
@@ -149,6 +178,7 @@ def _show(run: Run, console: Console) -> None:
                 console.print(f"iteration {done}/{total}  {numbers}", soft_wrap=True)
             if run.shows_samples(iteration.index):
                 progress.console.print(_table(iteration))
+            ctrl_c.check()
 
 
 def _numbers(iteration: Iteration) -> str:
