@@ -40,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from textrl_swarm import LoraSettings, PPOConfig, SamplingConfig, Timeouts, load_policy
 from textrl_swarm.decoders.chunks import Chunk
+from textrl_swarm.errors import ServerFailed
 from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.models.tiny import random_bloom
 from textrl_swarm.policies.base import Policy
@@ -342,7 +343,16 @@ def caches_taken(rival: Policy, policy: Policy) -> Iterator[None]:
     async def take() -> None:
         for span in await client.router.route(0, client.fingerprint.num_blocks, timeout_s=60):
             uids = client.router.uids[span.start : span.stop]
-            stream = await calls.open_generation(span.peer, uids, rows=1, max_length=CACHE_TOKENS, key="")
+            for left in reversed(range(10)):  # a daemon waits before it dials a restarted server again
+                try:
+                    stream = await calls.open_generation(
+                        span.peer, uids, rows=1, max_length=CACHE_TOKENS, key=""
+                    )
+                    break
+                except ServerFailed:
+                    if left == 0:
+                        raise
+                    await asyncio.sleep(1)
             streams.append(stream)
             hidden = torch.zeros(1, 1, client.fingerprint.hidden_size)
             await stream.send(hidden, Chunk(past=0), step=0, last_only=False)
