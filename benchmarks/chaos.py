@@ -1,6 +1,6 @@
 """Training while servers die, stall, leave and join: does it notice, go on, and learn the very same?
 
-    python benchmarks/chaos.py [--faults 104] [--seed 0] [--kind KIND ...]
+    python benchmarks/chaos.py [--faults 112] [--seed 0] [--kind KIND ...]
 
 Each round is a rollout and an update. Into every round comes one fault, at a seeded moment: before a call to
 a server, or while the server has it. What was sampled and learned is compared, bit for bit, with the same
@@ -202,9 +202,10 @@ class Moment:
 
 @dataclass
 class Watch:
-    """One trainer's calls: fires a fault at its moment; notes when it was noticed and when work went on."""
+    """One trainer's calls: fires a fault at its moment. It is noticed with the first failure that the router
+    is told of; work goes on with the first step, forward or backward that is done after that.
+    """
 
-    policy: Policy
     moment: Moment | None = None
     fire: Callable[[Any], object] = lambda peer: None
     seen: Counter[str] = field(default_factory=Counter)
@@ -248,7 +249,7 @@ class Watch:
 @contextlib.contextmanager
 def watching(policy: Policy) -> Iterator[Watch]:
     """Hooks into the client code; other policies' calls pass by."""
-    watch = Watch(policy)
+    watch = Watch()
     client = policy._client
 
     def hooked(
@@ -588,11 +589,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only these")
     parser.add_argument("--trainers", type=int, default=2, help="faults of a kind that befall a trainer")
+    parser.add_argument("--log", default="ERROR", metavar="LEVEL", help="of what textrl_swarm says")
     parser.add_argument("--rebalancing-s", type=float, default=20.0, help="of work with a server that moves")
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
-    logging.getLogger("textrl_swarm").setLevel(os.environ.get("CHAOS_LOG", "ERROR"))
+    logging.getLogger("textrl_swarm").setLevel(options.log)
     chosen = options.kind or list(KINDS)
     kinds = (chosen * -(-options.faults // len(chosen)))[: options.faults]
     random.Random(options.seed).shuffle(kinds)

@@ -10,8 +10,10 @@ import time
 
 import psutil
 import pytest
+import torch
 from plain_peft import connect, random_tokens, run
 
+from textrl_swarm.swarm import node
 from textrl_swarm.swarm.local import LocalSwarm
 
 pytestmark = pytest.mark.swarm
@@ -37,6 +39,41 @@ def _until_empty(processes) -> list[psutil.Process]:
     while (left := processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def test_ctrl_c_waits_until_shared_memory_has_started(monkeypatch):
+    """torch would loop for ever."""
+    shared = []
+
+    def share(tensor):
+        signal.raise_signal(signal.SIGINT)
+        shared.append(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            node._start_shared_memory()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(shared) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "starts"),
+    [("none of the initial_peers responded to a ping", 3), ("something else", 1)],
+)
+def test_a_ping_that_was_not_answered_is_tried_again(monkeypatch, text, starts):
+    started = []
+
+    def start(peers, **options):
+        started.append(peers)
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(node, "_Node", start)
+    with pytest.raises(RuntimeError, match=text):
+        node.start_client_node(["/ip4/127.0.0.1/tcp/1"])
+    assert len(started) == starts
 
 
 @pytest.mark.parametrize(

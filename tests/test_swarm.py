@@ -258,6 +258,7 @@ def _session_after_eviction(policy, tokens, evict):
 @pytest.mark.parametrize("work", [_forward_after_eviction, _backward_after_eviction, _session_after_eviction])
 def test_an_evicted_adapter_is_pushed_again_unnoticed(two_servers, crowd_out, caplog, work):
     tokens = random_tokens(3, 8)
+    before = [len(server.log_path.read_text()) for server in two_servers.servers]
     with connect(two_servers, filled=30) as policy, connect(two_servers, filled=30) as undisturbed:
         expected = work(undisturbed, tokens, lambda: None)
         size_bytes = undisturbed.traffic.sent["adapters"]
@@ -267,6 +268,9 @@ def test_an_evicted_adapter_is_pushed_again_unnoticed(two_servers, crowd_out, ca
         )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not [record for record in caplog.records if record.name.startswith("textrl_swarm")]
+    for server, start in zip(two_servers.servers, before, strict=True):
+        said = server.log_path.read_text()[start:]
+        assert "ADAPTER_MISSING" in said and "Traceback" not in said
 
 
 # --------------------------------------------------------------------------------------------- large requests

@@ -63,7 +63,7 @@ def train_command(
         _show_plan(config, ingredients, console)
         return None
     with contextlib.ExitStack() as stack:
-        ctrl_c = stack.enter_context(CtrlC())
+        ctrl_c = stack.enter_context(_CtrlC())
         stack.enter_context(locked(Path(config.output)))
         if config.swarm is None:
             _print(console, f"loading {config.model} ...")  # transformers shows a bar of its own
@@ -124,13 +124,13 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
         )
 
 
-class CtrlC:
+class _CtrlC:
     """Remembers Ctrl-C: raised in a finalizer or a callback, KeyboardInterrupt is printed and lost."""
 
     def __init__(self) -> None:
         self._is_pressed = False
 
-    def __enter__(self) -> CtrlC:
+    def __enter__(self) -> _CtrlC:
         self._before = signal.getsignal(signal.SIGINT)
         if self._before is signal.default_int_handler:  # else it is ignored, or somebody else's
             signal.signal(signal.SIGINT, self._press)
@@ -150,7 +150,7 @@ class CtrlC:
             raise KeyboardInterrupt
 
 
-def _show(run: Run, console: Console, ctrl_c: CtrlC) -> None:
+def _show(run: Run, console: Console, ctrl_c: _CtrlC) -> None:
     """Runs the remaining iterations, with a bar, and every so often a table of samples."""
     total = run.config.train.iterations
     columns = (

@@ -20,9 +20,8 @@ class PushedAdapters:
     def __init__(self, router: Router, calls: ServerCalls):
         self._router = router
         self._calls = calls
-        self._held: defaultdict[PeerID, OrderedDict[str, set[int]]] = defaultdict(
-            OrderedDict
-        )  # blocks by key
+        # Blocks by the key of the adapter, the one that was used last at the end.
+        self._held: defaultdict[PeerID, OrderedDict[str, set[int]]] = defaultdict(OrderedDict)
         self._locks: defaultdict[PeerID, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ensure(self, span: Span, adapter: AdapterSnapshot | None) -> str:

@@ -145,7 +145,7 @@ class LoraHandler(TransformerConnectionHandler):
             async for response in generate(self, self._hand_overs, backends, adapter, first, requests):
                 yield response
         except asyncio.TimeoutError as error:
-            ending = _text(error) if str(error) else f"no end within {self.session_timeout:.0f} s"
+            ending = _text(asyncio.TimeoutError(str(error) or f"no end within {self.session_timeout:.0f} s"))
         except Exception as error:
             ending = _text(error)
         yield _ending(ending)
@@ -257,7 +257,7 @@ class LoraHandler(TransformerConnectionHandler):
                 if handed_on is not None:
                     told[HANDED_OVER] = await handed_on
         except asyncio.TimeoutError:
-            ending = _text(server_busy(f"this request had no turn within {self.request_timeout:.0f} s"))
+            ending = _text(server_busy(f"this request was not done within {self.request_timeout:.0f} s"))
         except Exception as error:
             ending = _text(error)
         await outgoing.put([_ending(ending, told)])
