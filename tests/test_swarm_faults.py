@@ -135,7 +135,6 @@ def during_generation(monkeypatch, at_call: int, disturb) -> list[int]:
     return reached
 
 
-@pytest.mark.slow  # as is one fault of every kind in test_chaos.py
 def test_a_replica_takes_over_in_the_middle_of_a_generation(replicas, undisturbed, monkeypatch):
     only(replicas, 0, 1, 2)
     with connect(replicas, filled=70) as policy:
@@ -157,17 +156,16 @@ def _freeze(swarm: LocalSwarm, how: str) -> None:
         threading.Timer(2.0, swarm.kill, args=(0,)).start()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(100)  # a request's own is 120 s
 @pytest.mark.parametrize(
     ("how", "text"),
     [
         ("what computes", "computing process has stopped"),
-        ("all of it", "no sign of life for 8 s"),
-        ("killed", "the connection is closed"),
+        pytest.param("all of it", "no sign of life for 8 s", marks=pytest.mark.slow),
+        pytest.param("killed", "the connection is closed", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("work", ["generation", "training"])
+@pytest.mark.parametrize("work", ["generation", pytest.param("training", marks=pytest.mark.slow)])
 def test_a_frozen_server_is_left(replicas, undisturbed, monkeypatch, caplog, how, text, work):
     only(replicas, 0, 1, 2)
     caplog.set_level("INFO")
@@ -338,7 +336,6 @@ def test_a_server_is_lost_before_the_backward_of_what_was_handed_over(
     thread.join()
 
 
-@pytest.mark.slow
 def test_without_a_replica_the_run_waits_for_the_restart(replicas, undisturbed, monkeypatch, caplog):
     only(replicas, 1, 2)
     threads = []
