@@ -59,7 +59,7 @@ CACHE_TOKENS = 512
 OPTIONS = ("--attn_cache_tokens", str(CACHE_TOKENS))
 TIMEOUTS = Timeouts(request_s=120, recovery_s=60)
 CALLS = ("step", "push", "forward", "backward")
-KILLED_AFTER_S, PARTED_S, PAUSED_S = 2.0, 5.0, 5.0
+KILLED_AFTER_S, PARTED_S, PAUSED_S = 2.0, 20.0, 5.0
 
 
 # --------------------------------------------------------------------------------------- what can break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 import psutil
 import pytest
 import torch
+from hivemind.p2p import P2P
 from plain_peft import connect, random_tokens, run
 
 from textrl_swarm.swarm import node
@@ -103,6 +105,74 @@ def test_a_server_ends_with_any_of_its_parts(tiny_bloom, part):
         swarm.start(0)
         with connect(swarm) as policy:
             run(policy, TOKENS)
+
+
+_JOINING = """
+import sys, time
+from textrl_swarm.swarm import compat, node
+
+node._TICK_S, node._FAREWELL_S = 0.01, 0.5
+options = {"identity_path": sys.argv[1], "use_relay": False, "use_auto_relay": False}
+node.start_server_node(sys.argv[2:], start=True, **options)
+time.sleep(3)
+print("lives", flush=True)
+node.end_group()
+"""
+
+
+def test_a_server_that_joins_under_its_old_name_does_not_end(tmp_path, two_servers):
+    """While it asks who else has its identity, a daemon comes and goes that is not its own."""
+    P2P.generate_identity(str(tmp_path / "name.id"))
+    arguments = [sys.executable, "-c", _JOINING, str(tmp_path / "name.id"), *two_servers.initial_peers]
+    done = subprocess.run(arguments, capture_output=True, text=True, start_new_session=True, timeout=60)
+    assert done.stdout == "lives\n", done.stderr
+
+
+async def _knows(dht, peer_node):
+    return set(peer_node.protocol.routing_table.peer_id_to_uid)
+
+
+async def _forget_all(dht, peer_node):
+    """As when nobody answers for a while."""
+    table = peer_node.protocol.routing_table
+    for uid, peer in list(table.uid_to_peer_id.items()):
+        del table[uid]
+        peer_node.blacklist.register_failure(peer)
+
+
+def test_peers_that_lost_each_other_meet_again():
+    options = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "use_relay": False, "use_auto_relay": False}
+    first = node.start_client_node([], **options)
+    others = [node.start_client_node(first.get_visible_maddrs(), **options) for _ in range(2)]
+    nodes = [first, *others]
+    everybody = {each.peer_id for each in nodes}
+
+    def meet(wanted):
+        deadline = time.monotonic() + END_S
+        while time.monotonic() < deadline:
+            for each in nodes:
+                node.greet_lost_peers(each)
+            if all(each.run_coroutine(_knows) == wanted - {each.peer_id} for each in nodes):
+                return True
+            time.sleep(0.5)
+        return False
+
+    try:
+        others[0].run_coroutine(functools.partial(_ping, others[1].peer_id))
+        assert meet(everybody)
+        for each in nodes:
+            each.run_coroutine(_forget_all)
+        assert not any(each.run_coroutine(_knows) for each in nodes)
+        nodes.remove(first)
+        first.shutdown()  # the two that are left know each other only from former days
+        assert meet(everybody - {first.peer_id})
+    finally:
+        for each in {first, *nodes}:
+            each.shutdown()
+
+
+async def _ping(peer, dht, peer_node):
+    await peer_node.protocol.call_ping(peer)
 
 
 _CLIENT = """

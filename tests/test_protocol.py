@@ -405,7 +405,7 @@ class FakeDHT:
         self.initial_peers: list[str] = []
         self.greeted = 0
 
-    def run_coroutine(self, coroutine):
+    def run_coroutine(self, coroutine, return_future=False):
         self.greeted += 1
 
     def get(self, key, latest, return_future):

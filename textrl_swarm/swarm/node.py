@@ -1,11 +1,14 @@
 """This machine's node of a swarm: hivemind's DHT process and its libp2p daemon, as one unit with their owner.
 
 hivemind ends both only when it is asked to. Those of an owner that was killed would go on for ever: a
-client's hold memory, a server's accept requests that nobody computes any more. Knows nothing about models.
+client's hold memory, a server's accept requests that nobody computes any more. And hivemind forgets every
+peer that once did not answer: nodes that were parted for a while are brought together again. Knows nothing
+about models.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -18,20 +21,29 @@ from typing import Any
 
 import psutil
 import torch
-from hivemind.dht import DHT
+from hivemind.dht import DHT, DHTNode
+from hivemind.p2p import PeerID
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _STARTS = 3
 _FAREWELL_S = 10.0  # in which a server that leaves in good order ends by itself
+_GREETING_S = 10.0  # how often a server looks for peers that it lost
+_REMEMBERED_S = 3600.0  # how long they are looked for
+_MAX_REMEMBERED = 64
 
 
 class _Node(DHT):
-    """A DHT process that looks after its owner and its daemon."""
+    """A DHT process that looks after its owner and its daemon.
+
+    Attributes:
+        met: peers that it knew -> when it last did, in time.monotonic seconds; in its process only.
+    """
 
     def __init__(self, *args: Any, ends_group: bool, **options: Any):
         self._ends_group = ends_group
+        self.met: dict[PeerID, float] = {}
         super().__init__(*args, **options)
 
     def run(self) -> None:
@@ -45,12 +57,14 @@ class _Node(DHT):
         daemons: list[psutil.Process] = []
         while os.getppid() == owner:
             time.sleep(_TICK_S)
+            if not hasattr(self, "_node"):
+                continue  # while it joins, a daemon that asks who else has its identity comes and goes
             daemons = daemons or psutil.Process().children()
-            if self._ends_group and daemons and not any(map(_runs, daemons)):
+            if self._ends_group and not any(map(_runs, daemons)):
                 end_group(_FAREWELL_S)
         if self._ends_group:
             end_group()
-        _kill(daemons or psutil.Process().children())
+        _kill(psutil.Process().children())
         os._exit(1)
 
 
@@ -92,12 +106,37 @@ def start_server_node(initial_peers: Sequence[str], **options: Any) -> DHT:
     """
     node = _start(initial_peers, ends_group=True, **options)
 
-    def end_with_node() -> None:
-        connection.wait([node.sentinel])
+    def look_after_node() -> None:
+        while not connection.wait([node.sentinel], _GREETING_S):
+            greet_lost_peers(node)
         end_group(_FAREWELL_S)
 
-    threading.Thread(target=end_with_node, daemon=True, name="end with node").start()
+    threading.Thread(target=look_after_node, daemon=True, name="look after node").start()
     return node
+
+
+def greet_lost_peers(node: DHT) -> None:
+    """Has this node look for its initial peers and others that it knew, as far as it knows them no longer.
+    Does not wait for answers.
+    """
+    node.run_coroutine(_greet_lost_peers, return_future=True)
+
+
+async def _greet_lost_peers(dht: _Node, node: DHTNode) -> None:
+    """Runs in the DHT's process."""
+    known = node.protocol.routing_table.peer_id_to_uid
+    now = time.monotonic()
+    dht.met.update(dict.fromkeys(known, now))
+    recent = {peer: when for peer, when in dht.met.items() if when > now - _REMEMBERED_S}
+    dht.met = dict(sorted(recent.items(), key=lambda item: -item[1])[:_MAX_REMEMBERED])
+    initial = (str(address).rsplit("/p2p/", 1)[-1] for address in dht.initial_peers or ())
+    lost = {*dht.met, *map(PeerID.from_base58, initial)} - {*known, node.peer_id}
+
+    async def greet(peer: PeerID) -> None:
+        if await node.protocol.call_ping(peer) is not None:
+            node.blacklist.register_success(peer)
+
+    await asyncio.gather(*map(greet, lost))
 
 
 def _start(initial_peers: Sequence[str], **options: Any) -> DHT:

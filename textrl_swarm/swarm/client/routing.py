@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from hivemind.dht import DHT, DHTNode
+from hivemind.dht import DHT
 from hivemind.p2p import PeerID
 from petals.constants import DTYPE_MAP
 from petals.data_structures import ModelInfo, RemoteModuleInfo, ServerState
@@ -26,6 +26,7 @@ from petals.utils.dht import compute_spans, get_remote_module_infos
 from textrl_swarm.errors import BlocksUnavailable, ServerBusy, ServerFailed, ServerMismatch
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.rpc import short_id
+from textrl_swarm.swarm.node import greet_lost_peers
 from textrl_swarm.swarm.protocol import CAPABILITY, CAPABILITY_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -239,12 +240,9 @@ class Router:
 
     def _ask(self) -> list[RemoteModuleInfo]:
         infos = get_remote_module_infos(self.dht, self.uids, latest=True)
-        if any(info.servers for info in infos):
-            return infos
-        # Perhaps all known peers were gone at once, and some are back: hivemind never asks the initial ones
-        # again.
-        self.dht.run_coroutine(_greet_initial_peers)
-        return get_remote_module_infos(self.dht, self.uids, latest=True)
+        if not all(info.servers for info in infos):
+            greet_lost_peers(self.dht)  # they may know who holds the rest; the next look finds what they say
+        return infos
 
     def _unavailable(self, missing: Sequence[int], waited_s: float) -> BlocksUnavailable:
         message = f"no server holds {blocks_text(missing)} of {self.dht_prefix!r} (waited {waited_s:.0f} s); "
@@ -289,9 +287,3 @@ def announced_models(dht: DHT, timeout_s: float | None = None) -> dict[str, Mode
             with contextlib.suppress(TypeError, ValueError):
                 models[str(name)] = ModelInfo.from_dict(entry.value)
     return models
-
-
-async def _greet_initial_peers(dht: DHT, node: DHTNode) -> None:
-    """Runs in the DHT's process."""
-    peers = [PeerID.from_base58(str(address).rsplit("/p2p/", 1)[-1]) for address in dht.initial_peers or ()]
-    await asyncio.gather(*map(node.protocol.call_ping, peers))
