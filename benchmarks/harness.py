@@ -10,16 +10,23 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
+from lying_server import SOLD
 from rich.console import Console
 from rich.table import Table
 
 from textrl_swarm import LocalSwarm
+from textrl_swarm.swarm import launch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RESULTS = "TEXTRL_SWARM_RESULTS"
 
@@ -137,6 +144,52 @@ class DistantSwarm(LocalSwarm):
         for link in self.links.values():
             link.close()
         self.links.clear()
+
+
+class LyingSwarm(LocalSwarm):
+    """A LocalSwarm whose first server lies, and attracts clients.
+
+    Args:
+        spans: of the servers.
+        lie: from its start on; see lying_server.py.
+    """
+
+    def __init__(self, model: str | Path, spans: Sequence[tuple[int, int]], lie: str = ""):
+        super().__init__(model, spans=spans)
+        self._first_lie = lie
+
+    def __enter__(self) -> Self:
+        self._directory = tempfile.TemporaryDirectory()
+        self._lie = Path(self._directory.name) / "lie"
+        self.tell(self._first_lie)
+        return super().__enter__()
+
+    def tell(self, lie: str) -> None:
+        """From now on it lies so; "" = it is honest."""
+        self._lie.write_text(lie)
+
+    def _launch(self, i: int, peers: Sequence[str], addresses: Sequence[str] = ()) -> Any:
+        if i > 0:
+            return super()._launch(i, peers, addresses)
+        common, self._options = self._options, [*self._options, "--throughput", "10"]
+        if self._first_lie == SOLD:
+            self._options += ["--quant_type", "nf4"]
+        path = os.pathsep.join(
+            [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        )
+        changes = {"LIE": str(self._lie), "PYTHONPATH": path}
+        try:
+            with (
+                mock.patch.dict(os.environ, changes),
+                mock.patch.object(launch, "_SERVER_MODULE", "lying_server"),
+            ):
+                return super()._launch(i, peers, addresses)
+        finally:
+            self._options = common
+
+    def close(self, leave_within_s: float = 0.0) -> None:
+        super().close(leave_within_s)
+        self._directory.cleanup()
 
 
 def _free_port() -> int:

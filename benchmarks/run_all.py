@@ -29,6 +29,7 @@ BENCHMARKS = {
     "wide_area": [*(f"--link={link}" for link in LINKS), "--repeats", "2"],
     "traffic": [],
     "chaos": [],
+    "lies": [],
     "codec_speed": ["--repeats", "3"],
     "scale": ["--repeats", "2"],
     "gpu": [],

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from from_benchmarks import import_benchmark
 
 pytestmark = pytest.mark.swarm
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def chaos() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("chaos", BENCHMARKS / "chaos.py")
-    module = sys.modules["chaos"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(BENCHMARKS))
-    return module
+    return import_benchmark("chaos")
 
 
 @pytest.mark.slow  # minutes; test_swarm_faults.py and test_one_unit.py have the most frequent kinds

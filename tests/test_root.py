@@ -14,7 +14,7 @@ import pytest
 
 import textrl_swarm
 from textrl_swarm import TextRLSwarmError, config, errors
-from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, Timeouts, field_docs
+from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, ServerChecks, Timeouts, field_docs
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.runs.config import RewardConfig, RunConfig, SwarmConfig, TrainConfig
 
@@ -23,6 +23,7 @@ SETTINGS = [
     LoraSettings,
     SamplingConfig,
     PPOConfig,
+    ServerChecks,
     Timeouts,
     SwarmConfig,
     RewardConfig,

@@ -4,11 +4,13 @@ from .config import Codec as Codec
 from .config import LoraSettings as LoraSettings
 from .config import PPOConfig as PPOConfig
 from .config import SamplingConfig as SamplingConfig
+from .config import ServerChecks as ServerChecks
 from .config import Timeouts as Timeouts
 from .errors import AdapterError as AdapterError
 from .errors import AdapterMissing as AdapterMissing
 from .errors import AdapterRejected as AdapterRejected
 from .errors import AddressError as AddressError
+from .errors import AnswersRefuted as AnswersRefuted
 from .errors import BlocksUnavailable as BlocksUnavailable
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError

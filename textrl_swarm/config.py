@@ -358,6 +358,22 @@ class Codec:
 
 @document_fields
 @dataclass(frozen=True)
+class ServerChecks:
+    """How much of what servers compute is computed again by others."""
+
+    rate: float = 0.02
+    """Of the work; 0 = servers are believed."""
+
+    record: str | None = None
+    """File to which each refuted server is added, as a line of JSON; servers in it are not used."""
+
+    def __post_init__(self) -> None:
+        _require_numbers(self, "rate")
+        require(0 <= self.rate <= 1, f"checks.rate must be in [0, 1], got {self.rate!r}")
+
+
+@document_fields
+@dataclass(frozen=True)
 class Timeouts:
     """How long a client waits for the swarm before it gives up."""
 

@@ -19,6 +19,7 @@
         ├── ServerFailed        one server did not answer, or answered with an error
         │   └── ServerBusy      a server has no room now
         ├── RemoteFailure       a request kept failing until its deadline
+        │   └── AnswersRefuted  others compute something else than a server answered
         ├── AdapterMissing      a server does not hold the adapter that a request names
         ├── InputsMissing       a server did not keep the inputs that a request names
         ├── AdapterRejected     a server refuses to store an adapter
@@ -126,6 +127,12 @@ class ServerBusy(ServerFailed):
 
 class RemoteFailure(SwarmError):
     """A request kept failing until its deadline; the last cause is chained."""
+
+
+class AnswersRefuted(RemoteFailure):
+    """Others compute something else than a server answered. It is not used any more; what it may have touched
+    must be computed again.
+    """
 
 
 class AdapterMissing(SwarmError):

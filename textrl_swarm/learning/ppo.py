@@ -9,6 +9,7 @@ prompts, texts, environments or where the policy's blocks are.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -140,9 +141,23 @@ class PPO:
         Raises:
             RewardError: rewards of another shape, or not finite; nothing is changed then.
         """
+        _check_rewards(rewards, rollout.response_mask)
+        if not self.policy.checks_answers:
+            return self._update(rollout, rewards)
+        parameters = [parameter.detach().clone() for parameter in self._parameters]
+        state = copy.deepcopy(self.state_dict())
+
+        def undo() -> None:
+            with torch.no_grad():
+                for parameter, before in zip(self._parameters, parameters, strict=True):
+                    parameter.copy_(before)
+            self.load_state_dict(copy.deepcopy(state))
+
+        return self.policy.trusted(lambda: self._update(rollout, rewards), undo)
+
+    def _update(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
         started = time.perf_counter()
         mask = rollout.response_mask
-        _check_rewards(rewards, mask)
         config = self.config
         minibatches = self._minibatches(len(rollout))
         with torch.enable_grad():  # a reward's module may have switched gradients off for the whole process
@@ -200,6 +215,9 @@ class PPO:
 
         mean over responses of sum_t (logprob[t] - ref_logprob[t])
         """
+        return self.policy.trusted(lambda: self._divergence(rollout))
+
+    def _divergence(self, rollout: RolloutBatch) -> float:
         with torch.no_grad():
             features = self.policy.features(rollout.tokens.to(self.policy.device))
             groups = self._evaluation_groups(rollout, torch.arange(len(rollout)))

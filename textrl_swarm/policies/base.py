@@ -6,17 +6,18 @@ local models and swarms run the identical path. Knows nothing about rewards, env
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from textrl_swarm.config import LoraSettings, SamplingConfig
-from textrl_swarm.errors import AdapterError, PromptError
+from textrl_swarm.errors import AdapterError, AnswersRefuted, PromptError
 from textrl_swarm.models import adapter_files
 from textrl_swarm.models.texts import stop_ids
 from textrl_swarm.models.value_head import ValueHead
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from textrl_swarm.models.adapters import LoraConfig
     from textrl_swarm.swarm.traffic import Traffic
 
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 MAX_FEATURE_BYTES = 1 << 30  # of a rollout
 
@@ -91,6 +96,11 @@ class Policy(ABC):
 
     codec_loss: CodecLoss | None = None
     """What a codec of hidden states changes; None = there is none."""
+
+    checks_answers: bool = False
+    """Whether a share of what servers compute is computed again by others, so that `trusted` work may be done
+    twice.
+    """
 
     num_servers: int = 0
 
@@ -163,7 +173,20 @@ class Policy(ABC):
             PromptError: no prompts, an empty or malformed one, or one that is too long.
             NumericsError: the model's logits are NaN or infinite.
         """
-        return generate(self, prompts, sampling or SamplingConfig())
+        return self.trusted(lambda: generate(self, prompts, sampling or SamplingConfig()))
+
+    def trusted(self, work: Callable[[], Result], undo: Callable[[], object] = lambda: None) -> Result:
+        """Does some work, and once more whenever a server was refuted that may have touched it.
+
+        Args:
+            undo: what puts everything back to where the work began.
+        """
+        while True:
+            try:
+                return work()
+            except AnswersRefuted:  # its server is not asked again, so this comes to an end
+                logger.warning("what the refuted server may have touched is computed again")
+                undo()
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:

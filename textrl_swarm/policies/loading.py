@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from textrl_swarm.config import Codec, LoraSettings, Timeouts
+from textrl_swarm.config import Codec, LoraSettings, ServerChecks, Timeouts
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.models import adapter_files
 from textrl_swarm.models.base_model import BaseModel
@@ -36,6 +36,7 @@ def load_policy(
     ref_adapter: str | Path | None = None,
     timeouts: Timeouts | None = None,
     codec: Codec | Literal["fp16", "int8"] | None = None,
+    checks: ServerChecks | None = None,
     **unknown: Never,
 ) -> Policy:
     """Makes a policy on this machine or through a swarm.
@@ -59,10 +60,12 @@ def load_policy(
         timeouts: how long to wait for the swarm; None = the defaults.
         codec: "fp16", "int8" or a Codec with limits of its own: hidden states travel in fewer bits; None = in
             the servers' dtype, which changes nothing.
+        checks: how much of what servers compute is computed again by others; None = they are believed.
 
     Raises:
         ModelError: the model cannot be used.
-        ConfigError: impossible arguments, an unknown one, or a codec that changes more than it may.
+        ConfigError: impossible arguments, an unknown one, a codec that changes more than it may, or a record
+            of refuted servers that is none.
         AdapterError: `ref_adapter` does not fit.
         AddressError, PetalsMissing, BlocksUnavailable, ServerMismatch: the swarm cannot be used.
     """
@@ -92,9 +95,11 @@ def load_policy(
             tokenizer=tokenizer,
             timeouts=timeouts or Timeouts(),
             codec=codec if codec is None or isinstance(codec, Codec) else Codec(codec),
+            checks=checks,
         )
     else:
-        for name, value in (("dht_prefix", dht_prefix), ("timeouts", timeouts), ("codec", codec)):
+        of_swarm = {"dht_prefix": dht_prefix, "timeouts": timeouts, "codec": codec, "checks": checks}
+        for name, value in of_swarm.items():
             if value is not None:
                 raise ConfigError(
                     f"{name}={value!r} is for a model in a swarm: give initial_peers too, or leave it out"

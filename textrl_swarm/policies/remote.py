@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from textrl_swarm.config import Codec, LoraSettings, Timeouts
+from textrl_swarm.config import Codec, LoraSettings, ServerChecks, Timeouts
 from textrl_swarm.decoders.chunks import Step
 from textrl_swarm.decoders.sharing import SharedPrefix, shared_prefix
 from textrl_swarm.decoders.skeleton import Skeleton
@@ -60,6 +60,7 @@ def load_remote_policy(
     tokenizer: PreTrainedTokenizerBase | None,
     timeouts: Timeouts,
     codec: Codec | None,
+    checks: ServerChecks | None,
 ) -> RemotePolicy:
     """See `loading.load_policy`."""
     if quantization is not None:
@@ -107,6 +108,7 @@ def load_remote_policy(
         fingerprint,
         timeouts,
         checkpoint=checkpoint,
+        checks=checks,
         boundary=boundary,
         owns_dht=base is not None,
     )
@@ -153,6 +155,7 @@ class RemotePolicy(Policy):
         self.max_step_tokens = min(limits.max_batch_tokens, MICRO_BATCH_TOKENS)
         self.takes_padding = limits.takes_padding
         self.traffic = client.traffic
+        self.checks_answers = client.chain.checks is not None
         self.num_servers = self.sessions_at_once = len(client.spans)
         self._parts = parts
         self._client = client

@@ -20,7 +20,15 @@ import numpy as np
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from textrl_swarm.config import Codec, LoraSettings, PPOConfig, SamplingConfig, Timeouts, document_fields
+from textrl_swarm.config import (
+    Codec,
+    LoraSettings,
+    PPOConfig,
+    SamplingConfig,
+    ServerChecks,
+    Timeouts,
+    document_fields,
+)
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.runs.digest import content_digest
 
@@ -46,6 +54,9 @@ class SwarmConfig:
     codec: Codec | str | None = None
     """In how many bits hidden states travel: "fp16", "int8", or a section with `kind` and limits; null = in
     the servers' dtype, which changes nothing."""
+
+    checks: ServerChecks | None = None
+    """How much of what servers compute is computed again by others; null = servers are believed."""
 
     def __post_init__(self) -> None:
         if isinstance(self.codec, str):

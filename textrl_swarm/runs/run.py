@@ -66,6 +66,7 @@ _FREE = (
     "train.reward_timeout_s",
     "swarm.initial_peers",
     "swarm.timeouts",
+    "swarm.checks",
 )
 
 
@@ -111,6 +112,7 @@ def open_policy(config: RunConfig, model: BaseModel) -> Iterator[Policy]:
             "dht_prefix": config.swarm.dht_prefix,
             "timeouts": config.swarm.timeouts,
             "codec": config.swarm.codec,
+            "checks": config.swarm.checks,
         }
     with load_policy(
         model,

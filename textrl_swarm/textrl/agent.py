@@ -7,6 +7,7 @@ Both end in the same `Learner`.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from textrl_swarm.config import PPOConfig, SamplingConfig
-from textrl_swarm.errors import ConfigError, RewardError
+from textrl_swarm.errors import AnswersRefuted, ConfigError, RewardError
 from textrl_swarm.learning.learner import Learner
 from textrl_swarm.learning.ppo import PPO, MakeOptimizer
 from textrl_swarm.policies.base import Policy
@@ -23,6 +24,8 @@ from textrl_swarm.policies.generation import check_lengths, sample_next, stop_to
 from textrl_swarm.policies.sessions import DecodingSession
 from textrl_swarm.textrl.door import BatchAgent
 from textrl_swarm.types import RolloutBatch, Trajectory
+
+logger = logging.getLogger(__name__)
 
 Observed = list[list[int]]  # per sample the token ids of prompt and response so far
 
@@ -281,7 +284,10 @@ class _Episode:
 
     def close(self) -> None:
         """Frees the session."""
-        self._resources.close()
+        try:
+            self._resources.close()
+        except AnswersRefuted:  # an environment's steps cannot be done again; the update reckons with that
+            logger.warning("the responses of this episode may come from a server that was refuted")
 
     def trajectory(self, sample: int) -> tuple[Trajectory, Tensor]:
         """One sample with its rewards (n,); rewards after the sample's end go to its own last token."""

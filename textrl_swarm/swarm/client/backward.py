@@ -49,7 +49,7 @@ class MicroBatchBackward:
         self.packed = packed
         self.left = [replace(piece) for piece in trail]
         self.left[-1].grad = grad
-        self._finished: list[Piece] = []
+        self.finished: list[Piece] = []  # from the last to the first
 
     def needs_input_grad(self, of_the_first: bool) -> bool:
         """Whether somebody waits for the gradient of the last piece's inputs."""
@@ -58,7 +58,7 @@ class MicroBatchBackward:
     def finish_last(self, grad_input: Tensor | None) -> None:
         """Hands the gradient of the last piece's inputs to the piece before."""
         self.left[-1].kept = None  # once used, the server forgets them
-        self._finished.append(self.left.pop())
+        self.finished.append(self.left.pop())
         if self.left and self.left[-1].grad is None:
             self.left[-1].grad = grad_input
 
@@ -71,9 +71,9 @@ class MicroBatchBackward:
     def again(self, blocks: set[int]) -> MicroBatchBackward:
         """The same way back for the pieces that hold some of these blocks."""
         again = copy.copy(self)
-        again._finished = []
+        again.finished = []
         again.left = []
-        for piece in reversed(self._finished):
+        for piece in reversed(self.finished):
             if not blocks.isdisjoint(range(piece.span.start, piece.span.stop)):
                 again.left.append(piece)
         return again

@@ -19,10 +19,12 @@ import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from torch import Tensor
 
+from textrl_swarm.config import ServerChecks
 from textrl_swarm.decoders.sharing import SharedPrefix
 from textrl_swarm.errors import PromptError, RemoteFailure
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.backward import MicroBatchBackward, Trail
+from textrl_swarm.swarm.client.checks import Checks
 from textrl_swarm.swarm.client.hand_over import HandOvers
 from textrl_swarm.swarm.client.micro_batches import MicroBatch, cut, put_together
 from textrl_swarm.swarm.client.passes import Passes
@@ -75,16 +77,32 @@ class BlockChain:
 
     Args:
         max_bytes_in_flight: of the micro-batches that travel at the same time; at least one does.
+        checks: of what servers answer; None = they are believed.
     """
 
-    def __init__(self, router: Router, calls: ServerCalls, *, max_bytes_in_flight: int = 256 << 20):
+    def __init__(
+        self,
+        router: Router,
+        calls: ServerCalls,
+        *,
+        max_bytes_in_flight: int = 256 << 20,
+        checks: ServerChecks | None = None,
+    ):
         self.router = router
         self.calls = calls
         self.limits = ChainLimits()
         self.pushed = PushedAdapters(router, calls)
-        self.hand_overs = HandOvers()
+        self.checks = Checks(router, calls, self.pushed, checks) if checks and checks.rate > 0 else None
+        self.hand_overs = HandOvers(is_off=self.checks is not None)
         self.max_bytes_in_flight = max_bytes_in_flight
-        self.passes = Passes(router, calls, self.pushed, self.hand_overs)
+        self.passes = Passes(
+            router,
+            calls,
+            self.pushed,
+            self.hand_overs,
+            recovery_s=calls.timeouts.recovery_s,
+            checks=self.checks,
+        )
 
     def __call__(
         self,
@@ -143,6 +161,7 @@ class BlockChain:
                 self.passes.forward(part, start, stop, adapter, batch.packed, will_go_back=will_go_back)
             )
         results = self._run_all(jobs, max(part.nbytes for part in parts))
+        self.settle()
         found = [batch.outputs(output) for batch, (output, _) in zip(batches, results, strict=True)]
         outputs = put_together(batches, found)
         return outputs.to(device=hidden.device, dtype=hidden.dtype), [trail for _, trail in results]
@@ -170,13 +189,35 @@ class BlockChain:
                 grad_input = put_together(batches, found).to(device=grad.device, dtype=grad.dtype)
             missing -= sums.keys()
             if not missing:
+                self._check_gradients(tasks, adapter, sums)
                 break
             # Servers that were lost took their sums with them: what they computed is computed again.
             tasks = [task.again(missing) for task in tasks]
             need_input_grad = False
         if missing:
             raise RemoteFailure(f"the servers returned no gradients of {blocks_text(sorted(missing))}")
+        self.settle()
         return grad_input, sums
+
+    def _check_gradients(
+        self, tasks: Sequence[MicroBatchBackward], adapter: AdapterSnapshot, sums: dict[int, Tensor]
+    ) -> None:
+        """Of servers that computed a whole sum."""
+        if self.checks is None:
+            return
+        checks, packed = self.checks, [task.packed for task in tasks]
+
+        async def see() -> None:
+            for pieces in zip(*(task.finished for task in tasks), strict=False):
+                if len({piece.span for piece in pieces}) == 1:
+                    checks.saw_gradients(pieces, sums, adapter, packed)
+
+        run_in_background(see())
+
+    def settle(self) -> None:
+        """Waits until answers are checked. Raises AnswersRefuted."""
+        if self.checks is not None:
+            run_in_background(self.checks.settle())
 
     def _backward_once(
         self,

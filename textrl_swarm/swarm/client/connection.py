@@ -20,7 +20,7 @@ from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from torch import Tensor
 
-from textrl_swarm.config import Timeouts
+from textrl_swarm.config import ServerChecks, Timeouts
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.sharing import SharedPrefix
 from textrl_swarm.errors import AddressError
@@ -120,6 +120,7 @@ class SwarmClient:
         dht, p2p: a running client node and its libp2p daemon.
         fingerprint: of the client's model; servers of another model are refused.
         checkpoint: block index -> digest of its weights, as far as the client has them (models/digests.py).
+        checks: of what servers answer; None = they are believed.
         boundary: what travels between blocks; None = hidden states.
         owns_dht: end both on close; False when a petals model of the user's owns them.
 
@@ -136,6 +137,7 @@ class SwarmClient:
         timeouts: Timeouts,
         *,
         checkpoint: Mapping[int, str],
+        checks: ServerChecks | None = None,
         boundary: Boundary | None = None,
         owns_dht: bool = True,
     ):
@@ -152,7 +154,7 @@ class SwarmClient:
         """Whether numbers travel beside hidden states."""
         self._calls = ServerCalls(p2p, timeouts, self.traffic, boundary)
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
-        self.chain = BlockChain(self.router, self._calls)
+        self.chain = BlockChain(self.router, self._calls, checks=checks)
         self.linears: dict[int, dict[str, LayerSizes]] = {}
         """Block index -> path of a layer inside it -> sizes, as servers have it."""
         self.spans: list[Span] = []

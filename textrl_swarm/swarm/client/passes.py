@@ -11,6 +11,7 @@ import asyncio
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Protocol
 
 from hivemind.p2p import PeerID
 from torch import Tensor
@@ -22,23 +23,64 @@ from textrl_swarm.swarm.client.attempts import Attempts
 from textrl_swarm.swarm.client.backward import MicroBatchBackward, Piece, Trail
 from textrl_swarm.swarm.client.hand_over import HandOvers
 from textrl_swarm.swarm.client.pushed import PushedAdapters
-from textrl_swarm.swarm.client.routing import Router, Span
+from textrl_swarm.swarm.client.routing import Span
 from textrl_swarm.swarm.client.rpc import ForwardPlan, ServerCalls
 from textrl_swarm.swarm.protocol import AdapterSnapshot, Receiver
+
+
+class Routes(Protocol):
+    """What Passes need of a Router."""
+
+    uids: list[str]
+
+    async def route(self, start: int, stop: int, *, timeout_s: float) -> list[Span]: ...
+    def report_failure(self, peer: PeerID, error: ServerFailed | None = None) -> None: ...
+    def report_success(self, peer: PeerID) -> None: ...
+
+
+class Witness(Protocol):
+    """Who is told of what servers answer, see Checks."""
+
+    def saw_forward(
+        self,
+        span: Span,
+        inputs: Tensor,
+        outputs: Tensor,
+        adapter: AdapterSnapshot | None,
+        packed: PackedRows | None,
+    ) -> None: ...
+    def saw_backward(
+        self, piece: Piece, grad_inputs: Tensor, adapter: AdapterSnapshot, packed: PackedRows | None
+    ) -> None: ...
 
 
 class Passes:
     """Forward and backward of one micro-batch; made by BlockChain.
 
+    Args:
+        recovery_s: how long one request may be retried.
+        checks: told of what servers answer.
+
     Attributes:
         room: bytes of inputs that a server keeps for a client.
     """
 
-    def __init__(self, router: Router, calls: ServerCalls, pushed: PushedAdapters, hand_overs: HandOvers):
+    def __init__(
+        self,
+        router: Routes,
+        calls: ServerCalls,
+        pushed: PushedAdapters,
+        hand_overs: HandOvers,
+        *,
+        recovery_s: float,
+        checks: Witness | None = None,
+    ):
         self._router = router
         self._calls = calls
         self._pushed = pushed
         self._hand_overs = hand_overs
+        self._recovery_s = recovery_s
+        self._checks = checks
         self.room: dict[PeerID, int] = defaultdict(int)
         self._kept_bytes: Counter[PeerID] = Counter()
 
@@ -63,9 +105,7 @@ class Passes:
             will_go_back: whether servers are asked to keep their inputs; where they have no room, the client
                 gets them.
         """
-        attempts = Attempts(
-            f"forward through {blocks_text(range(start, stop))}", self._calls.timeouts.recovery_s
-        )
+        attempts = Attempts(f"forward through {blocks_text(range(start, stop))}", self._recovery_s)
         trail: Trail = []
         block = start
         while block < stop:
@@ -84,10 +124,29 @@ class Passes:
             for span, name, output in zip(spans, names, outputs, strict=False):
                 self._router.report_success(span.peer)
                 trail.append(Piece(span, None if inputs is None else inputs.to(span.dtype), name))
+                if self._checks is not None:
+                    assert inputs is not None and output is not None, "then the client relays them"
+                    self._checks.saw_forward(span, inputs, output, adapter, packed)
                 inputs, block = output, span.stop
             assert inputs is not None, "of the last of them the client has the output"
             hidden = inputs
         return hidden, trail
+
+    async def way_back(
+        self,
+        inputs: Tensor,
+        start: int,
+        stop: int,
+        adapter: AdapterSnapshot | None,
+        packed: PackedRows | None,
+    ) -> Trail:
+        """The way of a micro-batch (b, S, W) through blocks start..stop; it is only run where that takes
+        more than one server.
+        """
+        spans = await self._router.route(start, stop, timeout_s=self._recovery_s)
+        if len(spans) == 1:
+            return [Piece(spans[0], inputs.to(spans[0].dtype))]
+        return (await self.forward(inputs, start, stop, adapter, packed))[1]
 
     async def _forward_once(
         self,
@@ -170,7 +229,7 @@ class Passes:
         """Goes back through what is left of a micro-batch; returns the gradient of its input (None when not
         needed) and of each block's flat tensor, empty where the server adds it to a sum.
         """
-        attempts = Attempts("backward", self._calls.timeouts.recovery_s)
+        attempts = Attempts("backward", self._recovery_s)
         flats: dict[int, Tensor] = {}
         grad_input: Tensor | None = None
         while task.left:
@@ -202,6 +261,8 @@ class Passes:
                 task.replace_last(trail)
                 continue
             self._router.report_success(span.peer)
+            if self._checks is not None and grad_input is not None:
+                self._checks.saw_backward(piece, grad_input, adapter, task.packed)
             task.finish_last(grad_input)
             flats.update(zip(range(span.start, span.stop), span_flats, strict=True))
         return (grad_input if need_input_grad else None), flats

@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import logging
 import math
+import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 _BAN_S = 2.0  # first ban of a server that failed; doubles with each failure in a row
 _MAX_BAN_S = 240.0
 _BUSY_S = 15.0  # how long others are preferred to a server that had no room
+_LOOK_AGAIN_S = 60.0  # how often for servers that could check others
+_RANDOM = random.SystemRandom()  # nobody shall know who is asked
 _POLL_S = 1.0  # how often the DHT is asked again while blocks are missing
 
 
@@ -97,9 +100,11 @@ class Router:
         self._inspect = inspect
         self._accepted: dict[PeerID, tuple[int, int]] = {}  # the blocks start..stop that were inspected
         self._refused: dict[PeerID, str] = {}  # servers of another model, for good
+        self._refuted: dict[str, str] = {}  # those whose answers were wrong, by their ids, for good
         self._failures: dict[PeerID, _Failures] = {}
         self._busy_until: dict[PeerID, float] = {}  # in time.monotonic seconds
         self._spans: list[Span] = []
+        self._refreshed_at = -math.inf  # in time.monotonic seconds
         self._untrainable: list[Span] = []
         self._other_version: list[Span] = []
         self._salt = str(dht.peer_id)  # clients break ties differently, so that replicas share the load
@@ -155,11 +160,29 @@ class Router:
         """Forgets this server's failures."""
         self._failures.pop(peer, None)
 
-    async def _plan(self, start: int, stop: int) -> list[Span] | None:
+    def refute(self, peer: str, reason: str) -> None:
+        """Never uses this server again."""
+        self._refuted[peer] = reason
+
+    def is_refuted(self, peer: str) -> bool:
+        """Whether `refute` was told of it."""
+        return peer in self._refuted
+
+    async def others(self, start: int, stop: int, but: Collection[PeerID]) -> list[Span] | None:
+        """Servers for blocks start..stop, chosen at random, or None when it takes some of these peers. Does
+        not wait, and looks for new ones now and then.
+        """
+        chain = await self._plan(start, stop, but)
+        if chain is None and time.monotonic() > self._refreshed_at + _LOOK_AGAIN_S:
+            await self._refresh()
+            chain = await self._plan(start, stop, but)
+        return chain
+
+    async def _plan(self, start: int, stop: int, but: Collection[PeerID] | None = None) -> list[Span] | None:
         chain: list[Span] = []
         block = start
         while block < stop:
-            span = self._best(block)
+            span = self._best(block) if but is None else self._any(block, but)
             if span is None:
                 return None
             if self._accepted.get(span.peer) != (span.start, span.stop):
@@ -186,16 +209,25 @@ class Router:
         Different clients break ties differently.
         """
 
-        def usable(span: Span) -> bool:
-            is_banned = self._failures.get(span.peer, _NO_FAILURES).is_banned
-            return span.start <= block < span.stop and span.peer not in self._refused and not is_banned
-
         def preference(span: Span) -> tuple[bool, bool, int, float, bytes]:
             tie_break = hashlib.sha256((self._salt + str(span.peer)).encode()).digest()
             has_room = self._busy_until.get(span.peer, -math.inf) <= time.monotonic()
             return (has_room, span.peer not in self._failures, span.stop, span.throughput, tie_break)
 
-        return max(filter(usable, self._spans), key=preference, default=None)
+        return max(self._usable(block), key=preference, default=None)
+
+    def _any(self, block: int, but: Collection[PeerID]) -> Span | None:
+        """One of those that reach furthest."""
+        found = [span for span in self._usable(block) if span.peer not in but]
+        furthest = max((span.stop for span in found), default=0)
+        return _RANDOM.choice([span for span in found if span.stop == furthest]) if found else None
+
+    def _usable(self, block: int) -> Iterator[Span]:
+        for span in self._spans:
+            is_out = span.peer in self._refused or str(span.peer) in self._refuted
+            is_banned = self._failures.get(span.peer, _NO_FAILURES).is_banned
+            if span.start <= block < span.stop and not is_out and not is_banned:
+                yield span
 
     def _missing(self, start: int, stop: int) -> tuple[int, ...]:
         return tuple(block for block in range(start, stop) if self._best(block) is None)
@@ -213,6 +245,7 @@ class Router:
         return all(any(span.start <= block < span.stop for span in usable) for block in blocks)
 
     async def _refresh(self) -> None:
+        self._refreshed_at = time.monotonic()
         loop = asyncio.get_running_loop()
         infos = await loop.run_in_executor(None, self._ask)
         self._spans = []
@@ -266,6 +299,8 @@ class Router:
                 served = ", ".join(map(repr, others))
                 message += f"this swarm serves {served}: pass dht_prefix= if you mean one of them, or "
             failing = [span for span in self._spans if span.start <= missing[0] < span.stop]
+            for span in failing:
+                message += f"{self._refuted[str(span.peer)]}; " if str(span.peer) in self._refuted else ""
             for failure in (self._failures.get(span.peer, _NO_FAILURES).last for span in failing):
                 message += f"{str(failure).splitlines()[0]}; " if failure is not None else ""
             message += (

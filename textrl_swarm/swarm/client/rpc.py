@@ -118,6 +118,10 @@ class ServerCalls:
         """
         self._weights[peer] = dict(weights)
 
+    def weights_of(self, peer: PeerID, uid: str) -> ServedWeights:
+        """What `expect` was told."""
+        return self._weights[peer][uid]
+
     def _naming_weights(self, peer: PeerID, uids: Sequence[str]) -> dict[str, str]:
         known = self._weights.get(peer)
         return {} if known is None else {WEIGHTS: weights_key(known[uid] for uid in uids)}

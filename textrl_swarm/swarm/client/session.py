@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from textrl_swarm.decoders.boundary import join_tokens
@@ -48,6 +49,8 @@ class _Leg:
         self.span = span
         self.inputs = inputs or []  # (b, k, W), of every step since the session began
         self.stream: GenerationStream | None = None
+        self.outputs: list[Tensor] = []  # where checks want them: (b, k, W) or (b, 1, W) of every step
+        self.since = 0  # first step whose output is this server's; those before are another's
         self.sent = self.done = 0  # steps that the present stream was given, and has answered
         self.handed_over: set[int] = set()  # steps that the server before was asked to give to this one
         self.answer: asyncio.Future[Tensor] | None = None  # to the step `done`; outlives a round
@@ -236,6 +239,8 @@ class GenerationSession:
                 self._outputs[step] = output
             if following is not None and len(following.inputs) == step:
                 following.put(output)
+            if following is None and self._chain.checks is not None and len(leg.outputs) == step:
+                leg.outputs.append(output)
             leg.done += 1
             leg.sent = max(leg.sent, leg.done)
             leg.changed.set()
@@ -282,9 +287,56 @@ class GenerationSession:
             # before.
             replacements = [_Leg(span, leg.inputs if n == 0 else None) for n, span in enumerate(spans)]
             i = self._legs.index(leg)
+            self._check(leg)
+            replacements[-1].since = len(self._outputs_of(leg))
+            replacements[-1].outputs = leg.outputs
             self._legs[i : i + 1] = replacements
         else:
             raise error
+
+    def _outputs_of(self, leg: _Leg) -> list[Tensor]:
+        """Of each step that was answered: (b, k, W), or (b, 1, W) of the last tokens alone."""
+        return leg.outputs if leg is self._legs[-1] else self._legs[self._legs.index(leg) + 1].inputs
+
+    def _check(self, leg: _Leg) -> None:
+        """Has some rows of what a server answered in all steps so far computed by others."""
+        checks = self._chain.checks
+        outputs = self._outputs_of(leg)
+        if checks is None or len(outputs) <= leg.since:
+            return
+        where = self._tokens_of_rows(len(outputs))
+        for row in checks.rows_of_generation(leg.span, self._adapter, self._rows):
+            inputs: list[Tensor] = []
+            found: list[Tensor] = []
+            at: list[int] = []
+            count = 0
+            for step, i, first in where[row]:
+                inputs.append(leg.inputs[step][i, first:])
+                count += len(inputs[-1])
+                answer = outputs[step][i, first - leg.inputs[step].shape[1] :]
+                if step >= leg.since and len(answer):
+                    found.append(answer)
+                    at.extend(range(count - len(answer), count))
+            if found and count <= self._chain.limits.max_batch_tokens:
+                joined = torch.cat(inputs), torch.cat(found)
+                checks.saw_generated(leg.span, *joined, at, self._adapter, found[0].dtype)
+
+    def _tokens_of_rows(self, steps: int) -> list[list[tuple[int, int, int]]]:
+        """For each row that the session began with the step, the row in it, and its first column that is no
+        padding, of all its tokens.
+        """
+        found: list[list[tuple[int, int, int]]] = [[] for _ in range(self._rows)]
+        live = list(range(self._rows))
+        for step, place in enumerate(self._places[:steps]):
+            chunk = place.chunk
+            live = [live[row] for row in chunk.keep] or live
+            rows, length, _ = self._legs[0].inputs[step].shape
+            for i in range(rows):
+                first = max(0, chunk.padding[i] - chunk.past) if chunk.padding else 0
+                for copy in range(chunk.copies):
+                    if first < length:
+                        found[live[chunk.first + i * chunk.copies + copy]].append((step, i, first))
+        return found
 
     async def _drop_stream(self, leg: _Leg) -> None:
         stream, answer = leg.stream, leg.answer
@@ -309,5 +361,15 @@ class GenerationSession:
     def __enter__(self) -> GenerationSession:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exc_info: object) -> None:
+        try:
+            if kind is None and self._chain.checks is not None:
+                run_in_background(self._check_all())
+        finally:
+            self.close()
+        if kind is None:
+            self._chain.settle()
+
+    async def _check_all(self) -> None:
+        for leg in self._legs:
+            self._check(leg)

@@ -1,0 +1,203 @@
+"""Servers that answer wrong numbers are found and left, and nothing that they touched is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+
+import pytest
+import torch
+from from_benchmarks import import_benchmark
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_peft import FAST, fill
+
+from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, ServerChecks
+from textrl_swarm.errors import AnswersRefuted, BlocksUnavailable, ConfigError
+from textrl_swarm.learning.ppo import PPO
+from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.swarm.client.agreement import difference_of_tokens, difference_of_vectors, limit
+from textrl_swarm.swarm.protocol import ServedWeights
+
+pytestmark = pytest.mark.swarm
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
+SAMPLING = SamplingConfig(max_new_tokens=5, num_samples=2, stop_token_ids=(), seed=7)
+LIES = import_benchmark("lying_server").LIES
+NOT_OF_OUTPUTS = {"noise, once in 100", "a constant, where one row is asked for"}
+
+
+@pytest.fixture(scope="module")
+def lying(tiny_bloom):
+    """Three servers with all blocks, one of which lies when it is told to."""
+    with import_benchmark("harness").LyingSwarm(tiny_bloom(seed=1), [(0, 4)] * 3) as swarm:
+        yield swarm
+
+
+def connect(swarm, checks, lora=None):
+    policy = load_policy(
+        swarm.model, initial_peers=swarm.initial_peers, lora=lora or LoraSettings(r=4), timeouts=FAST,
+        checks=checks,
+    )  # fmt: skip
+    fill(policy, seed=3)
+    return policy
+
+
+def learned(policy, rounds=1) -> str:
+    """A digest of all that was sampled and learned."""
+    ppo = PPO(policy, PPOConfig(epochs=2, minibatch_size=3, kl_coef=0.05, lr=1e-2))
+    digest = hashlib.sha256()
+    for _ in range(rounds):
+        rollout = policy.generate(PROMPTS, SAMPLING)
+        rewards = torch.zeros(rollout.response_mask.shape)
+        rewards[:, -1] = (rollout.tokens % 7).float().mean(1)
+        ppo.update(rollout, rewards)
+        for tensor in (rollout.tokens, rollout.old_logprobs, rollout.values):
+            digest.update(tensor.numpy().tobytes())
+    for _, parameter in sorted(policy.trainable_parameters().items()):
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def honest(lying) -> str:
+    lying.tell("")
+    with connect(lying, None) as policy:
+        return learned(policy)
+
+
+def test_honest_servers_are_believed_and_checks_change_nothing(lying, honest, caplog):
+    lying.tell("")
+    with connect(lying, ServerChecks(rate=1.0)) as policy:
+        assert learned(policy) == honest
+        checks = policy._client.chain.checks
+        kinds = {kind for _, kind in checks.examined}
+        assert kinds == {"forward", "generation", "gradient"}  # nobody asks for the first inputs' gradient
+        assert set(checks.worst) == kinds
+        assert max(checks.worst.values()) < 0.1
+    assert "refuted" not in caplog.text
+
+
+@pytest.mark.parametrize("lie", [lie for lie in LIES if lie not in NOT_OF_OUTPUTS])
+def test_a_liar_is_left_and_what_it_touched_is_thrown_away(lying, honest, lie, tmp_path, caplog):
+    record = tmp_path / "refuted.jsonl"
+    lying.tell(lie)
+    with connect(lying, ServerChecks(rate=1.0, record=str(record))) as policy:
+        assert learned(policy) == honest
+    (entry,) = map(json.loads, record.read_text().splitlines())
+    (address,) = lying.servers[0].addresses
+    assert address.endswith(entry["peer"])
+    assert entry["reason"] in caplog.text
+    assert "agree on another" in entry["reason"]
+    with connect(lying, ServerChecks(rate=0.01, record=str(record))) as policy:
+        assert learned(policy) == honest  # by others, from the first request on
+        assert not any(peer == entry["peer"] for peer, _ in policy._client.chain.checks.seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spans", "kind"),
+    [
+        pytest.param([(2, 4), (0, 2), (2, 4), (2, 4)], "backward", id="behind another"),
+        pytest.param([(0, 4), (0, 4), (0, 2), (2, 4)], "forward", id="checked by two in a row"),
+    ],
+)
+def test_a_liar_is_found_in_a_chain(tiny_bloom, honest, spans, kind, tmp_path):
+    record = tmp_path / "refuted.jsonl"
+    with import_benchmark("harness").LyingSwarm(tiny_bloom(seed=1), spans) as swarm:
+        for lie in ("", "noise of 1e-2", "gradients of the wrong sign"):
+            swarm.tell(lie)
+            with connect(swarm, ServerChecks(rate=1.0, record=str(record))) as policy:
+                assert learned(policy) == honest
+                (address,) = swarm.servers[0].addresses
+                liar = address.rsplit("/", 1)[-1]
+                assert lie or policy._client.chain.checks.examined[liar, kind] > 0
+                assert policy._client.router._refuted.keys() == ({liar} if lie else set())
+            record.unlink(missing_ok=True)
+
+
+def test_without_checks_a_liar_is_believed(lying, honest):
+    """Or the lies above would be none."""
+    for lie in ("noise of 1e-2", "no adapter", "1 % of the gradients' entries"):
+        lying.tell(lie)
+        with connect(lying, None) as policy:
+            assert learned(policy) != honest
+
+
+def test_who_lies_about_others_is_refuted_itself(lying, honest, tmp_path):
+    """It is honest in its own work, and lies where it looks as if others were checked."""
+    record = tmp_path / "refuted.jsonl"
+    lying.tell("a constant, where one row is asked for")
+    with connect(lying, ServerChecks(rate=1.0, record=str(record))) as policy:
+        liar = next(span for span in policy._client.router._spans if span.throughput > 1)
+        policy._client.router._busy_until[liar.peer] = float("inf")  # others work
+        policy._client.router._spans.sort(key=lambda span: span.throughput)
+        assert learned(policy) == honest
+    peers = [json.loads(line)["peer"] for line in record.read_text().splitlines()]
+    assert peers == [str(liar.peer)]
+
+
+def test_two_that_contradict_each_other_are_both_left(lying, tmp_path):
+    record = tmp_path / "refuted.jsonl"
+    lying.tell("a constant")
+    with connect(lying, ServerChecks(rate=1.0, record=str(record))) as policy:
+        router = policy._client.router
+        router.refute(lying.servers[2].addresses[0].rsplit("/", 1)[-1], "it is not here")
+        with pytest.raises(AnswersRefuted, match="contradict each other, and no third can tell") as raised:
+            policy(torch.tensor([[5, 6, 7]]))
+        assert str(raised.value).count("is not used any more") == 2
+        policy._client._calls.timeouts = FAST.__class__(recovery_s=0.0)
+        policy._client.chain.passes._recovery_s = 0.0
+        with pytest.raises(BlocksUnavailable, match="contradict each other"):
+            policy(torch.tensor([[5, 6, 7]]))
+    assert not record.exists()  # who of them it was is not known
+
+
+def test_where_nobody_else_holds_the_blocks_it_is_said(two_servers, caplog):
+    with connect(two_servers, ServerChecks(rate=1.0)) as policy:
+        learned(policy)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    cannot = [text for text in warnings if "cannot be checked" in text]
+    assert len(cannot) == 2
+    assert "nobody else computes blocks 0..1" in cannot[0] or "nobody else computes blocks 0..1" in cannot[1]
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"peer": "x"}', "\xff"])
+def test_a_damaged_record_is_refused_before_the_run(lying, tmp_path, text):
+    (tmp_path / "record").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not a list of refuted servers"):
+        connect(lying, ServerChecks(record=str(tmp_path / "record")))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), "much"])
+def test_impossible_rates_are_refused(rate):
+    with pytest.raises(ConfigError, match="rate"):
+        ServerChecks(rate=rate)
+
+
+FORMS = [
+    ServedWeights("", dtype, q) for dtype in ("float32", "float16", "bfloat16") for q in (None, "int8", "nf4")
+]
+
+
+@given(st.sampled_from(FORMS), st.sampled_from(FORMS))
+def test_limits_are_symmetric_and_no_closer_than_rounding(first, second):
+    assert limit(first, second) == limit(second, first)
+    assert limit(first, second) >= limit(FORMS[0], FORMS[0])
+    assert limit(first, second, of_gradients=True) > limit(first, second)
+
+
+def test_differences():
+    given_ = torch.zeros(1, 20, 4)
+    found = torch.ones(1, 20, 4)
+    claimed = found.clone()
+    assert difference_of_tokens(claimed, found, given_) == 0
+    claimed[0, 0] = 5  # one token of twenty
+    assert difference_of_tokens(claimed, found, given_) == 0
+    assert difference_of_tokens(found * 1.1, found, given_) == pytest.approx(0.1 / 1.1, rel=1e-4)
+    # What the blocks leave as it was counts by a tenth.
+    assert difference_of_tokens(found * 1.1, found, found) == pytest.approx(1.0, rel=1e-4)
+    assert difference_of_vectors([found, -found], [found, found]) == pytest.approx(2.0)
+    assert difference_of_vectors([given_], [given_]) == 0
+    assert difference_of_vectors([found[0]], [found]) == float("inf")

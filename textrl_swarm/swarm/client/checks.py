@@ -1,0 +1,412 @@
+"""Finds servers that answer wrong numbers: a share of their work is computed again by others, chosen at
+random and unknown to them.
+
+What is compared is what the client sent and got, so it relays everything between servers. Two that contradict
+each other are judged by a third, never by who came first. Who is refuted is not used any more, and what it
+may have touched is thrown away. Where nobody else holds the blocks, nothing can be checked, and it is said.
+Knows nothing about training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from hivemind.p2p import PeerID
+from torch import Tensor
+
+from textrl_swarm.config import ServerChecks
+from textrl_swarm.decoders.sharing import PackedRows
+from textrl_swarm.errors import AnswersRefuted, BlocksUnavailable, ConfigError, ServerFailed, SwarmError
+from textrl_swarm.models.blocks import blocks_text
+from textrl_swarm.swarm.client.agreement import difference_of_tokens, difference_of_vectors, limit
+from textrl_swarm.swarm.client.backward import MicroBatchBackward, Piece, Trail
+from textrl_swarm.swarm.client.hand_over import HandOvers
+from textrl_swarm.swarm.client.passes import Passes
+from textrl_swarm.swarm.client.pushed import PushedAdapters
+from textrl_swarm.swarm.client.routing import Router, Span
+from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
+from textrl_swarm.swarm.protocol import AdapterSnapshot, ServedWeights
+
+logger = logging.getLogger(__name__)
+
+_RANDOM = random.SystemRandom()  # servers shall not be able to tell
+_LOOKED_AT = 0.1  # least share of the adapters that are checked: who checks must be sent them
+_MAX_REMEMBERED = 1000  # of these decisions
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What somebody computed."""
+
+    tensors: Sequence[Tensor]
+    parts: Trail  # who computed which blocks
+
+    @property
+    def peers(self) -> set[PeerID]:
+        return {piece.span.peer for piece in self.parts}
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A server's answer, and how others answer the same."""
+
+    what: str  # "forward", "backward", "gradient" or "generation"
+    span: Span
+    tensors: Sequence[Tensor]
+    ask: Callable[[Passes], Awaitable[_Answer]]
+    difference: Callable[[Sequence[Tensor], Sequence[Tensor]], float]
+
+    rounded: torch.dtype | None = None
+    """To what the client rounded the answer before it was compared."""
+
+    @property
+    def is_of_gradients(self) -> bool:
+        return self.what in ("backward", "gradient")
+
+    def __str__(self) -> str:
+        return f"the {self.what} of {blocks_text(range(self.span.start, self.span.stop))}"
+
+
+class _Others:
+    """All servers but some, and nobody is waited for."""
+
+    def __init__(self, router: Router, but: set[PeerID]):
+        self._router = router
+        self._but = but
+        self.uids = router.uids
+
+    def report_failure(self, peer: PeerID, error: ServerFailed | None = None) -> None:
+        """See Router."""
+        self._router.report_failure(peer, error)
+
+    def report_success(self, peer: PeerID) -> None:
+        """See Router."""
+        self._router.report_success(peer)
+
+    async def route(self, start: int, stop: int, *, timeout_s: float) -> list[Span]:
+        spans = await self._router.others(start, stop, self._but)
+        if spans is None:
+            raise BlocksUnavailable(f"nobody else holds {blocks_text(range(start, stop))}")
+        return spans
+
+
+class Checks:
+    """Made by BlockChain. The `saw_*` methods are told of what servers answered; `settle` waits for what is
+    being checked.
+
+    Attributes:
+        seen, examined: answers by (peer id, kind).
+        worst: kind -> the largest difference from others' answers, as a share of the limit, that was no lie.
+    """
+
+    def __init__(self, router: Router, calls: ServerCalls, pushed: PushedAdapters, settings: ServerChecks):
+        self._router, self._calls, self._pushed = router, calls, pushed
+        self.rate = settings.rate
+        self._record = None if settings.record is None else Path(settings.record)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._refuted: list[str] = []
+        self._looked_at: dict[str, bool] = {}  # by the adapter's key
+        self._told: set[str] = set()
+        self._unproven: Counter[str] = Counter()  # answers of a server since others last agreed with one
+        self.seen: Counter[tuple[str, str]] = Counter()
+        self.examined: Counter[tuple[str, str]] = Counter()
+        self.worst: dict[str, float] = {}
+        for peer, reason in _read(self._record):
+            router.refute(peer, reason)
+
+    # ------------------------------------------------------------------------------- what servers answer
+
+    def saw_forward(
+        self,
+        span: Span,
+        inputs: Tensor,
+        outputs: Tensor,
+        adapter: AdapterSnapshot | None,
+        packed: PackedRows | None,
+    ) -> None:
+        """Outputs (b, S, W) of a span."""
+        part = self._sample("forward", span, adapter, inputs, packed)
+        if part is None:
+            return
+        given, claimed = part.of(inputs), part.of(outputs)
+
+        async def ask(passes: Passes) -> _Answer:
+            found, trail = await passes.forward(given, span.start, span.stop, adapter, part.packed)
+            return _Answer([found], trail)
+
+        self._examine(_Claim("forward", span, [claimed], ask, _of_tokens(given)))
+
+    def saw_backward(
+        self, piece: Piece, grad_inputs: Tensor, adapter: AdapterSnapshot, packed: PackedRows | None
+    ) -> None:
+        """The gradient (b, S, W) of a span's inputs."""
+        assert piece.inputs is not None and piece.grad is not None, "the client relays them"
+        span = piece.span
+        part = self._sample("backward", span, adapter, piece.inputs, packed)
+        if part is None:
+            return
+        claimed, grad = part.of(grad_inputs), part.of(piece.grad)
+        own = Piece(span, part.of(piece.inputs), grad=grad)
+
+        async def ask(passes: Passes) -> _Answer:
+            found, _, trail = await _backward(passes, own, adapter, part.packed, need_input_grad=True)
+            assert found is not None, "it was asked for"
+            return _Answer([found], trail)
+
+        self._examine(_Claim("backward", span, [claimed], ask, _of_tokens(grad)))
+
+    def saw_gradients(
+        self,
+        pieces: Sequence[Piece],
+        sums: dict[int, Tensor],
+        adapter: AdapterSnapshot,
+        packed: Sequence[PackedRows | None],
+    ) -> None:
+        """One span's gradients of an adapter: block -> sum over the micro-batches in which `pieces` were."""
+        span = pieces[0].span
+        blocks = adapter.blocks_within(range(span.start, span.stop))
+        if not blocks or not self._takes("gradient", span, adapter, of=1):
+            return
+
+        async def ask(passes: Passes) -> _Answer:
+            totals: dict[int, Tensor] = {}
+            trails: Trail = []
+            for piece, own in zip(pieces, packed, strict=True):
+                _, flats, trail = await _backward(passes, piece, adapter, own, need_input_grad=False)
+                trails += trail
+                for block in blocks:
+                    totals[block] = totals[block] + flats[block] if block in totals else flats[block]
+            return _Answer([totals[block] for block in blocks], trails)
+
+        claimed = [sums[block] for block in blocks]
+        self._examine(_Claim("gradient", span, claimed, ask, difference_of_vectors))
+
+    def rows_of_generation(self, span: Span, adapter: AdapterSnapshot | None, rows: int) -> list[int]:
+        """Which rows of a generation shall be checked; see `saw_generated`."""
+        return sorted(_RANDOM.sample(range(rows), self._takes("generation", span, adapter, of=rows)))
+
+    def saw_generated(
+        self,
+        span: Span,
+        inputs: Tensor,
+        outputs: Tensor,
+        at: Sequence[int],
+        adapter: AdapterSnapshot | None,
+        rounded: torch.dtype,
+    ) -> None:
+        """One row, whose tokens went in one after the other.
+
+        Args:
+            inputs: (S, W) of a span.
+            outputs: (n, W) of the tokens `at`.
+            rounded: to what the client rounded the outputs.
+        """
+
+        async def ask(passes: Passes) -> _Answer:
+            found, trail = await passes.forward(inputs[None], span.start, span.stop, adapter)
+            return _Answer([found[0, at]], trail)
+
+        self._examine(_Claim("generation", span, [outputs], ask, _of_tokens(inputs[at]), rounded))
+
+    async def settle(self) -> None:
+        """Waits until all that was seen is checked.
+
+        Raises:
+            AnswersRefuted: a server was refuted, or some contradict each other.
+        """
+        tasks, self._tasks = self._tasks, []
+        await asyncio.gather(*tasks)
+        if self._refuted:
+            reasons, self._refuted = self._refuted, []
+            raise AnswersRefuted("; ".join(reasons))
+
+    # ---------------------------------------------------------------------------------- what is checked
+
+    def _takes(self, what: str, span: Span, adapter: AdapterSnapshot | None, of: int) -> int:
+        """How many of so many equal parts of an answer to check."""
+        peer = str(span.peer)
+        self.seen[peer, what] += 1
+        self._unproven[peer] += 1
+        rate = self.rate
+        if adapter is not None and adapter.blocks_within(range(span.start, span.stop)):
+            looked_at = max(_LOOKED_AT, rate)
+            looks = self._looked_at.setdefault(adapter.key, _RANDOM.random() < looked_at)
+            if len(self._looked_at) > _MAX_REMEMBERED:
+                self._looked_at = {adapter.key: looks}
+            rate = rate / looked_at if looks else 0.0
+        expected = rate * of
+        count = int(expected) + (_RANDOM.random() < expected % 1)
+        if self.examined[peer, what] == 0:
+            count = max(1, count)
+        return min(of, count)
+
+    def _sample(
+        self,
+        what: str,
+        span: Span,
+        adapter: AdapterSnapshot | None,
+        tensor: Tensor,
+        packed: PackedRows | None,
+    ) -> _Part | None:
+        of = len(tensor) if packed is None else packed.prefixes
+        count = self._takes(what, span, adapter, of)
+        return _Part(sorted(_RANDOM.sample(range(of), count)), packed) if count else None
+
+    def _examine(self, claim: _Claim) -> None:
+        self.examined[str(claim.span.peer), claim.what] += 1
+        self._tasks.append(asyncio.ensure_future(self._judge(claim)))
+
+    async def _ask_others(self, claim: _Claim, but: set[PeerID]) -> _Answer | None:
+        others = Passes(
+            _Others(self._router, but), self._calls, self._pushed, HandOvers(is_off=True), recovery_s=0.0
+        )
+        try:
+            return await claim.ask(others)
+        except SwarmError as error:
+            logger.debug("%s was not checked: %s", claim, error)
+            return None
+
+    async def _judge(self, claim: _Claim) -> None:
+        accused = claim.span.peer
+        second = await self._ask_others(claim, {accused})
+        if second is None:
+            text = blocks_text(range(claim.span.start, claim.span.stop))
+            if text not in self._told:
+                self._told.add(text)
+                logger.warning(
+                    "nobody else computes %s now: what server %s answers cannot be checked; start another "
+                    "server for these blocks, or trust it",
+                    text, short_id(accused),
+                )  # fmt: skip
+            return
+        mine = _Answer(claim.tensors, [Piece(claim.span, None)])
+        excess = self._excess(claim, mine, second)
+        if excess <= 1:
+            self._unproven[str(accused)] = 0
+            self.worst[claim.what] = max(excess, self.worst.get(claim.what, 0.0))
+            return
+        third = await self._ask_others(claim, {accused, *second.peers})
+        seconds_lie = third is not None and self._excess(claim, second, third) > 1
+        firsts_lie = third is not None and self._excess(claim, mine, third) > 1
+        names = ", ".join(sorted(map(short_id, second.peers)))
+        if third is None or firsts_lie == seconds_lie:
+            reason = f"it and servers {names} contradict each other, and no third can tell who is wrong"
+            self._refute({accused, *second.peers}, claim, excess, reason, is_proven=False)
+            return
+        judges = ", ".join(sorted(map(short_id, third.peers)))
+        if firsts_lie:
+            self._refute({accused}, claim, excess, f"servers {names} and {judges} agree on another")
+        elif len(second.peers) == 1:
+            reason = f"servers {short_id(accused)} and {judges} agree on another"
+            self._refute(second.peers, claim, excess, reason)
+        else:
+            logger.warning("one of servers %s answers wrong; each is checked when it is used", names)
+
+    def _excess(self, claim: _Claim, first: _Answer, second: _Answer) -> float:
+        """Their difference as a share of the limit."""
+        largest = max(
+            limit(one, other, of_gradients=claim.is_of_gradients)
+            for one in self._weights(first, claim.rounded)
+            for other in self._weights(second, None)
+        )
+        return claim.difference(first.tensors, second.tensors) / largest
+
+    def _weights(self, answer: _Answer, rounded: torch.dtype | None) -> set[ServedWeights]:
+        found = set()
+        for piece in answer.parts:
+            held = self._calls.weights_of(piece.span.peer, self._router.uids[piece.span.start])
+            dtypes = {held.dtype, held.dtype if rounded is None else str(rounded).removeprefix("torch.")}
+            found |= {replace(held, dtype=dtype) for dtype in dtypes}
+        return found
+
+    def _refute(
+        self, peers: set[PeerID], claim: _Claim, excess: float, why: str, *, is_proven: bool = True
+    ) -> None:
+        for peer in sorted(map(str, peers)):
+            if self._router.is_refuted(peer):
+                continue  # by another of its answers
+            answers = sum(count for (name, _), count in self.seen.items() if name == peer)
+            reason = (
+                f"server …{peer[-6:]} is not used any more: {claim}, {excess:.3g} times what rounding "
+                f"explains; {why} (it gave {answers} answers, {self._unproven[peer]} since one was checked)"
+            )
+            logger.error("%s", reason)
+            self._router.refute(peer, reason)
+            self._refuted.append(reason)
+            if self._record is not None and is_proven:
+                with self._record.open("a", encoding="utf-8") as file:
+                    entry = {"time": time.time(), "peer": peer, "reason": reason}
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a micro-batch, or some of its prefixes with all rows that share them."""
+
+    chosen: list[int]
+    whole: PackedRows | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """(b', S', W) of (b, S, W)."""
+        if self.whole is None:
+            return tensor[self.chosen]
+        prefixes, rest = self.whole.split(tensor)
+        return self.whole.join(prefixes[self.chosen], rest[self._rows])
+
+    @property
+    def packed(self) -> PackedRows | None:
+        if self.whole is None:
+            return None
+        return PackedRows(
+            self.whole.length, tuple(self.chosen.index(self.whole.index[row]) for row in self._rows)
+        )
+
+    @property
+    def _rows(self) -> list[int]:
+        assert self.whole is not None, "then all rows are what travels"
+        return [row for row, prefix in enumerate(self.whole.index) if prefix in self.chosen]
+
+
+def _of_tokens(given: Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor]], float]:
+    return lambda claimed, found: difference_of_tokens(claimed[0], found[0], given)
+
+
+async def _backward(
+    passes: Passes,
+    piece: Piece,
+    adapter: AdapterSnapshot,
+    packed: PackedRows | None,
+    *,
+    need_input_grad: bool,
+) -> tuple[Tensor | None, dict[int, Tensor], Trail]:
+    """Gradients of a piece's inputs and of each block's flat tensor, and who computed them."""
+    assert piece.inputs is not None and piece.grad is not None, "the client relays them"
+    trail = await passes.way_back(piece.inputs, piece.span.start, piece.span.stop, adapter, packed)
+    task = MicroBatchBackward(piece.grad, trail, packed)
+    found, flats = await passes.backward(task, adapter, need_input_grad, None)
+    return found, flats, trail
+
+
+def _read(record: Path | None) -> list[tuple[str, str]]:
+    """Servers that were refuted before. Raises ConfigError."""
+    if record is None or not record.exists():
+        return []
+    try:
+        entries = [
+            json.loads(line) for line in record.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+        return [(str(entry["peer"]), str(entry["reason"])) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"checks.record: {record} is not a list of refuted servers ({error!r}); remove it, or name "
+            "another"
+        ) from error
