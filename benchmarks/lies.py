@@ -170,10 +170,7 @@ def attacked(swarm: LyingSwarm, lie: str, rate: float, most: int, honest_rounds:
                 assert router._refuted.keys() <= {liar}
         finally:
             swarm.tell("")
-        found = router.is_refuted(liar)
-        if found and lie != ONE_ROW:
-            return int(router._refuted[liar].rsplit("it gave ", 1)[1].split()[0]) - before, True
-        return answers() - before, found
+        return answers() - before, router.is_refuted(liar)
 
 
 class Work:

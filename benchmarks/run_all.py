@@ -22,7 +22,7 @@ from harness import RESULTS
 
 HERE = Path(__file__).parent
 LINKS = ["2,5", "2,50", "2,100", "3,50", "4,50", "2,50,10", "2,50,100", "2,50,1000"]
-# Options that keep each below twenty minutes.
+# Options that keep each below half an hour.
 BENCHMARKS = {
     "local_speed": ["--repeats", "3"],
     "swarm_speed": ["--repeats", "5"],

@@ -15,7 +15,6 @@ def chaos() -> ModuleType:
     return import_benchmark("chaos")
 
 
-@pytest.mark.slow  # minutes; test_swarm_faults.py and test_one_unit.py have the most frequent kinds
 def test_every_kind_of_fault_is_survived(chaos, tiny_bloom):
     with chaos.Chaos(tiny_bloom(seed=4)) as swarm:
         faults = chaos.disturbed(swarm, list(chaos.KINDS), seed=1)

@@ -25,6 +25,7 @@ from textrl_swarm.models.texts import encode_prompt
 from textrl_swarm.runs.config import RunConfig, SwarmConfig
 from textrl_swarm.runs.estimate import RunEstimate, estimate_run
 from textrl_swarm.runs.run import (
+    REFUTED,
     Ingredients,
     Run,
     locked,
@@ -117,6 +118,13 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
             console,
             f"hidden states travel in fewer bits: logprobs differ by {loss.nats:.4f} nats, gradients by a "
             f"cosine of {loss.cosine:.4f} (on random tokens)",
+        )
+    checks = config.swarm.checks if config.swarm else None
+    if checks is not None:
+        record = checks.record or f"{config.output}/{REFUTED}"
+        _print(
+            console,
+            f"{checks.rate:.1%} of the servers' work is done again by others; {record} names who is refuted",
         )
     if run.start:
         _print(

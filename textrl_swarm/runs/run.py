@@ -14,7 +14,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 
+from textrl_swarm.config import ServerChecks
 from textrl_swarm.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from textrl_swarm.files import published, sha256, tidy, write_text
 from textrl_swarm.learning.env import PromptEnv
@@ -55,6 +56,7 @@ CONFIG = "config.yaml"
 ADAPTER = "adapter"
 SUMMARY = "summary.json"
 LOCK = ".lock"
+REFUTED = "refuted.jsonl"
 
 # Keys that may differ when a run is continued: they do not change what is learned, or only for how long.
 _FREE = (
@@ -112,7 +114,7 @@ def open_policy(config: RunConfig, model: BaseModel) -> Iterator[Policy]:
             "dht_prefix": config.swarm.dht_prefix,
             "timeouts": config.swarm.timeouts,
             "codec": config.swarm.codec,
-            "checks": config.swarm.checks,
+            "checks": _checks(config),
         }
     with load_policy(
         model,
@@ -126,6 +128,15 @@ def open_policy(config: RunConfig, model: BaseModel) -> Iterator[Policy]:
         gradient_checkpointing=config.gradient_checkpointing,
     ) as policy:
         yield policy
+
+
+def _checks(config: RunConfig) -> ServerChecks | None:
+    """Servers that a run refutes stay refuted when it is continued."""
+    assert config.swarm is not None, "only servers are checked"
+    checks = config.swarm.checks
+    if checks is None or checks.record is not None:
+        return checks
+    return replace(checks, record=str(Path(config.output) / REFUTED))
 
 
 # ------------------------------------------------------------------------------------------- the run

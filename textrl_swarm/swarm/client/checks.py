@@ -122,6 +122,7 @@ class Checks:
         self.worst: dict[str, float] = {}
         for peer, reason in _read(self._record):
             router.refute(peer, reason)
+            logger.warning("server …%s was refuted before (%s) and is not used", peer[-6:], self._record)
 
     # ------------------------------------------------------------------------------- what servers answer
 
@@ -336,8 +337,9 @@ class Checks:
                 continue  # by another of its answers
             answers = sum(count for (name, _), count in self.seen.items() if name == peer)
             reason = (
-                f"server …{peer[-6:]} is not used any more: {claim}, {excess:.3g} times what rounding "
-                f"explains; {why} (it gave {answers} answers, {self._unproven[peer]} since one was checked)"
+                f"server …{peer[-6:]} is not used any more: {claim} differs by {excess:,.1f} times what "
+                f"rounding explains; {why} (it gave {answers} answers, {self._unproven[peer]} since one was "
+                "found right)"
             )
             logger.error("%s", reason)
             self._router.refute(peer, reason)
@@ -398,15 +400,20 @@ async def _backward(
 
 def _read(record: Path | None) -> list[tuple[str, str]]:
     """Servers that were refuted before. Raises ConfigError."""
-    if record is None or not record.exists():
+    if record is None:
         return []
     try:
-        entries = [
-            json.loads(line) for line in record.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-        return [(str(entry["peer"]), str(entry["reason"])) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            entries = [json.loads(line) for line in file if line.strip()]
+    except OSError as error:
         raise ConfigError(
-            f"checks.record: {record} is not a list of refuted servers ({error!r}); remove it, or name "
-            "another"
+            f"checks.record: {record} cannot be written ({error}); name another file"
         ) from error
+    except ValueError as error:
+        raise ConfigError(f"checks.record: {record} is not a list of refuted servers ({error!r})") from error
+    try:
+        return [(str(entry["peer"]), str(entry["reason"])) for entry in entries]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"checks.record: {record} is not a list of refuted servers ({error!r})") from error
