@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,28 @@ def test_two_that_contradict_each_other_are_both_left(lying, tmp_path):
         with pytest.raises(BlocksUnavailable, match="contradict each other"):
             policy(torch.tensor([[5, 6, 7]]))
     assert not record.read_text()  # who of them it was is not known
+
+
+@pytest.mark.parametrize("lie", ["noise of 1e-2", "no adapter", "gradients of the wrong sign"])
+def test_this_machine_tells_who_of_two_lies(lying, honest, lie, tmp_path):
+    record = tmp_path / "refuted.jsonl"
+    lying.tell(lie)
+    with connect(lying, ServerChecks(rate=1.0, record=str(record), here=True)) as policy:
+        policy._client.router.refute(lying.servers[2].addresses[0].rsplit("/", 1)[-1], "it is not here")
+        assert learned(policy) == honest
+    (entry,) = map(json.loads, record.read_text().splitlines())
+    assert lying.servers[0].addresses[0].endswith(entry["peer"])
+    assert "this machine" in entry["reason"]
+
+
+def test_this_machine_checks_servers_that_are_alone(two_servers, honest, caplog):
+    with connect(two_servers, ServerChecks(rate=1.0, here=True)) as policy:
+        assert learned(policy) == honest
+        checks = policy._client.chain.checks
+        assert set(checks.worst) == {"forward", "generation", "backward", "gradient"}
+        assert max(checks.worst.values()) < 0.1
+    assert "cannot be checked" not in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("own blocks")]
 
 
 def test_where_nobody_else_holds_the_blocks_it_is_said(two_servers, caplog):

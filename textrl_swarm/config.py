@@ -367,6 +367,10 @@ class ServerChecks:
     record: str | None = None
     """File to which each refuted server is added, as a line of JSON; servers in it are not used."""
 
+    here: bool = False
+    """Whether this machine computes blocks too, from the model's files: where nobody else holds them, or two
+    servers contradict each other."""
+
     def __post_init__(self) -> None:
         _require_numbers(self, "rate")
         require(0 <= self.rate <= 1, f"checks.rate must be in [0, 1], got {self.rate!r}")

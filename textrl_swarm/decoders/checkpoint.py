@@ -6,6 +6,7 @@ renames them, fuses experts, dequantises MXFP4 and FP8, and casts. Knows nothing
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -65,6 +66,15 @@ class Checkpoint:
         prefix = self._skeleton.block_prefix(block)
         self._load(lambda name: name.startswith(prefix), f"block {block}")
         return self._skeleton.blocks[block]
+
+    def take_block(self, block: int) -> nn.Module:
+        """As `load_block`; the skeleton does not hold it, so that its memory is free when the caller drops
+        it.
+        """
+        spare = copy.deepcopy(self._skeleton.blocks[block])
+        loaded = self.load_block(block)
+        self._skeleton.blocks[block] = spare
+        return loaded
 
     def digest_block(self, block: int) -> str:
         """Of a block's numbers, as models/digests.py has it for whole checkpoints."""

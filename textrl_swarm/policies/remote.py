@@ -79,6 +79,7 @@ def load_remote_policy(
         )
     compat.require_petals()
     from textrl_swarm.swarm.client.connection import ModelFingerprint, SwarmClient, check_addresses, join
+    from textrl_swarm.swarm.client.own_blocks import OwnBlocks
     from textrl_swarm.swarm.client.parts import load_parts, parts_of
 
     if base is not None:
@@ -92,6 +93,11 @@ def load_remote_policy(
         prefix = theirs.config.dht_prefix
     config = parts.skeleton.config
     tokenizer = tokenizer or find_tokenizer(parts.name)
+    own = None
+    if checks is not None and checks.here:
+        if base is None:
+            raise ConfigError("checks.here=True needs the model's files: pass its name or directory")
+        own = OwnBlocks(base)
     checkpoint = checkpoint_digests(parts.name, parts.skeleton.blocks_path)
     if base is not None:
         dht, p2p = join(addresses, timeouts.connect_s)
@@ -109,6 +115,7 @@ def load_remote_policy(
         timeouts,
         checkpoint=checkpoint,
         checks=checks,
+        own=own,
         boundary=boundary,
         owns_dht=base is not None,
     )

@@ -27,6 +27,7 @@ from textrl_swarm.swarm.client.backward import MicroBatchBackward, Trail
 from textrl_swarm.swarm.client.checks import Checks
 from textrl_swarm.swarm.client.hand_over import HandOvers
 from textrl_swarm.swarm.client.micro_batches import MicroBatch, cut, put_together
+from textrl_swarm.swarm.client.own_blocks import OwnBlocks
 from textrl_swarm.swarm.client.passes import Passes
 from textrl_swarm.swarm.client.pushed import PushedAdapters
 from textrl_swarm.swarm.client.routing import Router
@@ -78,6 +79,7 @@ class BlockChain:
     Args:
         max_bytes_in_flight: of the micro-batches that travel at the same time; at least one does.
         checks: of what servers answer; None = they are believed.
+        own: computes blocks where servers cannot be compared; None = nobody does.
     """
 
     def __init__(
@@ -87,12 +89,13 @@ class BlockChain:
         *,
         max_bytes_in_flight: int = 256 << 20,
         checks: ServerChecks | None = None,
+        own: OwnBlocks | None = None,
     ):
         self.router = router
         self.calls = calls
         self.limits = ChainLimits()
         self.pushed = PushedAdapters(router, calls)
-        self.checks = Checks(router, calls, self.pushed, checks) if checks and checks.rate > 0 else None
+        self.checks = Checks(router, calls, self.pushed, checks, own) if checks and checks.rate > 0 else None
         self.hand_overs = HandOvers(is_off=self.checks is not None)
         self.max_bytes_in_flight = max_bytes_in_flight
         self.passes = Passes(

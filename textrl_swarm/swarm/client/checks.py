@@ -2,9 +2,9 @@
 random and unknown to them.
 
 What is compared is what the client sent and got, so it relays everything between servers. Two that contradict
-each other are judged by a third, never by who came first. Who is refuted is not used any more, and what it
-may have touched is thrown away. Where nobody else holds the blocks, nothing can be checked, and it is said.
-Knows nothing about training.
+each other are judged by a third or by this machine, never by who came first. Who is refuted is not used any
+more, and what it may have touched is thrown away. Where nobody else can compute the blocks, it is said. Knows
+nothing about training.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.agreement import difference_of_tokens, difference_of_vectors, limit
 from textrl_swarm.swarm.client.backward import MicroBatchBackward, Piece, Trail
 from textrl_swarm.swarm.client.hand_over import HandOvers
+from textrl_swarm.swarm.client.own_blocks import HERE, OwnBlocks
 from textrl_swarm.swarm.client.passes import Passes
 from textrl_swarm.swarm.client.pushed import PushedAdapters
 from textrl_swarm.swarm.client.routing import Router, Span
@@ -62,7 +63,7 @@ class _Claim:
     what: str  # "forward", "backward", "gradient" or "generation"
     span: Span
     tensors: Sequence[Tensor]
-    ask: Callable[[Passes], Awaitable[_Answer]]
+    ask: Callable[[Passes | OwnBlocks], Awaitable[_Answer]]
     difference: Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
     rounded: torch.dtype | None = None
@@ -108,8 +109,16 @@ class Checks:
         worst: kind -> the largest difference from others' answers, as a share of the limit, that was no lie.
     """
 
-    def __init__(self, router: Router, calls: ServerCalls, pushed: PushedAdapters, settings: ServerChecks):
+    def __init__(
+        self,
+        router: Router,
+        calls: ServerCalls,
+        pushed: PushedAdapters,
+        settings: ServerChecks,
+        own: OwnBlocks | None,
+    ):
         self._router, self._calls, self._pushed = router, calls, pushed
+        self._own = own
         self.rate = settings.rate
         self._record = None if settings.record is None else Path(settings.record)
         self._tasks: list[asyncio.Task[None]] = []
@@ -140,7 +149,7 @@ class Checks:
             return
         given, claimed = part.of(inputs), part.of(outputs)
 
-        async def ask(passes: Passes) -> _Answer:
+        async def ask(passes: Passes | OwnBlocks) -> _Answer:
             found, trail = await passes.forward(given, span.start, span.stop, adapter, part.packed)
             return _Answer([found], trail)
 
@@ -158,7 +167,7 @@ class Checks:
         claimed, grad = part.of(grad_inputs), part.of(piece.grad)
         own = Piece(span, part.of(piece.inputs), grad=grad)
 
-        async def ask(passes: Passes) -> _Answer:
+        async def ask(passes: Passes | OwnBlocks) -> _Answer:
             found, _, trail = await _backward(passes, own, adapter, part.packed, need_input_grad=True)
             assert found is not None, "it was asked for"
             return _Answer([found], trail)
@@ -178,7 +187,7 @@ class Checks:
         if not blocks or not self._takes("gradient", span, adapter, of=1):
             return
 
-        async def ask(passes: Passes) -> _Answer:
+        async def ask(passes: Passes | OwnBlocks) -> _Answer:
             totals: dict[int, Tensor] = {}
             trails: Trail = []
             for piece, own in zip(pieces, packed, strict=True):
@@ -212,7 +221,7 @@ class Checks:
             rounded: to what the client rounded the outputs.
         """
 
-        async def ask(passes: Passes) -> _Answer:
+        async def ask(passes: Passes | OwnBlocks) -> _Answer:
             found, trail = await passes.forward(inputs[None], span.start, span.stop, adapter)
             return _Answer([found[0, at]], trail)
 
@@ -276,41 +285,52 @@ class Checks:
             logger.debug("%s was not checked: %s", claim, error)
             return None
 
+    async def _ask_here(self, claim: _Claim) -> _Answer | None:
+        return None if self._own is None else await claim.ask(self._own)
+
     async def _judge(self, claim: _Claim) -> None:
         accused = claim.span.peer
-        second = await self._ask_others(claim, {accused})
-        if second is None:
-            text = blocks_text(range(claim.span.start, claim.span.stop))
-            if text not in self._told:
-                self._told.add(text)
-                logger.warning(
-                    "nobody else computes %s now: what server %s answers cannot be checked; start another "
-                    "server for these blocks, or trust it",
-                    text, short_id(accused),
-                )  # fmt: skip
-            return
         mine = _Answer(claim.tensors, [Piece(claim.span, None)])
+        second = await self._ask_others(claim, {accused}) or await self._ask_here(claim)
+        if second is None:
+            self._tell_unchecked(claim.span)
+            return
         excess = self._excess(claim, mine, second)
         if excess <= 1:
             self._unproven[str(accused)] = 0
             self.worst[claim.what] = max(excess, self.worst.get(claim.what, 0.0))
             return
-        third = await self._ask_others(claim, {accused, *second.peers})
+        if HERE in second.peers:
+            self._refute({accused}, claim, excess, "this machine computes another")
+            return
+        names = ", ".join(sorted(map(short_id, second.peers)))
+        third = await self._ask_here(claim) or await self._ask_others(claim, {accused, *second.peers})
         seconds_lie = third is not None and self._excess(claim, second, third) > 1
         firsts_lie = third is not None and self._excess(claim, mine, third) > 1
-        names = ", ".join(sorted(map(short_id, second.peers)))
-        if third is None or firsts_lie == seconds_lie:
+        is_here = third is not None and HERE in third.peers  # and right, even against both of them
+        if third is None or (firsts_lie == seconds_lie and not (is_here and firsts_lie)):
             reason = f"it and servers {names} contradict each other, and no third can tell who is wrong"
             self._refute({accused, *second.peers}, claim, excess, reason, is_proven=False)
             return
-        judges = ", ".join(sorted(map(short_id, third.peers)))
+        judges = "this machine" if is_here else ", ".join(sorted(map(short_id, third.peers)))
         if firsts_lie:
-            self._refute({accused}, claim, excess, f"servers {names} and {judges} agree on another")
-        elif len(second.peers) == 1:
-            reason = f"servers {short_id(accused)} and {judges} agree on another"
-            self._refute(second.peers, claim, excess, reason)
-        else:
+            others = judges if seconds_lie else f"servers {names} and {judges}"
+            self._refute({accused}, claim, excess, f"{others} agree on another")
+        if seconds_lie and len(second.peers) == 1:
+            others = judges if firsts_lie else f"servers {short_id(accused)} and {judges}"
+            self._refute(second.peers, claim, excess, f"{others} agree on another")
+        elif seconds_lie:
             logger.warning("one of servers %s answers wrong; each is checked when it is used", names)
+
+    def _tell_unchecked(self, span: Span) -> None:
+        text = blocks_text(range(span.start, span.stop))
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(
+                "nobody else computes %s now: what server %s answers cannot be checked; start another server "
+                "for these blocks, let this machine compute them (checks: {here: true}), or trust it",
+                text, short_id(span.peer),
+            )  # fmt: skip
 
     def _excess(self, claim: _Claim, first: _Answer, second: _Answer) -> float:
         """Their difference as a share of the limit."""
@@ -324,6 +344,9 @@ class Checks:
     def _weights(self, answer: _Answer, rounded: torch.dtype | None) -> set[ServedWeights]:
         found = set()
         for piece in answer.parts:
+            if piece.span.peer == HERE:
+                found.add(ServedWeights("", "float32", None))
+                continue
             held = self._calls.weights_of(piece.span.peer, self._router.uids[piece.span.start])
             dtypes = {held.dtype, held.dtype if rounded is None else str(rounded).removeprefix("torch.")}
             found |= {replace(held, dtype=dtype) for dtype in dtypes}
@@ -383,7 +406,7 @@ def _of_tokens(given: Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor]], 
 
 
 async def _backward(
-    passes: Passes,
+    passes: Passes | OwnBlocks,
     piece: Piece,
     adapter: AdapterSnapshot,
     packed: PackedRows | None,

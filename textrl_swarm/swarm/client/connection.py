@@ -27,6 +27,7 @@ from textrl_swarm.errors import AddressError
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.swarm.client.chain import BlockChain, run_in_background
+from textrl_swarm.swarm.client.own_blocks import OwnBlocks
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
 from textrl_swarm.swarm.client.session import GenerationSession
@@ -120,7 +121,7 @@ class SwarmClient:
         dht, p2p: a running client node and its libp2p daemon.
         fingerprint: of the client's model; servers of another model are refused.
         checkpoint: block index -> digest of its weights, as far as the client has them (models/digests.py).
-        checks: of what servers answer; None = they are believed.
+        checks, own: see BlockChain.
         boundary: what travels between blocks; None = hidden states.
         owns_dht: end both on close; False when a petals model of the user's owns them.
 
@@ -138,9 +139,11 @@ class SwarmClient:
         *,
         checkpoint: Mapping[int, str],
         checks: ServerChecks | None = None,
+        own: OwnBlocks | None = None,
         boundary: Boundary | None = None,
         owns_dht: bool = True,
     ):
+        self._own = own
         self.traffic = Traffic()
         self.fingerprint = fingerprint
         self._known: dict[int, _Known] = {
@@ -154,7 +157,7 @@ class SwarmClient:
         """Whether numbers travel beside hidden states."""
         self._calls = ServerCalls(p2p, timeouts, self.traffic, boundary)
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
-        self.chain = BlockChain(self.router, self._calls, checks=checks)
+        self.chain = BlockChain(self.router, self._calls, checks=checks, own=own)
         self.linears: dict[int, dict[str, LayerSizes]] = {}
         """Block index -> path of a layer inside it -> sizes, as servers have it."""
         self.spans: list[Span] = []
@@ -259,6 +262,8 @@ class SwarmClient:
         """Ends the DHT node and its daemon. Safe to call twice; also runs when the program ends."""
         with contextlib.suppress(Exception):  # as in shut_down
             run_in_background(self._calls.close())
+        if self._own is not None:
+            self._own.close()
         self._close()
 
 

@@ -1,10 +1,5 @@
 """One transformer block of a server, with LoRA applied per request. Runs in the server's compute process.
 
-Forward hooks on the linear layers, and the forward of routed experts (models/experts.py), add the low-rank
-update, so fp32, bf16, int8 and nf4 blocks are served alike and no weight is wrapped or copied:
-
-    out + (x A^T) B^T * alpha / r
-
 Knows nothing about sockets or where adapters come from.
 """
 
@@ -13,56 +8,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from hivemind import BatchTensorDescriptor, TensorDescriptor
 from hivemind.moe.server.module_backend import ModuleBackend
 from petals.server.backend import TransformerBackend
 from petals.server.memory_cache import MemoryCache
 from petals.server.task_pool import PrioritizedTaskPool
 from petals.utils.misc import is_dummy
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from textrl_swarm.decoders.block import DecoderBlock, activations_per_token
 from textrl_swarm.decoders.boundary import join_tokens
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, keep_rows
 from textrl_swarm.decoders.chunks import Chunk
-from textrl_swarm.models.experts import LowRank, add_to_matrices, route
-from textrl_swarm.models.layers import LayerSizes, is_routed
+from textrl_swarm.models.layers import LayerSizes
+from textrl_swarm.swarm.low_rank import add_hooks, applied
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
 from textrl_swarm.swarm.server.served_model import ServedBlock
-
-# What is added at this moment, by target path. Petals' Runtime is one thread, one request at a time.
-_ACTIVE: dict[str, LowRank] = {}
-
-
-def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    if path not in _ACTIVE:
-        return output
-    a, b, scale = _ACTIVE[path]
-    return (output + F.linear(F.linear(args[0].to(a.dtype), a), b) * scale).to(output.dtype)
-
-
-def _active_in(experts_path: str, parameter: str) -> LowRank | None:
-    return _ACTIVE.get(f"{experts_path}.{parameter}")
-
-
-@contextmanager
-def applied(header: AdapterHeader, block: int, flat: Tensor) -> Iterator[None]:
-    """What blocks compute here has the update of one block's adapter added."""
-    global _ACTIVE
-    previous = _ACTIVE
-    views = header.layout(block).views(flat)
-    _ACTIVE = {path: LowRank(a, b, header.scale) for path, (a, b) in views.items()}
-    try:
-        yield
-    finally:
-        _ACTIVE = previous
 
 
 class LoraBackend(TransformerBackend):
@@ -107,7 +73,7 @@ class LoraBackend(TransformerBackend):
         self.takes_sharing: bool = module.takes_sharing
         self.device: torch.device = module.device
         self.linears: dict[str, LayerSizes] = module.linears
-        self._add_hooks(self.block.module)
+        add_hooks(self.block.module, self.linears)
         dtype = str(self.dtype).removeprefix("torch.")
         self.weights = ServedWeights(module.digest, dtype, self.quantization)
         self.inference_pool = self._pool(self.inference_step, "inference")
@@ -117,18 +83,6 @@ class LoraBackend(TransformerBackend):
         self.inference_schema = (*self.args_schema, *own), self.kwargs_schema
         per_token, _ = cache_bytes([self.cache_spec], self.dtype)
         self.cache_bytes_per_token = Counter({self.device: per_token})
-
-    def _add_hooks(self, block: nn.Module) -> None:
-        for path, sizes in self.linears.items():
-            if sizes.experts is None:
-                block.get_submodule(path).register_forward_hook(partial(_add_low_rank, path))
-            else:  # one for all parameters of a module
-                experts_path, _, name = path.rpartition(".")
-                experts, active = block.get_submodule(experts_path), partial(_active_in, experts_path)
-                if is_routed(experts):
-                    route(experts, active)
-                else:
-                    add_to_matrices(experts, name, active)
 
     def _pool(self, compute: Any, what: str) -> PrioritizedTaskPool:
         size = self.forward_pool.max_batch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -168,10 +167,7 @@ class ServedModel:
 
     def load(self, index: int) -> nn.Module:
         """A block of transformers' own with its weights, on the CPU. Raises ModelError."""
-        spare = copy.deepcopy(self.skeleton.blocks[index])
-        block = self._checkpoint.load_block(index)
-        self.skeleton.blocks[index] = spare  # a block that a server gives up again leaves the memory
-        return block
+        return self._checkpoint.take_block(index)  # one that a server gives up again leaves the memory
 
     def make_ready(self, block: nn.Module, index: int, quant_type: QuantType) -> ServedBlock:
         """Quantises a block that `load` returned, moves it to its device and tries it.

@@ -14,8 +14,9 @@ from petals.server.task_pool import PrioritizedTaskPool
 from torch import Tensor
 
 from textrl_swarm.decoders.sharing import PackedRows
+from textrl_swarm.swarm.low_rank import applied
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
-from textrl_swarm.swarm.server.backend import LoraBackend, applied
+from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.gradient_sums import GradientSums
 
 _PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
