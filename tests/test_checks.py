@@ -30,7 +30,8 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
 SAMPLING = SamplingConfig(max_new_tokens=5, num_samples=2, stop_token_ids=(), seed=7)
 LIES = import_benchmark("lying_server").LIES
 SELDOM = {"noise, once in 100", "a constant, where one row is asked for"}
-OF_EACH_KIND = {"noise of 1e-2", "no adapter", "gradients of the wrong sign"}
+# The last begins to matter in the second optimizer step, when the first is taken.
+OF_EACH_KIND = {"noise of 1e-2", "no adapter", "gradients of the adapter before"}
 
 
 @pytest.fixture(scope="module")

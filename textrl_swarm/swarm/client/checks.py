@@ -126,6 +126,7 @@ class Checks:
         self._looked_at: dict[str, bool] = {}  # by the adapter's key
         self._told: set[str] = set()
         self._unproven: Counter[str] = Counter()  # answers of a server since others last agreed with one
+        self._agreed: Counter[tuple[str, str]] = Counter()  # answers by (peer id, kind)
         self.seen: Counter[tuple[str, str]] = Counter()
         self.examined: Counter[tuple[str, str]] = Counter()
         self.worst: dict[str, float] = {}
@@ -255,7 +256,7 @@ class Checks:
             rate = rate / looked_at if looks else 0.0
         expected = rate * of
         count = int(expected) + (_RANDOM.random() < expected % 1)
-        if self.examined[peer, what] == 0:
+        if self._agreed[peer, what] == 0:
             count = max(1, count)
         return min(of, count)
 
@@ -298,6 +299,7 @@ class Checks:
         excess = self._excess(claim, mine, second)
         if excess <= 1:
             self._unproven[str(accused)] = 0
+            self._agreed[str(accused), claim.what] += 1
             self.worst[claim.what] = max(excess, self.worst.get(claim.what, 0.0))
             return
         if HERE in second.peers:
