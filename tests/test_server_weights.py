@@ -82,10 +82,11 @@ def test_every_request_is_refused_by_a_server_with_other_weights(two_servers):
             await stream.send(hidden, Chunk(0), step=0, last_only=False)
             return await stream.receive(hidden, last_only=False)
 
+        sizes = [adapter.blocks[block].numel() for block in range(span.start, span.stop)]
         requests = {
             "forward": lambda: calls.forward(span.peer, uids, hidden, ""),
             "push": lambda: calls.push(span.peer, uids, range(span.start, span.stop), adapter),
-            "backward": lambda: calls.backward(span.peer, uids, hidden, hidden, adapter.key, True),
+            "backward": lambda: calls.backward(span.peer, uids, hidden, hidden, adapter.key, sizes, True),
             "generation": generate,
         }
         for make in requests.values():

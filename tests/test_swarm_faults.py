@@ -499,6 +499,22 @@ def test_answers_that_are_not_finite_are_not_used(two_servers, monkeypatch):
     assert "returned NaN or infinite numbers" in str(failure.value)
 
 
+def test_gradients_of_another_size_are_not_used(two_servers, monkeypatch):
+    original = ServerCalls._request
+
+    async def request(self, peer, what, *args, **options):
+        answer = await original(self, peer, what, *args, **options)
+        if what != "backward":
+            return answer
+        first, *flats = answer.tensors
+        return replace(answer, tensors=[first, *(torch.cat([flat, flat]) for flat in flats)])
+
+    with connect(two_servers, filled=82, timeouts=SHORT) as policy:
+        monkeypatch.setattr(ServerCalls, "_request", request)
+        with pytest.raises((RemoteFailure, BlocksUnavailable), match="returned a gradient of shape"):
+            run(policy, TOKENS)
+
+
 # -------------------------------------------------------------------------------------------- no process left
 
 

@@ -361,7 +361,7 @@ class Codec:
 class ServerChecks:
     """How much of what servers compute is computed again by others."""
 
-    rate: float = 0.02
+    rate: float = 0.015
     """Of the work; 0 = servers are believed."""
 
     record: str | None = None

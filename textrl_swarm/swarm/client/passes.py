@@ -240,7 +240,9 @@ class Passes:
             try:
                 inputs = piece.kept or await self._inputs(task, piece, adapter)
                 key = await self._pushed.ensure(span, adapter)
-                sent = inputs, piece.grad.to(span.dtype), key, needed, summed, task.packed
+                flat = (adapter.blocks.get(block) for block in range(span.start, span.stop))
+                sizes = [0 if part is None else part.numel() for part in flat]
+                sent = inputs, piece.grad.to(span.dtype), key, sizes, needed, summed, task.packed
                 grad_input, span_flats = await self._calls.backward(span.peer, self._uids(span), *sent)
             except AdapterMissing:
                 self._pushed.forget(span, adapter)

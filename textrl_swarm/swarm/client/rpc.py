@@ -40,7 +40,6 @@ from textrl_swarm.swarm.stub import ServerStub
 from textrl_swarm.swarm.traffic import Traffic
 
 _MAX_GROWTH = 8  # of a block's output over its input: what else crosses the boundary
-_ANY = 1 << 40  # numbers: gradients are as large as the adapter
 _ALLOCATE_S = 3.0  # in which a server finds room for caches, before another server is asked
 _ROUND_TRIPS = 3  # of which the fastest counts: the first opens the stream
 
@@ -209,6 +208,7 @@ class ServerCalls:
         inputs: Tensor | str,
         grad: Tensor,
         key: str,
+        sizes: Sequence[int],
         need_input_grad: bool,
         summed: tuple[str, int, int] | None = None,
         packed: PackedRows | None = None,
@@ -218,6 +218,7 @@ class ServerCalls:
         Args:
             inputs: (B, S, H), or the name under which the server keeps them.
             grad: with respect to the output.
+            sizes: numbers of each block's flat tensor; 0 = the adapter leaves it as it is.
             summed: name of a sum over micro-batches, index of this one, and their number: each block's
                 gradient is that of all of them, or empty while the server has not seen all.
             packed: how rows lie in all of these tensors.
@@ -234,8 +235,15 @@ class ServerCalls:
         else:
             tensors.insert(0, inputs)
         kinds = "activations", "gradients"
-        answer = await self._request(peer, "backward", uids, tensors, metadata, _ANY, kinds)
+        most = max(_MAX_GROWTH * (grad.numel() + 1024), *sizes)
+        answer = await self._request(peer, "backward", uids, tensors, metadata, most, kinds)
         grad_input, *flats = _complete(answer.tensors, 1 + len(uids), peer)
+        for flat, size in zip(flats, sizes, strict=True):
+            if flat.numel() not in (0, size) or flat.ndim != 1:
+                raise ServerFailed(
+                    f"server {short_id(peer)} returned a gradient of shape {tuple(flat.shape)} for {size} "
+                    "numbers of a block's adapter"
+                )
         if not all(torch.isfinite(flat).all() for flat in flats):
             raise ServerFailed(f"server {short_id(peer)} returned gradients that are not finite")
         return (_checked(grad_input, grad, peer, self.boundary) if need_input_grad else None), flats
