@@ -44,9 +44,11 @@ PPO_CONFIG = PPOConfig(epochs=2, minibatch_size=8, kl_coef=0.05, lr=1e-2)
 FORMS: dict[str, Sequence[str]] = {
     "fp32": (),
     "bf16": ("--torch_dtype", "bfloat16"),
+    "another in bf16": ("--torch_dtype", "bfloat16"),
     "8 bits": ("--quant_type", "int8"),
+    "another in 8 bits": ("--quant_type", "int8"),
     "4 bits": ("--quant_type", "nf4"),
-    "bf16, 4 bits": ("--torch_dtype", "bfloat16", "--quant_type", "nf4"),
+    "another in 4 bits": ("--quant_type", "nf4"),
 }
 
 
@@ -105,7 +107,7 @@ def differences() -> Iterator[dict[tuple[str, str, str], list[float]]]:
 
     def excess(self: Any, claim: Any, first: Any, second: Any) -> float:
         value = original(self, claim, first, second)
-        forms = sorted(next(iter(self._weights(answer, None))).form for answer in (first, second))
+        forms = sorted(next(iter(self._all_weights(answer, None))).form for answer in (first, second))
         found[forms[0], forms[1], claim.what].append(value)
         return value
 

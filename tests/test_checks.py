@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import threading
@@ -21,7 +22,12 @@ from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.policies.loading import load_policy
 from textrl_swarm.runs.config import load_config
 from textrl_swarm.runs.run import _checks
-from textrl_swarm.swarm.client.agreement import difference_of_tokens, difference_of_vectors, limit
+from textrl_swarm.swarm.client.agreement import (
+    comparable,
+    difference_of_tokens,
+    difference_of_vectors,
+    limit,
+)
 from textrl_swarm.swarm.protocol import ServedWeights
 
 pytestmark = pytest.mark.swarm
@@ -195,7 +201,9 @@ def test_where_nobody_else_holds_the_blocks_it_is_said(two_servers, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     cannot = [text for text in warnings if "cannot be checked" in text]
     assert len(cannot) == 2
-    assert "nobody else computes blocks 0..1" in cannot[0] or "nobody else computes blocks 0..1" in cannot[1]
+    assert (
+        "nobody else computes blocks 0..1 " in cannot[0] or "nobody else computes blocks 0..1 " in cannot[1]
+    )
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"peer": "x"}', "\xff"])
@@ -235,11 +243,27 @@ FORMS = [
 ]
 
 
-@given(st.sampled_from(FORMS), st.sampled_from(FORMS))
-def test_limits_are_symmetric_and_no_closer_than_rounding(first, second):
-    assert limit(first, second) == limit(second, first)
-    assert limit(first, second) >= limit(FORMS[0], FORMS[0])
-    assert limit(first, second, of_gradients=True) > limit(first, second)
+@given(st.sampled_from(FORMS), st.sampled_from(FORMS), st.integers(1, 100))
+def test_limits(first, second, blocks):
+    assert comparable(first, second) == comparable(second, first)
+    assert comparable(first, first)
+    assert limit(first, second, blocks) == limit(second, first, blocks) or not comparable(first, second)
+    assert limit(first, second, blocks) >= limit(FORMS[0], FORMS[0], blocks)
+    assert limit(first, second, blocks) <= limit(first, second, blocks + 1)
+    # A gradient of the wrong sign is found whatever the arithmetic.
+    assert limit(first, second, blocks) < limit(first, second, blocks, of_gradients=True) < 2
+
+
+def test_servers_that_quantise_differently_are_not_compared():
+    whole, half, in_8, in_4 = (
+        ServedWeights("", dtype, quantization)
+        for dtype, quantization in (
+            ("float32", None), ("bfloat16", None), ("float32", "int8"), ("float32", "nf4")
+        )
+    )  # fmt: skip
+    assert comparable(whole, half)
+    assert not any(comparable(one, other) for one, other in itertools.combinations((half, in_8, in_4), 2))
+    assert not comparable(in_4, ServedWeights("", "bfloat16", "nf4"))
 
 
 def test_differences():

@@ -1,8 +1,9 @@
 """Whether two servers computed the same, as far as their arithmetic allows.
 
-Honest servers differ by rounding: little in fp32, more in 16 bits; and by quantisation, where not both
-quantise alike. Limits lie above all that honest servers were seen to differ by, and as far as they can below
-what lies change (`benchmarks/lies.py` prints both). Knows nothing about requests.
+Honest servers differ by rounding: little in fp32, more in 16 bits, and more behind more blocks. Servers that
+quantise differently compute with other weights: between 4 bits and 16, gradients differ by as much as they are
+long, so that nothing can be said. Limits lie above all that honest servers were seen to differ by, and as far as
+they can below what lies change (`benchmarks/lies.py` prints both). Knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -14,19 +15,30 @@ from torch import Tensor
 
 from textrl_swarm.swarm.protocol import ServedWeights
 
-_ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
-_QUANTISATION = {None: 0.0, "int8": 0.1, "nf4": 0.5}
-_GRADIENTS = 2.0  # differ by more than hidden states
+# Of hidden states, for each block.
+_ROUNDING = {"float32": 2.5e-4, "float16": 2.5e-3, "bfloat16": 2e-2}
+_INT8 = 5e-2  # which columns are outliers depends on the rows that are computed together
+_MOST = 0.5
+_GRADIENTS = 4.0  # differ by more than hidden states
+_MOST_OF_GRADIENTS = 1.0
 _WITHIN = 0.9  # share of the tokens that must agree: routers of experts decide otherwise now and then
 _STANDING = 0.1  # share of a hidden state's length that counts beside what the blocks changed of it
 
 
-def limit(first: ServedWeights, second: ServedWeights, *, of_gradients: bool = False) -> float:
-    """By how much honest servers with these weights may differ at most."""
-    most = max(_ROUNDING.get(each.dtype, _ROUNDING["bfloat16"]) for each in (first, second))
-    if first.form != second.form:  # weights in another dtype are quantised to other numbers
-        most += max(_QUANTISATION[each.quantization] for each in (first, second))
-    return most * (_GRADIENTS if of_gradients else 1.0)
+def comparable(first: ServedWeights, second: ServedWeights) -> bool:
+    """Whether their answers can be held against each other."""
+    are_whole = first.quantization is None and second.quantization is None
+    return are_whole or (first.dtype, first.quantization) == (second.dtype, second.quantization)
+
+
+def limit(first: ServedWeights, second: ServedWeights, blocks: int, *, of_gradients: bool = False) -> float:
+    """By how much honest servers with comparable weights may differ at most, behind so many blocks."""
+    of_each = max(_ROUNDING.get(each.dtype, _ROUNDING["bfloat16"]) for each in (first, second))
+    if first.quantization == "int8":
+        of_each += _INT8
+    if of_gradients:
+        return min(_MOST_OF_GRADIENTS, _GRADIENTS * of_each * blocks)
+    return min(_MOST, of_each * blocks)
 
 
 def difference_of_tokens(claimed: Tensor, found: Tensor, given: Tensor) -> float:

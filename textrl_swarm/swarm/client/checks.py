@@ -27,7 +27,7 @@ from textrl_swarm.config import ServerChecks
 from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import AnswersRefuted, BlocksUnavailable, ConfigError, ServerFailed, SwarmError
 from textrl_swarm.models.blocks import blocks_text
-from textrl_swarm.swarm.client.agreement import difference_of_tokens, difference_of_vectors, limit
+from textrl_swarm.swarm.client.agreement import comparable, difference_of_tokens, difference_of_vectors, limit
 from textrl_swarm.swarm.client.backward import MicroBatchBackward, Piece, Trail
 from textrl_swarm.swarm.client.hand_over import HandOvers
 from textrl_swarm.swarm.client.own_blocks import HERE, OwnBlocks
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _RANDOM = random.SystemRandom()  # servers shall not be able to tell
 _LOOKED_AT = 0.1  # least share of the adapters that are checked: who checks must be sent them
 _MAX_REMEMBERED = 1000  # of these decisions
+_OWN_WEIGHTS = ServedWeights("", "float32", None)  # of OwnBlocks
 
 
 @dataclass(frozen=True)
@@ -278,16 +279,24 @@ class Checks:
 
     async def _ask_others(self, claim: _Claim, but: set[PeerID]) -> _Answer | None:
         others = Passes(
-            _Others(self._router, but), self._calls, self._pushed, HandOvers(is_off=True), recovery_s=0.0
+            _Others(self._router, but | self._unlike(claim)),
+            self._calls,
+            self._pushed,
+            HandOvers(is_off=True),
+            recovery_s=0.0,
         )
         try:
-            return await claim.ask(others)
+            answer = await claim.ask(others)
+            return None if answer.peers & self._unlike(claim) else answer
         except SwarmError as error:
             logger.debug("%s was not checked: %s", claim, error)
             return None
 
     async def _ask_here(self, claim: _Claim) -> _Answer | None:
-        return None if self._own is None else await claim.ask(self._own)
+        own = self._weights(claim.span)
+        if self._own is None or own is None or not comparable(own, _OWN_WEIGHTS):
+            return None
+        return await claim.ask(self._own)
 
     async def _judge(self, claim: _Claim) -> None:
         accused = claim.span.peer
@@ -329,27 +338,42 @@ class Checks:
         if text not in self._told:
             self._told.add(text)
             logger.warning(
-                "nobody else computes %s now: what server %s answers cannot be checked; start another server "
-                "for these blocks, let this machine compute them (checks: {here: true}), or trust it",
+                "nobody else computes %s with such weights now: what server %s answers cannot be checked; "
+                "start another server for these blocks, let this machine compute them (checks: {here: "
+                "true}), or trust it",
                 text, short_id(span.peer),
             )  # fmt: skip
 
     def _excess(self, claim: _Claim, first: _Answer, second: _Answer) -> float:
         """Their difference as a share of the limit."""
+        blocks = claim.span.stop - claim.span.start
         largest = max(
-            limit(one, other, of_gradients=claim.is_of_gradients)
-            for one in self._weights(first, claim.rounded)
-            for other in self._weights(second, None)
+            limit(one, other, blocks, of_gradients=claim.is_of_gradients)
+            for one in self._all_weights(first, claim.rounded)
+            for other in self._all_weights(second, None)
         )
         return claim.difference(first.tensors, second.tensors) / largest
 
-    def _weights(self, answer: _Answer, rounded: torch.dtype | None) -> set[ServedWeights]:
+    def _unlike(self, claim: _Claim) -> set[PeerID]:
+        """Servers that compute with weights of another form, as far as they were asked for it."""
+        own = self._weights(claim.span)
+        found = set()
+        for span in self._router.spans:
+            held = self._weights(span)
+            if own is not None and held is not None and not comparable(own, held):
+                found.add(span.peer)
+        return found
+
+    def _weights(self, span: Span) -> ServedWeights | None:
+        if span.peer == HERE:
+            return _OWN_WEIGHTS
+        return self._calls.weights_of(span.peer, self._router.uids[span.start])
+
+    def _all_weights(self, answer: _Answer, rounded: torch.dtype | None) -> set[ServedWeights]:
         found = set()
         for piece in answer.parts:
-            if piece.span.peer == HERE:
-                found.add(ServedWeights("", "float32", None))
-                continue
-            held = self._calls.weights_of(piece.span.peer, self._router.uids[piece.span.start])
+            held = self._weights(piece.span)
+            assert held is not None, "who answers was asked for it before"
             dtypes = {held.dtype, held.dtype if rounded is None else str(rounded).removeprefix("torch.")}
             found |= {replace(held, dtype=dtype) for dtype in dtypes}
         return found

@@ -164,6 +164,11 @@ class Router:
         """Never uses this server again."""
         self._refuted[peer] = reason
 
+    @property
+    def spans(self) -> Sequence[Span]:
+        """What was announced when last looked for, usable or not."""
+        return self._spans
+
     def is_refuted(self, peer: str) -> bool:
         """Whether `refute` was told of it."""
         return peer in self._refuted

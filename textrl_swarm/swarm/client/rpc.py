@@ -117,9 +117,9 @@ class ServerCalls:
         """
         self._weights[peer] = dict(weights)
 
-    def weights_of(self, peer: PeerID, uid: str) -> ServedWeights:
-        """What `expect` was told."""
-        return self._weights[peer][uid]
+    def weights_of(self, peer: PeerID, uid: str) -> ServedWeights | None:
+        """What `expect` was told, if it was."""
+        return self._weights.get(peer, {}).get(uid)
 
     def _naming_weights(self, peer: PeerID, uids: Sequence[str]) -> dict[str, str]:
         known = self._weights.get(peer)
