@@ -1,9 +1,9 @@
 """Whether two servers computed the same, as far as their arithmetic allows.
 
 Honest servers differ by rounding: little in fp32, more in 16 bits, and more behind more blocks. Servers that
-quantise differently compute with other weights: between 4 bits and 16, gradients differ by as much as they are
-long, so that nothing can be said. Limits lie above all that honest servers were seen to differ by, and as far as
-they can below what lies change (`benchmarks/lies.py` prints both). Knows nothing about requests.
+quantise differently compute with other weights: between 4 bits and 16, gradients differ by as much as they
+are long, so that nothing can be said. Limits lie above all that honest servers were seen to differ by, and as
+far as they can below what lies change (`benchmarks/lies.py` prints both). Knows nothing about requests.
 """
 
 from __future__ import annotations
