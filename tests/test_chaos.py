@@ -15,6 +15,7 @@ def chaos() -> ModuleType:
     return import_benchmark("chaos")
 
 
+@pytest.mark.slow  # minutes; the most frequent kinds are in test_swarm_faults.py and test_one_unit.py
 def test_every_kind_of_fault_is_survived(chaos, tiny_bloom):
     with chaos.Chaos(tiny_bloom(seed=4)) as swarm:
         faults = chaos.disturbed(swarm, list(chaos.KINDS), seed=1)

@@ -215,11 +215,11 @@ def test_sums_of_gradients_are_the_same_whatever_happens(replicas, monkeypatch, 
     monkeypatch.setattr("textrl_swarm.swarm.protocol._MIN_MICRO_BATCH_TOKENS", 9)
     original, received, told = ServerCalls.backward, [], []
 
-    async def backward(self, peer, uids, hidden, grad, key, need_input_grad, summed=None, *more):
+    async def backward(self, peer, uids, hidden, grad, key, sizes, needed, summed=None, *more):
         name, index, count = summed or ("", 0, 1)
         if "no sums" in told and summed:
             summed = name + str(index), 0, 2  # that are never completed
-        answer = await original(self, peer, uids, hidden, grad, key, need_input_grad, summed, *more)
+        answer = await original(self, peer, uids, hidden, grad, key, sizes, needed, summed, *more)
         received.append((name, index, count))
         if len(received) == 3 and disturbed:
             disturb(replicas, told)

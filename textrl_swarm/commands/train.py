@@ -120,7 +120,7 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
             f"cosine of {loss.cosine:.4f} (on random tokens)",
         )
     checks = config.swarm.checks if config.swarm else None
-    if checks is not None:
+    if checks is not None and checks.rate > 0:
         record = checks.record or f"{config.output}/{REFUTED}"
         _print(
             console,

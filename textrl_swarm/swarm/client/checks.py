@@ -320,7 +320,8 @@ class Checks:
         firsts_lie = third is not None and self._excess(claim, mine, third) > 1
         is_here = third is not None and HERE in third.peers  # and right, even against both of them
         if third is None or (firsts_lie == seconds_lie and not (is_here and firsts_lie)):
-            reason = f"it and servers {names} contradict each other, and no third can tell who is wrong"
+            both = f"{short_id(accused)} and {names}"
+            reason = f"servers {both} contradict each other, and no third can tell who is wrong"
             self._refute({accused, *second.peers}, claim, excess, reason, is_proven=False)
             return
         judges = "this machine" if is_here else ", ".join(sorted(map(short_id, third.peers)))
