@@ -237,7 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--honest-rounds", type=int, default=2, help="before lies that begin later")
     parser.add_argument("--rate", type=float, default=ServerChecks().rate)
-    parser.add_argument("--rounds", type=int, default=60, help="in which the cost is measured")
+    parser.add_argument("--rounds", type=int, default=150, help="in which the cost is measured")
     parser.add_argument("--hidden", type=int, default=64, help="of the model")
     parser.add_argument("--lie", action="append", choices=[*LIES, SOLD], help="only these")
     options = parser.parse_args()

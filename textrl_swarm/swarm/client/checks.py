@@ -457,13 +457,10 @@ def _read(record: Path | None) -> list[tuple[str, str]]:
         with record.open("a+", encoding="utf-8") as file:
             file.seek(0)
             entries = [json.loads(line) for line in file if line.strip()]
+        return [(str(entry["peer"]), str(entry["reason"])) for entry in entries]
     except OSError as error:
         raise ConfigError(
             f"checks.record: {record} cannot be written ({error}); name another file"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"checks.record: {record} is not a list of refuted servers ({error!r})") from error
-    try:
-        return [(str(entry["peer"]), str(entry["reason"])) for entry in entries]
-    except (KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"checks.record: {record} is not a list of refuted servers ({error!r})") from error
