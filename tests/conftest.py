@@ -97,7 +97,14 @@ def hardly_pretrained(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def two_servers(tiny_bloom) -> Iterator[LocalSwarm]:
     """Four blocks in two halves; room for an adapter of rank 1024 per client, not quite for two in all."""
-    options = ("--adapter_bytes", "14000000", "--adapter_bytes_per_client", "10000000")
+    options = (
+        "--adapter_bytes",
+        "14000000",
+        "--adapter_bytes_per_client",
+        "10000000",
+        "--adapter_idle_s",
+        "0",
+    )
     with LocalSwarm(tiny_bloom(seed=1), num_servers=2, server_options=options) as swarm:
         yield swarm
 

@@ -159,7 +159,7 @@ def test_faults_go_unnoticed(tmp_path, family):
     with load_policy(directory, lora=lora) as policy:
         size_bytes = sum(4 * parameter.numel() for parameter in policy.adapter_parameters().values())
     room = 3 * size_bytes // 4  # of a server with half of the blocks: one and a half
-    options = ("--adapter_bytes", room, "--adapter_bytes_per_client", room)
+    options = ("--adapter_bytes", room, "--adapter_bytes_per_client", room, "--adapter_idle_s", 0)
     spans = [(0, 2), (2, BLOCKS), (2, BLOCKS)]
     with LocalSwarm(directory, spans=spans, server_options=tuple(map(str, options))) as swarm:
         with connect(swarm, lora, filled=3) as policy:

@@ -12,6 +12,7 @@ import torch
 from scripted import scripted
 
 from textrl_swarm.errors import ShapeError
+from textrl_swarm.swarm.access import Membership
 from textrl_swarm.swarm.protocol import Receiver
 from textrl_swarm.swarm.server import hand_over
 from textrl_swarm.swarm.server.hand_over import HandOvers, in_order
@@ -105,4 +106,4 @@ def test_numbers_that_are_not_finite_are_not_handed_over(monkeypatch, number, go
         assert task is not None
         return await task
 
-    assert asyncio.run(give(HandOvers(None))) is goes
+    assert asyncio.run(give(HandOvers(None, Membership(None, None)))) is goes

@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 from concurrent.futures import Future
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from textrl_swarm.errors import (
     InputsMissing,
     RemoteFailure,
     ServerFailed,
+    ServerMismatch,
 )
 from textrl_swarm.models.blocks import split_evenly
 from textrl_swarm.models.layers import LayerSizes
@@ -443,7 +445,7 @@ def router(monkeypatch):
 
     def make(*spans, refuse=()):
         async def inspect(span, uid):
-            return "another model" if span.peer.to_bytes().decode() in refuse else None
+            return ServerMismatch("another model") if span.peer.to_bytes().decode() in refuse else None
 
         full = [(*span, 1.0, True)[:5] if len(span) == 3 else span for span in spans]
         return routing.Router(FakeDHT(*full), "tiny", 4, inspect)
@@ -547,7 +549,7 @@ def test_answers_of_another_shape_are_not_used(monkeypatch, boundary, answer, is
 
     monkeypatch.setattr(ServerStub, "get_stub", lambda *_: Stub())
 
-    calls = ServerCalls(None, Timeouts(), Traffic(), boundary)
+    calls = ServerCalls(MagicMock(), Timeouts(), Traffic(), boundary)
     asked = calls.forward("peer", ["m.0"], torch.zeros(1, 2, 3), "")
     if is_refused:
         with pytest.raises(ServerFailed, match=r"returned shape .* for inputs of shape \(1, 2, 3\)"):

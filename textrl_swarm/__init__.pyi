@@ -5,7 +5,9 @@ from .config import LoraSettings as LoraSettings
 from .config import PPOConfig as PPOConfig
 from .config import SamplingConfig as SamplingConfig
 from .config import ServerChecks as ServerChecks
+from .config import SwarmAccess as SwarmAccess
 from .config import Timeouts as Timeouts
+from .errors import AccessDenied as AccessDenied
 from .errors import AdapterError as AdapterError
 from .errors import AdapterMissing as AdapterMissing
 from .errors import AdapterRejected as AdapterRejected
@@ -17,6 +19,7 @@ from .errors import ConfigError as ConfigError
 from .errors import ExportError as ExportError
 from .errors import IncompatibleLibrary as IncompatibleLibrary
 from .errors import InputsMissing as InputsMissing
+from .errors import InputsNotFinite as InputsNotFinite
 from .errors import LaunchError as LaunchError
 from .errors import ModelError as ModelError
 from .errors import NumericsError as NumericsError

@@ -31,6 +31,16 @@ def _examples(*commands: str) -> str:
     return f"Examples:  {'  |  '.join(commands)}"
 
 
+_SecretFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--secret-file",
+        "--secret_file",
+        help="File with the swarm's secret; who does not know it is not let in.",
+    ),
+]
+
+
 @app.command(
     epilog=_examples(
         "textrl-swarm demo --out runs/demo", "textrl-swarm demo --local --quantization 8bit --out runs/8bit"
@@ -123,6 +133,16 @@ def serve(
             "--initial-peers", "--initial_peers", help="Address of a server to join; may be repeated."
         ),
     ] = None,
+    allowed_peers: Annotated[
+        Path | None,
+        typer.Option(
+            "--allowed-peers",
+            "--allowed_peers",
+            help="File with the ids of the peers that may come in, one in each line; default: everybody. It "
+            "is read again when it changes.",
+        ),
+    ] = None,
+    secret_file: _SecretFile = None,
 ) -> None:
     """Serve a model's blocks to clients that generate and train. Every option of petals' run_server can be
     added.
@@ -136,7 +156,9 @@ def serve(
     peers, options = _split_addresses(list(initial_peers or []), context.args)
     if new_swarm == bool(peers):
         raise typer.BadParameter("give either --new-swarm (start one) or --initial-peers ADDRESS (join one)")
-    serve_command(model, servers, peers, options, console)
+    serve_command(
+        model, servers, peers, options, console, allowed_peers=allowed_peers, secret_file=secret_file
+    )
 
 
 @app.command(
@@ -166,6 +188,10 @@ def status(
     timeout_s: Annotated[
         float, typer.Option("--timeout-s", min=1, help="Seconds for everything together.")
     ] = 60,
+    secret_file: _SecretFile = None,
+    identity: Annotated[
+        Path | None, typer.Option(help="File with this machine's key, for servers with --allowed-peers.")
+    ] = None,
 ) -> None:
     """Show which servers hold which blocks of a swarm, how fast, which can train, and what is missing.
 
@@ -175,9 +201,33 @@ def status(
     if rest:
         raise typer.BadParameter(f"unexpected argument: {rest[0]}")
     from textrl_swarm.commands.status import status_command
+    from textrl_swarm.config import SwarmAccess
 
-    if not status_command(peers, dht_prefix, console, as_json=as_json, timeout_s=timeout_s):
+    access = SwarmAccess(
+        secret_file=None if secret_file is None else str(secret_file),
+        identity=None if identity is None else str(identity),
+    )
+    if not status_command(peers, dht_prefix, console, as_json=as_json, timeout_s=timeout_s, access=access):
         raise typer.Exit(3)
+
+
+@app.command(
+    "peer-id",
+    epilog=_examples("textrl-swarm peer-id laptop.key", "textrl-swarm peer-id server.key >> friends.txt"),
+)
+def peer_id(
+    path: Annotated[Path, typer.Argument(help="File with a private key; made when there is none.")],
+) -> None:
+    """Print the id of the peer that has a private key, as lists of allowed peers name it.
+
+    The file is given to a run as swarm.access.identity, and to a server as --identity_path.
+    """
+    from textrl_swarm.swarm.compat import require_petals
+
+    require_petals()
+    from textrl_swarm.swarm.access import ensure_identity
+
+    print(ensure_identity(path))
 
 
 def _split_addresses(peers: list[str], rest: list[str]) -> tuple[list[str], list[str]]:

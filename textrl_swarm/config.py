@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ Settings = TypeVar("Settings")
 
 QUANTIZATIONS = ("8bit", "4bit")
 CODECS = ("fp16", "int8")  # of hidden states on the wire
+
+_PEER_ID = re.compile("[1-9A-HJ-NP-Za-km-z]{30,}")
 
 
 # --------------------------------------------------------------------------------- documented fields
@@ -374,6 +377,39 @@ class ServerChecks:
     def __post_init__(self) -> None:
         _require_numbers(self, "rate")
         require(0 <= self.rate <= 1, f"checks.rate must be in [0, 1], got {self.rate!r}")
+
+
+@document_fields
+@dataclass(frozen=True)
+class SwarmAccess:
+    """Which servers are used, and what lets this machine into a swarm that is not open to all."""
+
+    allowed_servers: tuple[str, ...] = ()
+    """Ids of the servers that may be used, as they stand behind /p2p/ in addresses; none = all."""
+
+    secret_file: str | None = None
+    """File with the secret of a swarm whose servers were started with --secret-file."""
+
+    identity: str | None = None
+    """File with the private key of this machine's peer, made when there is none; null = another for each
+    run. Servers with --allowed-peers know peers by it."""
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.allowed_servers, (tuple, list)),
+            f"allowed_servers must be a list of ids, got {self.allowed_servers!r}",
+        )
+        for peer in self.allowed_servers:
+            require(
+                isinstance(peer, str) and bool(_PEER_ID.fullmatch(peer)),
+                f"allowed_servers: {peer!r} is no peer's id; it is what follows /p2p/ in a server's address",
+            )
+        for name in ("secret_file", "identity"):
+            value = getattr(self, name)
+            require(
+                value is None or (isinstance(value, str) and value != ""),
+                f"{name} must be a path, got {value!r}",
+            )
 
 
 @document_fields

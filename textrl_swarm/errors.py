@@ -17,11 +17,13 @@
         ├── BlocksUnavailable   no server holds some of the model's blocks
         ├── ServerMismatch      a server holds blocks of another model
         ├── ServerFailed        one server did not answer, or answered with an error
-        │   └── ServerBusy      a server has no room now
+        │   ├── ServerBusy      a server has no room now
+        │   └── AccessDenied    a server does not let this client in
         ├── RemoteFailure       a request kept failing until its deadline
         │   └── AnswersRefuted  others compute something else than a server answered
         ├── AdapterMissing      a server does not hold the adapter that a request names
         ├── InputsMissing       a server did not keep the inputs that a request names
+        ├── InputsNotFinite     a server was sent NaN or infinite numbers
         ├── AdapterRejected     a server refuses to store an adapter
         └── LaunchError         a server process ended or did not come online in time
 
@@ -141,6 +143,14 @@ class AdapterMissing(SwarmError):
 
 class InputsMissing(SwarmError):
     """A server did not keep a forward's inputs for the backward. The client sends them and asks again."""
+
+
+class InputsNotFinite(SwarmError):
+    """A server was sent hidden states or gradients that are NaN or infinite; no other would take them."""
+
+
+class AccessDenied(ServerFailed):
+    """A server does not let this client in: it is not on a list, or does not know the swarm's secret."""
 
 
 class AdapterRejected(SwarmError):

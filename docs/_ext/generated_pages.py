@@ -31,7 +31,7 @@ _PLAIN_TYPES: dict[Any, str] = {
 
 def run_yaml() -> str:
     """Markdown with a table of keys per section of a run's configuration."""
-    from textrl_swarm.config import Codec, LoraSettings, ServerChecks
+    from textrl_swarm.config import Codec, LoraSettings, ServerChecks, SwarmAccess
     from textrl_swarm.runs.config import RewardConfig, RunConfig, SwarmConfig
 
     smallest = RunConfig(
@@ -39,7 +39,7 @@ def run_yaml() -> str:
         prompts=["-"],
         reward=(RewardConfig(function="module:name"),),
         output="-",
-        swarm=SwarmConfig(initial_peers=(), codec=Codec("fp16"), checks=ServerChecks()),
+        swarm=SwarmConfig(initial_peers=(), codec=Codec("fp16"), checks=ServerChecks(), access=SwarmAccess()),
         lora=LoraSettings(),
     )
     known = smallest.to_dict()  # what a file may hold: the keys, and the defaults as YAML has them

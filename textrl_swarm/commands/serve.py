@@ -11,10 +11,12 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from textrl_swarm.config import SwarmAccess
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.display import spinner
 from textrl_swarm.errors import AdapterError, ConfigError, LaunchError, ServerMismatch, SwarmError
@@ -38,6 +40,9 @@ def serve_command(
     initial_peers: Sequence[str],
     petals_options: Sequence[str],
     console: Console,
+    *,
+    allowed_peers: Path | None = None,
+    secret_file: Path | None = None,
 ) -> None:
     """Runs servers in the foreground.
 
@@ -45,6 +50,8 @@ def serve_command(
         num_servers: with more than one, the blocks are split evenly.
         initial_peers: addresses to join; empty = a new swarm.
         petals_options: options of petals' run_server, which override our defaults.
+        allowed_peers: file with the ids of the peers that may come in; None = all.
+        secret_file: file with the secret that they must know; None = there is none.
 
     Raises:
         ModelError, ConfigError, AddressError, AdapterError, PetalsMissing: before anything starts.
@@ -56,6 +63,7 @@ def serve_command(
         require_servable(base)
         adapters = _check_adapters(base, petals_options)
     compat.require_petals()
+    options = [*_options(base, petals_options), *_access_options(allowed_peers, secret_file, petals_options)]
     if initial_peers:
         from textrl_swarm.swarm.client.connection import check_addresses
 
@@ -64,7 +72,7 @@ def serve_command(
     group = ServerGroup(
         base.name,
         _spans(num_blocks, num_servers, petals_options),
-        _options(base, petals_options),
+        options,
         initial_peers=initial_peers,
         start_timeout_s=_START_TIMEOUT_S,
     )
@@ -73,7 +81,7 @@ def serve_command(
             with spinner(console, f"starting {num_servers} server(s) of {model}"):
                 group.__enter__()
                 if initial_peers:
-                    _require_same_weights(group, initial_peers)
+                    _require_same_weights(group, initial_peers, secret_file)
             _introduce(group, model, num_blocks, console)
             for name in adapters:
                 console.print(f"adapter for petals clients: active_adapter={name!r}", soft_wrap=True)
@@ -140,6 +148,25 @@ def _options(base: BaseModel, given: Sequence[str]) -> list[str]:
     return ["--dht_prefix", base.dht_prefix, "--throughput", "1", "--torch_dtype", dtype, *given]
 
 
+def _access_options(allowed_peers: Path | None, secret_file: Path | None, given: Sequence[str]) -> list[str]:
+    """For the servers. Raises ConfigError for files that cannot be used."""
+    from textrl_swarm.swarm.access import ensure_identity, read_peers, read_secret
+
+    options = []
+    if allowed_peers is not None:
+        read_peers(allowed_peers)
+        options += ["--allowed_peers", str(allowed_peers)]
+    if secret_file is not None:
+        read_secret(secret_file)
+        options += ["--secret_file", str(secret_file)]
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--identity_path")
+    identity = parser.parse_known_args(list(given))[0].identity_path
+    if identity is not None:
+        ensure_identity(identity)
+    return options
+
+
 def _introduce(group: ServerGroup, model: str, num_blocks: int, console: Console) -> None:
     for server in group.servers:
         assert server.span is not None, "the server is online"
@@ -159,13 +186,14 @@ def _introduce(group: ServerGroup, model: str, num_blocks: int, console: Console
     console.print("Ctrl-C ends the servers")
 
 
-def _require_same_weights(group: ServerGroup, initial_peers: Sequence[str]) -> None:
+def _require_same_weights(group: ServerGroup, initial_peers: Sequence[str], secret_file: Path | None) -> None:
     """Compares our servers' blocks with those of the servers that were there before."""
     from textrl_swarm.swarm.client.survey import survey
 
     name = group.servers[0].dht_prefix
     try:
-        (report,) = survey(initial_peers, name)
+        access = SwarmAccess(secret_file=None if secret_file is None else str(secret_file))
+        (report,) = survey(initial_peers, name, access=access)
     except (SwarmError, ConfigError) as error:  # nobody answers now: no reason to end a server that works
         logger.warning("the blocks could not be compared with those of other servers: %s", error)
         return

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from textrl_swarm.config import SwarmAccess
 from textrl_swarm.display import bit_rate, spinner
 from textrl_swarm.models.blocks import BlockSpan, blocks_text
 from textrl_swarm.swarm import compat
@@ -35,6 +36,7 @@ def status_command(
     *,
     as_json: bool = False,
     timeout_s: float = 60.0,
+    access: SwarmAccess | None = None,
 ) -> bool:
     """Looks and prints; returns whether all blocks of all models shown can be trained, without conflicts.
 
@@ -46,7 +48,7 @@ def status_command(
 
     progress = Console(stderr=True, highlight=False) if as_json else console
     with spinner(progress, "asking the swarm"):
-        models = survey(initial_peers, dht_prefix, timeout_s=timeout_s)
+        models = survey(initial_peers, dht_prefix, timeout_s=timeout_s, access=access)
     if as_json:
         print(to_json(models))
     else:
@@ -171,9 +173,12 @@ def _weights(server: ServerReport) -> str:
 def _state(server: ServerReport) -> str:
     if server.state == "online":
         return "[green]trains[/]" if server.can_train else "[yellow]no training[/]"
-    return {"silent": "[red]no answer[/]", "joining": "[yellow]loading[/]"}.get(
-        server.state, "[red]leaving[/]"
-    )
+    others = {
+        "silent": "[red]no answer[/]",
+        "closed": "[yellow]lets us not in[/]",
+        "joining": "[yellow]loading[/]",
+    }
+    return others.get(server.state, "[red]leaving[/]")
 
 
 def _ms(value: float | None) -> str:
@@ -228,6 +233,12 @@ def _verdict(model: ModelReport, address: str) -> list[str]:
         servers = _count(silent, "server")
         lines.append(
             f"{servers} announced blocks and did not answer; stale announcements expire on their own."
+        )
+    closed = sum(server.state == "closed" for server in model.servers)
+    if closed:
+        lines.append(
+            f"{_count(closed, 'server')} let nobody in who is not on a list, or does not know the swarm's "
+            "secret (--secret-file, --identity)."
         )
     if model.untrainable:
         name = (model.repository or "MODEL").removeprefix("https://huggingface.co/")

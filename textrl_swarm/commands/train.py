@@ -289,7 +289,7 @@ def _measured_links(
     name = swarm.dht_prefix or ingredients.model.dht_prefix
     try:
         with spinner(console, "asking the swarm"):
-            (report,) = survey(swarm.initial_peers, name, timeout_s=_SURVEY_S)
+            (report,) = survey(swarm.initial_peers, name, timeout_s=_SURVEY_S, access=swarm.access)
     except TextRLSwarmError as error:
         return None, str(error)
     links = report.links()

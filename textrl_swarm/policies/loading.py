@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from textrl_swarm.config import Codec, LoraSettings, ServerChecks, Timeouts
+from textrl_swarm.config import Codec, LoraSettings, ServerChecks, SwarmAccess, Timeouts
 from textrl_swarm.errors import ConfigError, closest
 from textrl_swarm.models import adapter_files
 from textrl_swarm.models.base_model import BaseModel
@@ -37,6 +37,7 @@ def load_policy(
     timeouts: Timeouts | None = None,
     codec: Codec | Literal["fp16", "int8"] | None = None,
     checks: ServerChecks | None = None,
+    access: SwarmAccess | None = None,
     **unknown: Never,
 ) -> Policy:
     """Makes a policy on this machine or through a swarm.
@@ -61,13 +62,15 @@ def load_policy(
         codec: "fp16", "int8" or a Codec with limits of its own: hidden states travel in fewer bits; None = in
             the servers' dtype, which changes nothing.
         checks: how much of what servers compute is computed again by others; None = they are believed.
+        access: which servers are used, and what lets this machine in; None = all servers of an open swarm.
 
     Raises:
         ModelError: the model cannot be used.
         ConfigError: impossible arguments, an unknown one, a codec that changes more than it may, or a record
             of refuted servers that is none.
         AdapterError: `ref_adapter` does not fit.
-        AddressError, PetalsMissing, BlocksUnavailable, ServerMismatch: the swarm cannot be used.
+        AddressError, PetalsMissing, BlocksUnavailable, ServerMismatch, AccessDenied: the swarm cannot be
+            used.
     """
     for name in unknown:
         known = [known for known in inspect.signature(load_policy).parameters if known != "unknown"]
@@ -96,9 +99,12 @@ def load_policy(
             timeouts=timeouts or Timeouts(),
             codec=codec if codec is None or isinstance(codec, Codec) else Codec(codec),
             checks=checks,
+            access=access or SwarmAccess(),
         )
     else:
-        of_swarm = {"dht_prefix": dht_prefix, "timeouts": timeouts, "codec": codec, "checks": checks}
+        of_swarm = {
+            "dht_prefix": dht_prefix, "timeouts": timeouts, "codec": codec, "checks": checks, "access": access
+        }  # fmt: skip
         for name, value in of_swarm.items():
             if value is not None:
                 raise ConfigError(

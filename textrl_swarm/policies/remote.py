@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from textrl_swarm.config import Codec, LoraSettings, ServerChecks, Timeouts
+from textrl_swarm.config import Codec, LoraSettings, ServerChecks, SwarmAccess, Timeouts
 from textrl_swarm.decoders.chunks import Step
 from textrl_swarm.decoders.sharing import SharedPrefix, shared_prefix
 from textrl_swarm.decoders.skeleton import Skeleton
@@ -61,6 +61,7 @@ def load_remote_policy(
     timeouts: Timeouts,
     codec: Codec | None,
     checks: ServerChecks | None,
+    access: SwarmAccess,
 ) -> RemotePolicy:
     """See `loading.load_policy`."""
     if quantization is not None:
@@ -78,16 +79,24 @@ def load_remote_policy(
             "instead"
         )
     compat.require_petals()
+    from textrl_swarm.swarm.access import read_secret
     from textrl_swarm.swarm.client.connection import ModelFingerprint, SwarmClient, check_addresses, join
     from textrl_swarm.swarm.client.own_blocks import OwnBlocks
     from textrl_swarm.swarm.client.parts import load_parts, parts_of
 
     if base is not None:
         addresses = check_addresses([] if initial_peers is None else initial_peers)
+        secret = None if access.secret_file is None else read_secret(access.secret_file)
         parts = load_parts(base, dtype, device)
         prefix = dht_prefix or base.dht_prefix
     else:
         theirs: Any = model
+        if access.identity is not None or access.secret_file is not None:
+            raise ConfigError(
+                "a petals model is in its swarm already: leave access.identity and access.secret_file "
+                "out, or pass the model's name instead"
+            )
+        secret = None
         parts = parts_of(theirs)
         require_finite(theirs, theirs.name_or_path)
         prefix = theirs.config.dht_prefix
@@ -100,7 +109,7 @@ def load_remote_policy(
         own = OwnBlocks(base)
     checkpoint = checkpoint_digests(parts.name, parts.skeleton.blocks_path)
     if base is not None:
-        dht, p2p = join(addresses, timeouts.connect_s)
+        dht, p2p = join(addresses, timeouts.connect_s, access.identity)
     else:
         manager = theirs.transformer.h.sequence_manager
         dht, p2p = manager.dht, manager.state.p2p
@@ -116,6 +125,8 @@ def load_remote_policy(
         checkpoint=checkpoint,
         checks=checks,
         own=own,
+        secret=secret,
+        allowed=access.allowed_servers,
         boundary=boundary,
         owns_dht=base is not None,
     )

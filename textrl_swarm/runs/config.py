@@ -26,6 +26,7 @@ from textrl_swarm.config import (
     PPOConfig,
     SamplingConfig,
     ServerChecks,
+    SwarmAccess,
     Timeouts,
     document_fields,
 )
@@ -57,6 +58,9 @@ class SwarmConfig:
 
     checks: ServerChecks | None = None
     """How much of what servers compute is computed again by others; null = servers are believed."""
+
+    access: SwarmAccess | None = None
+    """Which servers are used, and what lets this machine in; null = all servers, of a swarm that is open."""
 
     def __post_init__(self) -> None:
         if isinstance(self.codec, str):

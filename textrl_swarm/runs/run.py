@@ -69,6 +69,7 @@ _FREE = (
     "swarm.initial_peers",
     "swarm.timeouts",
     "swarm.checks",
+    "swarm.access",
 )
 
 
@@ -115,6 +116,7 @@ def open_policy(config: RunConfig, model: BaseModel) -> Iterator[Policy]:
             "timeouts": config.swarm.timeouts,
             "codec": config.swarm.codec,
             "checks": _checks(config),
+            "access": config.swarm.access,
         }
     with load_policy(
         model,

@@ -276,6 +276,7 @@ def use_server_classes(
     backend: type,
     handler: type,
     container: type,
+    task_pool: type,
     start_node,
     read_config,
     load_block,
@@ -285,7 +286,7 @@ def use_server_classes(
     """Petals' command line and Server build their parts from module globals; ours take their places.
 
     Args:
-        server, backend, handler, container: subclasses of the stock ones.
+        server, backend, handler, container, task_pool: subclasses of the stock ones.
         start_node: in the place of hivemind's DHT.
         read_config: name of a model -> the configuration of its decoder.
         load_block, convert_block, measure_speed: in the places of petals' `load_pretrained_block`,
@@ -293,6 +294,7 @@ def use_server_classes(
     """
     require_petals()
     import petals.cli.run_server as run_server
+    import petals.server.backend as backend_module
     import petals.server.server as server_module
     import petals.server.throughput as throughput
 
@@ -309,6 +311,7 @@ def use_server_classes(
             "convert_block": convert_block,
             "ModuleContainer": container,
         },
+        backend_module: {"PrioritizedTaskPool": task_pool},
         throughput: {"measure_compute_rps": measure_speed},
         run_server: {"Server": server, "validate_version": lambda: None},
     }

@@ -26,9 +26,11 @@ from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
 from textrl_swarm.errors import (
+    AccessDenied,
     AdapterMissing,
     AdapterRejected,
     InputsMissing,
+    InputsNotFinite,
     ModelError,
     ServerBusy,
     ShapeError,
@@ -70,6 +72,11 @@ HANDED_OVER = "textrl_swarm_handed_over"
 # Metadata key of a request: `weights_key` of the blocks that the client expects to find under the uids.
 WEIGHTS = "textrl_swarm_weights"
 
+# What a client that knows the swarm's secret puts before its code: as the uid of a stream's first message, or
+# behind a block's uid in rpc_info. And under which key the server's entry in rpc_info has the server's code.
+JOINING = "\ntextrl_swarm_joining:"
+PROOF = "proof"
+
 MICRO_BATCH_TOKENS = 1024  # rows x tokens of one request for forward or backward, at most
 _MIN_MICRO_BATCH_TOKENS = 256  # with fewer, the requests cost more than the blocks
 _MICRO_BATCHES = 8  # of one large forward or backward, so that all servers of a chain work
@@ -82,7 +89,9 @@ BATCH_TOKENS = 2048  # petals' --max_batch_size: rows x tokens of one request fo
 ATTENTION_CACHE_TOKENS = 4096  # petals' --attn_cache_tokens: rows x tokens of all generations, per block
 ADAPTER_STORE_BYTES = 2 << 30  # --adapter_bytes: pushed adapters of all clients together
 ADAPTER_STORE_BYTES_PER_CLIENT = 1 << 30  # --adapter_bytes_per_client
+ADAPTER_IDLE_S = 60.0  # --adapter_idle_s: since its last use, an adapter may make room for another client's
 KEPT_INPUT_BYTES = 1 << 30  # --kept_input_bytes: inputs of forwards, kept for backwards, of all clients
+REQUEST_BYTES = 1 << 30  # --request_bytes: requests of all clients that are read or computed
 KEPT_INPUT_SHARE = 8  # one client has at most this part of them
 
 
@@ -156,6 +165,8 @@ _MISSING = "ADAPTER_MISSING"
 _INPUTS_MISSING = "INPUTS_MISSING"
 _REJECTED = "ADAPTER_REJECTED"
 _BUSY = "SERVER_BUSY"
+_DENIED = "ACCESS_DENIED"
+_NOT_FINITE = "NOT_FINITE"
 
 
 def adapter_missing(key: str, block: int) -> AdapterMissing:
@@ -178,10 +189,27 @@ def server_busy(reason: str) -> ServerBusy:
     return ServerBusy(f"{_BUSY}: {reason}")
 
 
+def access_denied(reason: str) -> AccessDenied:
+    """A server's error for a peer that it does not let in."""
+    return AccessDenied(f"{_DENIED}: {reason}")
+
+
+def not_finite(what: str) -> InputsNotFinite:
+    """A server's error for inputs with NaN or infinite numbers."""
+    return InputsNotFinite(f"{_NOT_FINITE}: {what} with NaN or infinite numbers")
+
+
 def error_from_wire(
     text: str, server: str
-) -> AdapterMissing | AdapterRejected | InputsMissing | ServerBusy | None:
+) -> AccessDenied | AdapterMissing | AdapterRejected | InputsMissing | InputsNotFinite | ServerBusy | None:
     """The client's error for the text of a server's error; None when the text is of another kind."""
+    if _DENIED in text:
+        reason = text.partition(_DENIED)[2].removeprefix(": ").removesuffix('")')  # of its repr
+        return AccessDenied(f"server {server} does not let this client in: {reason}")
+    if _NOT_FINITE in text:
+        return InputsNotFinite(
+            f"server {server} was sent {text.partition(_NOT_FINITE)[2].removeprefix(': ')}"
+        )
     if _INPUTS_MISSING in text:
         return InputsMissing(text)
     if _MISSING in text:

@@ -5,6 +5,7 @@ Knows nothing about what they mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,6 +18,13 @@ from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.codec import decode, encode
+from textrl_swarm.swarm.protocol import not_finite
+
+_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_OTHERS = {"int64": torch.int64, "uint8": torch.uint8, "bool": torch.bool}
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in (_FLOATS | _OTHERS).items()}
+_MAX_RANK = 5
+_LEAST_PART_BYTES = 4096
 
 
 def tensor_parts(tensor: Tensor, codec: str | None = None) -> list[runtime_pb2.Tensor]:
@@ -35,6 +43,50 @@ def decoded(tensor: Tensor, codec: str | None) -> Tensor:
     return tensor if codec is None or tensor.ndim != 3 else decode(tensor, codec)
 
 
+def declared_bytes(message: Any, max_numbers: int) -> int:
+    """Of the tensor whose first part is in a message, as that part's header says.
+
+    Raises:
+        ShapeError: it is no header of ours, or has more numbers than `max_numbers`.
+    """
+    if len(message.tensors) != 1:
+        raise ShapeError(f"{len(message.tensors)} tensors in a message, where one belongs")
+    part = message.tensors[0]
+    numbers, itemsize = require_header(part, max_numbers)
+    if part.compression != runtime_pb2.CompressionType.NONE:
+        raise ShapeError(f"compression {part.compression} of a tensor, which is not taken here")
+    if not 0 <= part.chunks <= 2 + numbers * itemsize // _LEAST_PART_BYTES:  # 0 = nothing to split
+        raise ShapeError(f"a tensor of {numbers * itemsize} bytes cannot have {part.chunks} parts")
+    return numbers * itemsize
+
+
+def require_header(part: runtime_pb2.Tensor, max_numbers: int) -> tuple[int, int]:
+    """Numbers of the tensor to which a first part belongs, and bytes of each.
+
+    Raises:
+        ShapeError: it has more, or too many dimensions, or is of no dtype that travels.
+    """
+    if part.dtype not in _ITEM_BYTES or len(part.size) > _MAX_RANK:
+        raise ShapeError(f"no tensor that can be taken: {part.dtype[:32]!r}, {len(part.size)} dimensions")
+    numbers = math.prod(part.size)
+    if numbers > max_numbers:
+        raise ShapeError(f"a tensor of {tuple(part.size)} is larger than the {max_numbers} numbers allowed")
+    return numbers, _ITEM_BYTES[part.dtype]
+
+
+def require_finite(part: runtime_pb2.Tensor) -> None:
+    """Raises InputsNotFinite for a part of a tensor with NaN or infinite numbers, as far as it is not
+    compressed.
+    """
+    dtype = _FLOATS.get(part.dtype)
+    if dtype is None or part.compression != runtime_pb2.CompressionType.NONE or not part.buffer:
+        return
+    if len(part.buffer) % dtype.itemsize:
+        raise ShapeError(f"{len(part.buffer)} bytes of {part.dtype} numbers")
+    if not torch.isfinite(torch.frombuffer(bytearray(part.buffer), dtype=dtype)).all():
+        raise not_finite("hidden states or gradients")
+
+
 async def whole_tensor(first: Any, messages: AsyncIterator[Any], max_numbers: int) -> Tensor:
     """The tensor whose first part is in the message `first`, and whose others are in the next messages;
     encoded as it was sent.
@@ -44,11 +96,8 @@ async def whole_tensor(first: Any, messages: AsyncIterator[Any], max_numbers: in
             of them are read.
         EOFError: the stream ends before it is complete.
     """
-    (part,) = first.tensors
-    numbers = torch.Size(part.size).numel()
-    if numbers > max_numbers:
-        raise ShapeError(f"a tensor of {tuple(part.size)} is larger than the {max_numbers} numbers allowed")
-    most_bytes = 8 * max(1, numbers) + 1024  # whatever the dtype and its frame
+    size_bytes = declared_bytes(first, max_numbers)
+    part = first.tensors[0]
     parts, received = [part], len(part.buffer)
     while len(parts) < part.chunks:
         try:
@@ -57,6 +106,8 @@ async def whole_tensor(first: Any, messages: AsyncIterator[Any], max_numbers: in
             raise EOFError(f"only {len(parts)} of {part.chunks} parts of a tensor arrived") from None
         parts += message.tensors
         received += sum(len(more.buffer) for more in message.tensors)
-        if received > most_bytes or not message.tensors:
+        if received > size_bytes or not message.tensors:
             raise ShapeError(f"the parts of a tensor of {tuple(part.size)} do not fit together")
+    if received != size_bytes:
+        raise ShapeError(f"{received} bytes of a tensor that was announced with {size_bytes}")
     return deserialize_torch_tensor(combine_from_streaming(parts))

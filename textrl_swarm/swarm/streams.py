@@ -21,6 +21,7 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
+from textrl_swarm.swarm.access import Membership
 from textrl_swarm.swarm.protocol import ALIVE, CLOSING, CODEC, ENDING, NUMBER, SILENCE_S
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 
@@ -74,9 +75,16 @@ class OpenStream:
         self._has_failed = False  # the server says nothing more
 
     @staticmethod
-    async def open(method: Any, timeout_s: float, is_connected: IsConnected) -> OpenStream:
-        """Calls an RPC of a stub."""
+    async def open(
+        method: Any,
+        timeout_s: float,
+        is_connected: IsConnected,
+        greeting: runtime_pb2.ExpertRequest | None = None,
+    ) -> OpenStream:
+        """Calls an RPC of a stub; a greeting is the first message."""
         requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
+        if greeting is not None:
+            requests.put_nowait(greeting)
 
         async def feed() -> AsyncIterator[runtime_pb2.ExpertRequest]:
             while True:
@@ -317,8 +325,13 @@ class _Requests:
         await self._stream.drop()
 
 
-async def _open(method: Any, timeout_s: float, is_connected: IsConnected) -> _Requests:
-    return _Requests(await OpenStream.open(method, timeout_s, is_connected))
+async def _open(
+    method: Any,
+    timeout_s: float,
+    is_connected: IsConnected,
+    greeting: runtime_pb2.ExpertRequest | None,
+) -> _Requests:
+    return _Requests(await OpenStream.open(method, timeout_s, is_connected, greeting))
 
 
 def _is_stale(opened: asyncio.Task[_Requests]) -> bool:
@@ -335,10 +348,12 @@ class StreamPool:
 
     Args:
         p2p: that of this process.
+        membership: what streams begin with.
     """
 
-    def __init__(self, p2p: P2P):
+    def __init__(self, p2p: P2P, membership: Membership):
         self._p2p = p2p
+        self._membership = membership
         self._open: dict[PeerID, asyncio.Task[_Requests]] = {}
         self._closing: set[asyncio.Future[None]] = set()
 
@@ -372,7 +387,12 @@ class StreamPool:
             is_new = opening is None
             if opening is None:
                 opening = self._open[peer] = asyncio.ensure_future(
-                    _open(method, connect_s, partial(is_connected, self._p2p, peer))
+                    _open(
+                        method,
+                        connect_s,
+                        partial(is_connected, self._p2p, peer),
+                        self._membership.greeting(peer),
+                    )
                 )
             try:
                 requests = await asyncio.shield(opening)  # others wait for it too

@@ -13,6 +13,8 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hivemind.dht import DHT
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
@@ -23,9 +25,10 @@ from torch import Tensor
 from textrl_swarm.config import ServerChecks, Timeouts
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.sharing import SharedPrefix
-from textrl_swarm.errors import AddressError
+from textrl_swarm.errors import AddressError, ConfigError, ServerMismatch
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.models.layers import LayerSizes
+from textrl_swarm.swarm.access import ensure_identity
 from textrl_swarm.swarm.client.chain import BlockChain, run_in_background
 from textrl_swarm.swarm.client.own_blocks import OwnBlocks
 from textrl_swarm.swarm.client.routing import Router, Span
@@ -80,15 +83,25 @@ def check_addresses(initial_peers: Sequence[str]) -> list[str]:
     return addresses
 
 
-def join(initial_peers: Sequence[str], timeout_s: float) -> tuple[DHT, P2P]:
+def join(
+    initial_peers: Sequence[str], timeout_s: float, identity: str | Path | None = None
+) -> tuple[DHT, P2P]:
     """A client node of a swarm and its libp2p daemon; `shut_down` ends both.
+
+    Args:
+        identity: file with the node's private key; None = a new one.
 
     Raises:
         AddressError: an address is malformed, or none of the peers answers.
+        ConfigError: the identity cannot be used.
     """
     addresses = check_addresses(initial_peers)
+    options: dict[str, Any] = {"client_mode": True, "num_workers": 32, "startup_timeout": timeout_s}
+    if identity is not None:
+        ensure_identity(identity)
+        options["identity_path"] = str(identity)
     with joining(addresses):
-        dht = start_client_node(addresses, client_mode=True, num_workers=32, startup_timeout=timeout_s)
+        dht = start_client_node(addresses, **options)
     try:
         return dht, run_in_background(dht.replicate_p2p())
     except BaseException:
@@ -102,6 +115,10 @@ def joining(addresses: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (P2PDaemonError, concurrent.futures.TimeoutError, TimeoutError, RuntimeError) as error:
+        if "already taken" in str(error):
+            raise ConfigError(
+                f"{_first_line(error)}: end the other run, or give this one an identity of its own"
+            ) from error
         if isinstance(error, RuntimeError) and "initial_peers" not in str(error):
             raise  # about the weights, not about the swarm
         raise AddressError(
@@ -122,11 +139,14 @@ class SwarmClient:
         fingerprint: of the client's model; servers of another model are refused.
         checkpoint: block index -> digest of its weights, as far as the client has them (models/digests.py).
         checks, own: see BlockChain.
+        secret: of the swarm.
+        allowed: ids of the servers that may be used; () = all.
         boundary: what travels between blocks; None = hidden states.
         owns_dht: end both on close; False when a petals model of the user's owns them.
 
     Raises:
-        BlocksUnavailable, ServerMismatch: some block has no usable server within `timeouts.discovery_s`.
+        BlocksUnavailable, ServerMismatch, AccessDenied: some block has no usable server within
+            `timeouts.discovery_s`.
     """
 
     def __init__(
@@ -140,6 +160,8 @@ class SwarmClient:
         checkpoint: Mapping[int, str],
         checks: ServerChecks | None = None,
         own: OwnBlocks | None = None,
+        secret: bytes | None = None,
+        allowed: Sequence[str] = (),
         boundary: Boundary | None = None,
         owns_dht: bool = True,
     ):
@@ -155,8 +177,8 @@ class SwarmClient:
         )
         self.carries_more = boundary is not None and bool(boundary.parts)
         """Whether numbers travel beside hidden states."""
-        self._calls = ServerCalls(p2p, timeouts, self.traffic, boundary)
-        self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect)
+        self._calls = ServerCalls(p2p, timeouts, self.traffic, boundary, secret=secret)
+        self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect, allowed)
         self.chain = BlockChain(self.router, self._calls, checks=checks, own=own)
         self.linears: dict[int, dict[str, LayerSizes]] = {}
         """Block index -> path of a layer inside it -> sizes, as servers have it."""
@@ -168,7 +190,7 @@ class SwarmClient:
             self.close()
             raise
 
-    async def _inspect(self, span: Span, uid: str) -> str | None:
+    async def _inspect(self, span: Span, uid: str) -> ServerMismatch | None:
         """Why a server cannot serve this client, or None; called before a server is used, and again after it
         failed. Keeps the smallest limits seen.
         """
@@ -178,24 +200,24 @@ class SwarmClient:
             if info.get(name) != ours:
                 differing.append(f"{name} {info.get(name)} (client: {ours})")
         if differing:
-            return (
+            return ServerMismatch(
                 f"server {short_id(span.peer)} announces {self.router.dht_prefix!r} but holds another model: "
                 f"{', '.join(differing)}"
             )
         weights = read_weights(info, range(span.start, span.stop))
         if weights is None:
-            return (
+            return ServerMismatch(
                 f"server {short_id(span.peer)} does not say which weights it holds; start it anew, with the "
                 "textrl-swarm of this client"
             )
         if self.spans and self.chain.limits.takes_sharing and not info["takes_sharing"]:
-            return (
+            return ServerMismatch(
                 f"server {short_id(span.peer)} cannot compute once what rows have in common, as this client "
                 "asks; continue the run from its last checkpoint to do without"
             )
         misfit = self._other_weights(span, weights)
         if misfit is not None:
-            return misfit
+            return ServerMismatch(misfit)
         self._calls.expect(span.peer, {self.router.uids[block]: held for block, held in weights.items()})
         self._tell_mixture(span, weights)
         self.chain.limits = self.chain.limits.within(info)

@@ -24,7 +24,7 @@ from petals.constants import DTYPE_MAP
 from petals.data_structures import ModelInfo, RemoteModuleInfo, ServerState
 from petals.utils.dht import compute_spans, get_remote_module_infos
 
-from textrl_swarm.errors import BlocksUnavailable, ServerBusy, ServerFailed, ServerMismatch
+from textrl_swarm.errors import AccessDenied, BlocksUnavailable, ServerBusy, ServerFailed, SwarmError
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.rpc import short_id
 from textrl_swarm.swarm.node import greet_lost_peers
@@ -37,6 +37,7 @@ _MAX_BAN_S = 240.0
 _BUSY_S = 15.0  # how long others are preferred to a server that had no room
 _LOOK_AGAIN_S = 60.0  # how often for servers that could check others
 _RANDOM = random.SystemRandom()  # nobody shall know who is asked
+_NAMED = 5  # servers in a message
 _POLL_S = 1.0  # how often the DHT is asked again while blocks are missing
 
 
@@ -82,8 +83,9 @@ class Router:
 
     Args:
         dht: a running client node.
-        inspect: coroutine (span, uid of its first block) -> reason why this server cannot be used, or None;
+        inspect: coroutine (span, uid of its first block) -> why this server cannot be used, or None;
             called again when a server failed or holds other blocks than before.
+        allowed: ids of the servers that may be used; () = all.
     """
 
     def __init__(
@@ -91,15 +93,17 @@ class Router:
         dht: DHT,
         dht_prefix: str,
         num_blocks: int,
-        inspect: Callable[[Span, str], Awaitable[str | None]],
+        inspect: Callable[[Span, str], Awaitable[SwarmError | None]],
+        allowed: Collection[str] = (),
     ):
         self.dht = dht
         self.dht_prefix = dht_prefix
         self.num_blocks = num_blocks
         self.uids = [f"{dht_prefix}.{block}" for block in range(num_blocks)]
         self._inspect = inspect
+        self._allowed = frozenset(allowed)
         self._accepted: dict[PeerID, tuple[int, int]] = {}  # the blocks start..stop that were inspected
-        self._refused: dict[PeerID, str] = {}  # servers of another model, for good
+        self._refused: dict[PeerID, SwarmError] = {}  # why servers are never used
         self._refuted: dict[str, str] = {}  # those whose answers were wrong, by their ids, for good
         self._failures: dict[PeerID, _Failures] = {}
         self._busy_until: dict[PeerID, float] = {}  # in time.monotonic seconds
@@ -107,6 +111,7 @@ class Router:
         self._refreshed_at = -math.inf  # in time.monotonic seconds
         self._untrainable: list[Span] = []
         self._other_version: list[Span] = []
+        self._not_allowed: list[Span] = []
         self._salt = str(dht.peer_id)  # clients break ties differently, so that replicas share the load
 
     async def route(self, start: int, stop: int, *, timeout_s: float) -> list[Span]:
@@ -114,6 +119,7 @@ class Router:
 
         Raises:
             ServerMismatch: the only servers that hold some of the blocks belong to another model.
+            AccessDenied: they do not let this client in.
             BlocksUnavailable: nobody held some of the blocks until the deadline.
         """
         deadline = time.monotonic() + timeout_s
@@ -132,7 +138,7 @@ class Router:
             refusal = self._refusal(missing)
             is_hopeless = len(self._refused) > refused and not self._may_come_back(missing)
             if refusal is not None and (is_over or is_hopeless):
-                raise ServerMismatch(refusal)
+                raise refusal
             if is_over:
                 raise self._unavailable(missing or tuple(range(start, stop)), timeout_s)
             if not warned:
@@ -193,6 +199,8 @@ class Router:
             if self._accepted.get(span.peer) != (span.start, span.stop):
                 try:
                     reason = await self._inspect(span, self.uids[span.start])
+                except AccessDenied as error:
+                    reason = error
                 except ServerFailed as error:
                     logger.warning("%s", error)
                     self.report_failure(span.peer, error)
@@ -237,7 +245,7 @@ class Router:
     def _missing(self, start: int, stop: int) -> tuple[int, ...]:
         return tuple(block for block in range(start, stop) if self._best(block) is None)
 
-    def _refusal(self, blocks: Iterable[int]) -> str | None:
+    def _refusal(self, blocks: Iterable[int]) -> SwarmError | None:
         """Why a server that holds one of these blocks was refused; None when no such server was."""
         for span in self._spans:
             if span.peer in self._refused and any(span.start <= block < span.stop for block in blocks):
@@ -256,6 +264,7 @@ class Router:
         self._spans = []
         self._untrainable = []
         self._other_version = []
+        self._not_allowed = []
         for span in compute_spans(infos, min_state=ServerState.ONLINE).values():
             info = span.server_info
             dtype = DTYPE_MAP.get(info.torch_dtype, torch.float32)
@@ -266,7 +275,9 @@ class Router:
                 dtype if dtype != "auto" else torch.float32,
                 info.throughput,
             )
-            if CAPABILITY in info.adapters:
+            if self._allowed and str(span.peer_id) not in self._allowed:
+                self._not_allowed.append(ours)
+            elif CAPABILITY in info.adapters:
                 self._spans.append(ours)
             elif any(name.startswith(CAPABILITY_PREFIX) for name in info.adapters):
                 self._other_version.append(ours)
@@ -284,11 +295,17 @@ class Router:
 
     def _unavailable(self, missing: Sequence[int], waited_s: float) -> BlocksUnavailable:
         message = f"no server holds {blocks_text(missing)} of {self.dht_prefix!r} (waited {waited_s:.0f} s); "
-        stock, other_version = (
+        stock, other_version, not_allowed = (
             [span for span in spans if span.start <= missing[0] < span.stop]
-            for spans in (self._untrainable, self._other_version)
+            for spans in (self._untrainable, self._other_version, self._not_allowed)
         )
-        if other_version:
+        if not_allowed and not any(span.start <= missing[0] < span.stop for span in self._spans):
+            names = ", ".join(str(span.peer) for span in not_allowed[:_NAMED])
+            message += (
+                f"{len(not_allowed)} server(s) that hold them are not among allowed_servers ({names}): "
+                "add them if you trust them"
+            )
+        elif other_version:
             message += (
                 f"{other_version[0]} runs another version of textrl-swarm, which speaks another protocol "
                 f"than this client ({CAPABILITY}): install the same version on both"

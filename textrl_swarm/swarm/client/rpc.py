@@ -24,7 +24,8 @@ from textrl_swarm.config import Timeouts
 from textrl_swarm.decoders.boundary import Boundary
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.sharing import PackedRows
-from textrl_swarm.errors import ServerFailed, ShapeError, SwarmError
+from textrl_swarm.errors import AccessDenied, InputsNotFinite, ServerFailed, ShapeError, SwarmError
+from textrl_swarm.swarm.access import Membership
 from textrl_swarm.swarm.protocol import (
     HANDED_OVER,
     INFO_KEY,
@@ -92,19 +93,35 @@ def _translated(error: Exception, peer: PeerID, what: str) -> SwarmError:
     return ServerFailed(message, answered=isinstance(error, P2PHandlerError))
 
 
+def _blamed(error: SwarmError, sent: Sequence[Tensor]) -> SwarmError:
+    """The server's failure, if it says without reason that it was sent numbers that are not finite."""
+    if isinstance(error, InputsNotFinite) and all(torch.isfinite(tensor).all() for tensor in sent):
+        return ServerFailed(f"{error}, which are not among those of this client", answered=True)
+    return error
+
+
 class ServerCalls:
     """What can be asked of a server. All methods are coroutines.
 
     All raise ServerFailed, and those that name an adapter AdapterMissing or AdapterRejected.
     """
 
-    def __init__(self, p2p: P2P, timeouts: Timeouts, traffic: Traffic, boundary: Boundary | None = None):
+    def __init__(
+        self,
+        p2p: P2P,
+        timeouts: Timeouts,
+        traffic: Traffic,
+        boundary: Boundary | None = None,
+        *,
+        secret: bytes | None = None,
+    ):
+        self.membership = Membership(secret, p2p.peer_id)
         self.boundary = boundary  # None = nothing but hidden states travels
         self.p2p = p2p
         self.timeouts = timeouts
         self.traffic = traffic
         self._weights: dict[PeerID, Mapping[str, ServedWeights]] = {}
-        self._streams = StreamPool(p2p)
+        self._streams = StreamPool(p2p, self.membership)
         self.codec: str | None = None  # of hidden states, see swarm/codec.py
 
     async def close(self) -> None:
@@ -129,14 +146,21 @@ class ServerCalls:
         return ServerStub.get_stub(self.p2p, peer)
 
     async def info(self, peer: PeerID, uid: str) -> dict[str, Any]:
-        """Our entry of rpc_info; empty for a stock petals server."""
+        """Our entry of rpc_info; empty for a stock petals server.
+
+        Raises:
+            AccessDenied: it, or this client, is not a member of the swarm.
+        """
         timeout_s = self.timeouts.connect_s + self.timeouts.request_s
         try:
-            asked = self._stub(peer).rpc_info(runtime_pb2.ExpertUID(uid=uid))
-            answer = await within(timeout_s, asked, "answer")
-            return MSGPackSerializer.loads(answer.serialized_info).get(INFO_KEY, {})
+            named = runtime_pb2.ExpertUID(uid=self.membership.asked(uid, peer))
+            answer = await within(timeout_s, self._stub(peer).rpc_info(named), "answer")
+            info = MSGPackSerializer.loads(answer.serialized_info).get(INFO_KEY, {})
         except _FOREIGN as error:
             raise _translated(error, peer, "rpc_info") from error
+        if not self.membership.knows(peer, info):
+            raise AccessDenied(f"server {short_id(peer)} does not know this swarm's secret")
+        return info
 
     async def echo(self, peer: PeerID, uid: str, hidden: Tensor) -> None:
         """Sends hidden states (B, S, H) there and back."""
@@ -279,7 +303,7 @@ class ServerCalls:
             self._streams.forget(peer)
             raise _translated(error, peer, what) from error
         except (*_FOREIGN, ShapeError) as error:
-            raise _translated(error, peer, what) from error
+            raise _blamed(_translated(error, peer, what), tensors) from error
         self.traffic.sent[kinds[0]] += answer.sent
         self.traffic.received[kinds[1]] += answer.received
         return answer
@@ -290,7 +314,10 @@ class ServerCalls:
         """A stream that keeps the caches of one batch on the server: so many rows, and tokens in each."""
         try:
             stream = await OpenStream.open(
-                self._stub(peer).rpc_generate, self.timeouts.connect_s, partial(is_connected, self.p2p, peer)
+                self._stub(peer).rpc_generate,
+                self.timeouts.connect_s,
+                partial(is_connected, self.p2p, peer),
+                self.membership.greeting(peer),
             )
             stream.codec = self.codec
         except _FOREIGN as error:
@@ -346,7 +373,7 @@ class GenerationStream:
         try:
             outputs = await self._stream.receive(most)
         except (*_FOREIGN, ShapeError) as error:
-            raise _translated(error, self.peer, "a generation step") from error
+            raise _blamed(_translated(error, self.peer, "a generation step"), [hidden]) from error
         (outputs,) = _complete([] if outputs is None else [outputs], 1, self.peer)
         self._calls.traffic.received["activations"] += self._stream.received - before
         expected = hidden[:, -1:] if last_only else hidden

@@ -23,10 +23,18 @@ from petals.constants import DTYPE_MAP
 from petals.data_structures import ModelInfo, RemoteSpanInfo, ServerState
 from petals.utils.dht import compute_spans, get_remote_module_infos
 
-from textrl_swarm.config import Timeouts
-from textrl_swarm.errors import BlocksUnavailable, ConfigError, ServerFailed, SwarmError, closest
+from textrl_swarm.config import SwarmAccess, Timeouts
+from textrl_swarm.errors import (
+    AccessDenied,
+    BlocksUnavailable,
+    ConfigError,
+    ServerFailed,
+    SwarmError,
+    closest,
+)
 from textrl_swarm.models.blocks import BlockSpan, spans_of
 from textrl_swarm.models.layers import short_name
+from textrl_swarm.swarm.access import read_secret
 from textrl_swarm.swarm.client.chain import run_in_background
 from textrl_swarm.swarm.client.connection import join, shut_down
 from textrl_swarm.swarm.client.routing import announced_models
@@ -56,8 +64,8 @@ class ServerReport:
     """Behind the last block."""
 
     state: str
-    """"online", "joining" (still loading), "offline" (about to leave), or "silent": announced, but does not
-    answer.
+    """"online", "joining" (still loading), "offline" (about to leave), "silent": announced, but does not
+    answer, or "closed": does not let this machine in.
     """
 
     can_train: bool
@@ -195,7 +203,11 @@ class ModelReport:
 
 
 def survey(
-    initial_peers: Sequence[str], dht_prefix: str | None = None, *, timeout_s: float = 60.0
+    initial_peers: Sequence[str],
+    dht_prefix: str | None = None,
+    *,
+    timeout_s: float = 60.0,
+    access: SwarmAccess | None = None,
 ) -> tuple[ModelReport, ...]:
     """Looks at a swarm as a client and leaves nothing behind.
 
@@ -203,6 +215,7 @@ def survey(
         initial_peers: addresses of servers.
         dht_prefix: of the one model to report; None = all that are announced.
         timeout_s: for everything together.
+        access: what lets this machine in.
 
     Raises:
         AddressError: an address is malformed, or none of the peers answers.
@@ -211,11 +224,13 @@ def survey(
         SwarmError: no answer in time.
     """
     deadline = time.monotonic() + timeout_s
-    dht, p2p = join(initial_peers, min(timeout_s, _TIMEOUTS.connect_s))
+    access = access or SwarmAccess()
+    secret = None if access.secret_file is None else read_secret(access.secret_file)
+    dht, p2p = join(initial_peers, min(timeout_s, _TIMEOUTS.connect_s), access.identity)
     try:
         announced = announced_models(dht, _left_s(deadline))
         models = _chosen(announced, dht_prefix, str(dht.initial_peers[0]))
-        return tuple(_report(dht, p2p, name, info, deadline) for name, info in sorted(models.items()))
+        return tuple(_report(dht, p2p, secret, name, info, deadline) for name, info in sorted(models.items()))
     except (concurrent.futures.TimeoutError, TimeoutError) as error:  # two classes before Python 3.11
         raise SwarmError(
             f"the swarm gave no complete answer within {timeout_s:.0f} s; try again, or through another "
@@ -244,13 +259,15 @@ def _chosen(models: dict[str, ModelInfo], dht_prefix: str | None, address: str) 
     return {dht_prefix: models[dht_prefix]}
 
 
-def _report(dht: DHT, p2p: P2P, name: str, info: ModelInfo, deadline: float) -> ModelReport:
+def _report(
+    dht: DHT, p2p: P2P, secret: bytes | None, name: str, info: ModelInfo, deadline: float
+) -> ModelReport:
     uids = [f"{name}.{block}" for block in range(info.num_blocks)]
     found = get_remote_module_infos(dht, uids, latest=True, return_future=True).result(_left_s(deadline))
     spans = [
         span for span in compute_spans(found, min_state=ServerState.OFFLINE).values() if span.start < span.end
     ]
-    calls = ServerCalls(p2p, _TIMEOUTS, Traffic())
+    calls = ServerCalls(p2p, _TIMEOUTS, Traffic(), secret=secret)
 
     async def ask_all() -> list[ServerReport]:
         answers = asyncio.gather(*(_ask(calls, span, uids) for span in spans))
@@ -277,6 +294,8 @@ async def _ask(calls: ServerCalls, span: RemoteSpanInfo, uids: Sequence[str]) ->
             # The first request also opens the connection, so it is not timed.
             about = await calls.info(span.peer_id, uids[span.start])
             answer_ms = await _milliseconds(calls.info(span.peer_id, uids[span.start]))
+        except AccessDenied:
+            state = "closed"
         except ServerFailed:
             state = "silent"
         else:

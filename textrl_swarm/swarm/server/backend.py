@@ -15,7 +15,6 @@ from hivemind import BatchTensorDescriptor, TensorDescriptor
 from hivemind.moe.server.module_backend import ModuleBackend
 from petals.server.backend import TransformerBackend
 from petals.server.memory_cache import MemoryCache
-from petals.server.task_pool import PrioritizedTaskPool
 from petals.utils.misc import is_dummy
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -27,6 +26,7 @@ from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.swarm.low_rank import add_hooks, applied
 from textrl_swarm.swarm.protocol import AdapterHeader, ServedWeights, is_adapter_key
+from textrl_swarm.swarm.server.accounts import FairTaskPool
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
 from textrl_swarm.swarm.server.served_model import ServedBlock
 
@@ -40,7 +40,7 @@ class LoraBackend(TransformerBackend):
 
     store: ClassVar[AdapterStore]
 
-    shared_pools: ClassVar[tuple[PrioritizedTaskPool, ...]]
+    shared_pools: ClassVar[tuple[FairTaskPool, ...]]
     """What is not one block's."""
 
     quantization: ClassVar[str | None] = None
@@ -84,13 +84,11 @@ class LoraBackend(TransformerBackend):
         per_token, _ = cache_bytes([self.cache_spec], self.dtype)
         self.cache_bytes_per_token = Counter({self.device: per_token})
 
-    def _pool(self, compute: Any, what: str) -> PrioritizedTaskPool:
+    def _pool(self, compute: Any, what: str) -> FairTaskPool:
         size = self.forward_pool.max_batch_size
-        return PrioritizedTaskPool(
-            compute, max_batch_size=size, device=self.device, name=f"{self.name}_{what}"
-        )
+        return FairTaskPool(compute, max_batch_size=size, device=self.device, name=f"{self.name}_{what}")
 
-    def get_pools(self) -> tuple[PrioritizedTaskPool, ...]:
+    def get_pools(self) -> tuple[FairTaskPool, ...]:
         return (*super().get_pools(), *self.shared_pools)
 
     def get_inference_cache_descriptors(self, batch_size: int, max_length: int) -> list[TensorDescriptor]:

@@ -7,11 +7,10 @@ against what was allocated. Knows nothing about adapters, prompts or sampling.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from async_timeout import timeout
@@ -19,22 +18,19 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from petals.data_structures import Handle
 from petals.server.block_functions import MAX_NF4_SHORT_INFERENCE_TOKENS, MAX_SHORT_INFERENCE_TOKENS
-from petals.server.handler import TransformerConnectionHandler
-from petals.server.memory_cache import AllocationFailed, MemoryCache
+from petals.server.memory_cache import AllocationFailed
 from torch import Tensor
 
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.errors import ShapeError
-from textrl_swarm.swarm.protocol import CODEC, server_busy
+from textrl_swarm.swarm.protocol import CODEC, not_finite, server_busy
 from textrl_swarm.swarm.server.backend import LoraBackend
+from textrl_swarm.swarm.server.guarded import GuardedHandler, giving_way
 from textrl_swarm.swarm.server.hand_over import HandOvers, delivered, in_order
 from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.stub import Requests, Responses
 
-_IDLE_S = 15
-_PRIORITY = 1.0  # petals' own for generation, before forward and backward
 MAX_WIDTH = 8  # numbers per token over H: hidden states and what else crosses the boundary
-Item = TypeVar("Item")
 _NO_INDICES = torch.empty(0, dtype=torch.int64)  # petals' way to say "do not reorder the cache"
 
 
@@ -49,7 +45,7 @@ class GenerationStep:
 
 
 async def generate(
-    handler: TransformerConnectionHandler,
+    handler: GuardedHandler,
     hand_overs: HandOvers,
     backends: Sequence[LoraBackend],
     adapter: str,
@@ -90,11 +86,13 @@ async def generate(
             handed_over = delivered(handler, str(session))
         steps = in_order(_steps(first, requests, backends[0]), handed_over, handler.step_timeout)
         await until_the_end.enter_async_context(aclosing(steps))
-        yielding = giving_way(steps, memory)
+        yielding = giving_way(steps, handler.reason_to_end)
         await until_the_end.enter_async_context(aclosing(yielding))
         live = rows
         async for hidden, metadata in yielding:
             chunk = Chunk.decode(metadata.get("chunk", {}))
+            if not torch.isfinite(hidden).all():
+                raise not_finite(f"hidden states of shape {tuple(hidden.shape)}")
             step_rows, length, _ = _checked(hidden).shape
             chunk.require_fit(step_rows, length, live, max_length)
             live = len(chunk.keep) or live
@@ -105,33 +103,8 @@ async def generate(
                 yield runtime_pb2.ExpertResponse(tensors=[part])
 
 
-async def giving_way(arriving: AsyncIterator[Item], memory: MemoryCache) -> AsyncGenerator[Item, None]:
-    """What arrives for a generation, until nothing has for _IDLE_S seconds and somebody waits for its caches.
-
-    Raises:
-        ServerBusy: then.
-    """
-    while True:
-        following = asyncio.ensure_future(anext(arriving))
-        idle_s = 0
-        try:
-            while not (await asyncio.wait([following], timeout=1))[0]:
-                idle_s += 1
-                if idle_s >= _IDLE_S and memory.enqueued_size_bytes > 0:
-                    raise server_busy(
-                        f"others wait for the caches of this generation, which did nothing for {idle_s} s"
-                    )
-            item = following.result()
-        except StopAsyncIteration:
-            return
-        finally:
-            following.cancel()
-            await asyncio.wait([following])
-        yield item
-
-
 def _opening(
-    metadata: Mapping[str, Any], handler: TransformerConnectionHandler, backends: Sequence[LoraBackend]
+    metadata: Mapping[str, Any], handler: GuardedHandler, backends: Sequence[LoraBackend]
 ) -> tuple[int, int, float]:
     """Rows, tokens in each, and seconds to wait for their caches."""
     try:
@@ -198,6 +171,6 @@ async def _compute(
         groups = [(backend, [step]) for backend, step in zip(backends, steps, strict=True)]
     for backend, together in groups:
         (hidden,) = await backend.inference_pool.submit_task(
-            hidden, _NO_INDICES, tuple(together), *[None] * len(together), priority=_PRIORITY
+            hidden, _NO_INDICES, tuple(together), *[None] * len(together)
         )
     return hidden

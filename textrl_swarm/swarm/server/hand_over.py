@@ -20,6 +20,7 @@ from hivemind.p2p import P2P, PeerID
 from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
+from textrl_swarm.swarm.access import Membership
 from textrl_swarm.swarm.protocol import LEAST_BYTES_PER_S, Receiver
 from textrl_swarm.swarm.streams import StreamPool, within
 from textrl_swarm.swarm.stub import ServerStub
@@ -37,11 +38,12 @@ class HandOvers:
 
     Args:
         p2p: of that process.
+        membership: of this server.
     """
 
-    def __init__(self, p2p: P2P):
+    def __init__(self, p2p: P2P, membership: Membership):
         self._p2p = p2p
-        self._streams = StreamPool(p2p)
+        self._streams = StreamPool(p2p, membership)
         self._running: set[asyncio.Task[bool]] = set()
 
     def start(

@@ -21,13 +21,13 @@ from async_timeout import timeout
 from hivemind.p2p import P2P, P2PContext
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
-from petals.server.handler import TransformerConnectionHandler
 from petals.server.task_pool import PrioritizedTaskPool
 from torch import Tensor
 
 from textrl_swarm.decoders.caches import cache_bytes
 from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.errors import ServerMismatch, ShapeError
+from textrl_swarm.swarm.access import Membership
 from textrl_swarm.swarm.protocol import (
     CLOSING,
     CODEC,
@@ -38,21 +38,24 @@ from textrl_swarm.swarm.protocol import (
     KEPT_INPUT_SHARE,
     MAX_UNPACKED,
     NUMBER,
+    PROOF,
     WEIGHTS,
     AdapterHeader,
     adapter_rejected,
     digest,
     is_adapter_key,
+    not_finite,
     server_busy,
     weights_key,
 )
 from textrl_swarm.swarm.server.backend import LoraBackend
-from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate, giving_way
+from textrl_swarm.swarm.server.generation import MAX_WIDTH, generate
+from textrl_swarm.swarm.server.guarded import GuardedHandler
 from textrl_swarm.swarm.server.hand_over import HandOvers, deliver, delivered
 from textrl_swarm.swarm.server.kept_inputs import KeptInputs
 from textrl_swarm.swarm.server.pulse import Pulse, with_signs_of_life
 from textrl_swarm.swarm.server.training import Sum, Training
-from textrl_swarm.swarm.streaming import decoded, tensor_parts, whole_tensor
+from textrl_swarm.swarm.streaming import declared_bytes, decoded, tensor_parts, whole_tensor
 from textrl_swarm.swarm.streams import within
 from textrl_swarm.swarm.stub import Requests, Responses, wire_name
 
@@ -61,7 +64,6 @@ logger = logging.getLogger(__name__)
 Answers: TypeAlias = AsyncGenerator[runtime_pb2.ExpertResponse, None]
 Outgoing: TypeAlias = "asyncio.Queue[list[runtime_pb2.ExpertResponse] | None]"  # None = nothing more comes
 
-_PUSH_PRIORITY = 0.5  # before any computation
 _MAX_NAME = 64  # letters of the name of a sum, or of kept inputs
 _AT_ONCE = 64  # requests of one stream that were read and are not answered
 _CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was told how it ended
@@ -70,6 +72,9 @@ _CLIENT_CLOSES_S = 30.0  # how long a stream stays open for a client that was to
 @dataclass(frozen=True)
 class _Request:
     """One of rpc_requests, when all of it is read."""
+
+    turn_bytes: int
+    """To be given back when it is answered."""
 
     client: str
     """Its peer id."""
@@ -81,8 +86,8 @@ class _Request:
     tensors: Sequence[Tensor]
 
 
-class LoraHandler(TransformerConnectionHandler):
-    """TransformerConnectionHandler that also stores adapters and computes their gradients."""
+class LoraHandler(GuardedHandler):
+    """A handler that also stores adapters and computes their gradients."""
 
     kept_input_bytes: ClassVar[int] = KEPT_INPUT_BYTES
     """For inputs of forwards, in all processes; a client's stream, and what is kept for it, is in one."""
@@ -104,8 +109,9 @@ class LoraHandler(TransformerConnectionHandler):
 
     async def add_p2p_handlers(self, p2p: P2P, *args: Any, **kwargs: Any) -> None:
         """As hivemind's; called in the handler's own process."""
-        self._hand_overs = HandOvers(p2p)
-        in_each = self.kept_input_bytes // len(self._handler_event_queues)
+        self._hand_overs = HandOvers(p2p, Membership(self.secret, p2p.peer_id))
+        processes = len(self._handler_event_queues)
+        in_each = self.kept_input_bytes // processes
         self._kept = KeptInputs(in_each, min(in_each, self.kept_input_bytes // KEPT_INPUT_SHARE))
         await super().add_p2p_handlers(p2p, *args, **kwargs)
 
@@ -150,13 +156,6 @@ class LoraHandler(TransformerConnectionHandler):
             ending = _text(error)
         yield _ending(ending)
         await asyncio.sleep(_CLIENT_CLOSES_S)  # ends at once when the client closes
-
-    async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
-        """Petals' generation, whose caches others may get while it does nothing."""
-        cache = next(iter(self.module_backends.values())).memory_cache
-        async with aclosing(super().rpc_inference(giving_way(requests, cache), context)) as responses:
-            async for response in responses:
-                yield response
 
     async def rpc_requests(self, requests: Requests, context: P2PContext) -> Responses:
         """Any number of requests, one after the other. Metadata of the first message of each: `request`, and
@@ -211,22 +210,12 @@ class LoraHandler(TransformerConnectionHandler):
                     break
                 await slots.acquire()
                 try:
-                    async with timeout(self.request_timeout):
-                        metadata = MSGPackSerializer.loads(first.metadata)
-                        backends = self._backends(first.uid)
-                        self._check_weights(first.uid, metadata)
-                        what = metadata.get("request")
-                        if what not in self._KINDS:
-                            raise ShapeError(f"requests are {', '.join(self._KINDS)}, not {what!r}")
-                        if what != "hand_over":  # one for every token
-                            self._log_request(what, first.uid.split(), context)
-                        tensors = await self._read(first, requests, metadata, backends)
+                    request = await self._read(first, requests, context)
                 except Exception as error:  # what follows may be a part of what was not read
                     await asyncio.gather(*running)
                     await outgoing.put([_ending(_text(error), {NUMBER: number, CLOSING: True})])
                     await asyncio.sleep(_CLIENT_CLOSES_S)
                     break
-                request = _Request(str(context.remote_id), backends, metadata, tensors)
                 task = asyncio.ensure_future(self._answer(number, request, outgoing))
                 running.add(task)
                 task.add_done_callback(running.discard)
@@ -260,43 +249,53 @@ class LoraHandler(TransformerConnectionHandler):
             ending = _text(server_busy(f"this request was not done within {self.request_timeout:.0f} s"))
         except Exception as error:
             ending = _text(error)
+        finally:
+            await self.turns.give_back(request.client, request.turn_bytes)
         await outgoing.put([_ending(ending, told)])
 
     async def _read(
-        self,
-        first: runtime_pb2.ExpertRequest,
-        requests: Requests,
-        metadata: dict[str, Any],
-        backends: Sequence[LoraBackend],
-    ) -> list[Tensor]:
-        """A request's tensors; refuses one that grows past what can be used, before it fills the memory."""
-        if metadata["request"] == "forward" and metadata.get("session") is not None:
-            return []  # another server brings them
+        self, first: runtime_pb2.ExpertRequest, requests: Requests, context: P2PContext
+    ) -> _Request:
+        """All of a request; refuses one that is larger than can be used, before it fills the memory."""
+        client = str(context.remote_id)
+        metadata = MSGPackSerializer.loads(first.metadata)
+        backends = self._backends(first.uid)
+        self._check_weights(first.uid, metadata)
+        what = metadata.get("request")
+        if what not in self._KINDS:
+            raise ShapeError(f"requests are {', '.join(self._KINDS)}, not {what!r}")
+        if what != "hand_over":  # one for every token
+            self._log_request(what, first.uid.split(), context)
+        if what == "forward" and metadata.get("session") is not None:
+            return _Request(0, client, backends, metadata, [])  # another server brings them
+        left = self._most_to_read(metadata, backends)
+        size = 0
+        try:
+            size = declared_bytes(first, left) * metadata["tensors"]  # those of one request are much alike
+            await self.turns.take(client, size)
+            async with timeout(self.request_timeout):
+                tensors = await _read_tensors(first, requests, metadata, left)
+        except BaseException as error:
+            await self.turns.give_back(client, size)
+            if what == "push" and isinstance(error, ShapeError):
+                raise adapter_rejected(
+                    f"{error} (at most {backends[0].store.max_bytes_per_client} bytes of adapter are kept "
+                    "per client, --adapter_bytes_per_client)"
+                ) from error
+            raise
+        return _Request(size, client, backends, metadata, tensors)
+
+    def _most_to_read(self, metadata: dict[str, Any], backends: Sequence[LoraBackend]) -> int:
+        """Numbers of all tensors of a request."""
         backend = backends[0]
         if metadata["request"] == "push":
-            most_bytes = backend.store.max_bytes_per_client
-            left, count = most_bytes // 4, len(backends)
+            left, count = backend.store.max_bytes_per_client // 4, len(backends)
         else:
             count = 2
             left = count * backend.forward_pool.max_batch_size * MAX_WIDTH * backend.config.hidden_size
         if not 1 <= metadata.get("tensors", 0) <= count:
             raise ShapeError(f"{metadata.get('tensors')!r} tensors, where at most {count} belong")
-        tensors: list[Tensor] = []
-        message = first
-        for i in range(metadata["tensors"]):
-            if i > 0:
-                message = await anext(requests)
-            try:
-                tensors.append(await whole_tensor(message, requests, left))
-            except ShapeError as error:
-                if metadata["request"] != "push":
-                    raise
-                raise adapter_rejected(
-                    f"more than {most_bytes} bytes of adapter; this server keeps no more per client "
-                    "(--adapter_bytes_per_client)"
-                ) from error
-            left -= tensors[-1].numel()
-        return [decoded(tensor, metadata.get(CODEC)) for tensor in tensors]
+        return left
 
     async def _handed_over(self, session: str) -> Tensor:
         with self._managed_session(session):
@@ -324,7 +323,7 @@ class LoraHandler(TransformerConnectionHandler):
         _check_header(request.metadata, backends, request.tensors)
         blocks = [backend.block_index for backend in backends]
         stored = request.client, header, blocks, *request.tensors
-        await self.store_pool.submit_task(torch.zeros(1), *stored, priority=_PUSH_PRIORITY)
+        await self.store_pool.submit_task(torch.zeros(1), *stored)
         return []
 
     async def _forward(self, request: _Request) -> list[Tensor]:
@@ -387,8 +386,23 @@ class LoraHandler(TransformerConnectionHandler):
             "takes_sharing": all(other.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
+            PROOF: self.membership.code_for(context.remote_id),
         }
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
+
+
+async def _read_tensors(
+    first: runtime_pb2.ExpertRequest, requests: Requests, metadata: dict[str, Any], left: int
+) -> list[Tensor]:
+    """Tensors that have at most so many numbers together."""
+    tensors: list[Tensor] = []
+    message = first
+    for i in range(metadata["tensors"]):
+        if i > 0:
+            message = await anext(requests)
+        tensors.append(await whole_tensor(message, requests, left))
+        left -= tensors[-1].numel()
+    return [decoded(tensor, metadata.get(CODEC)) for tensor in tensors]
 
 
 def _text(error: Exception) -> str:
@@ -411,6 +425,8 @@ def _checked_hidden(tensors: Sequence[Tensor], count: int) -> Sequence[Tensor]:
     # What else crosses a boundary may make one wider than the other.
     if len(tensors) != count or not are_hidden or len({shape[:2] for shape in shapes}) != 1:
         raise ShapeError(f"expected {count} tensors of one shape (rows, tokens, H), got {shapes}")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise not_finite(f"hidden states or gradients of shapes {shapes}")
     return tensors
 
 

@@ -33,7 +33,6 @@ import torch  # noqa: E402
 from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
 from petals.constants import PUBLIC_INITIAL_PEERS  # noqa: E402
 from petals.server.server import ModuleContainer, Server  # noqa: E402
-from petals.server.task_pool import PrioritizedTaskPool  # noqa: E402
 from petals.utils.convert_block import QuantType  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -42,18 +41,23 @@ from textrl_swarm.errors import ConfigError, ModelError, TextRLSwarmError  # noq
 from textrl_swarm.models.base_model import resolve  # noqa: E402
 from textrl_swarm.models.layers import layers_of  # noqa: E402
 from textrl_swarm.models.quantization import warn_of_misread_rows  # noqa: E402
+from textrl_swarm.swarm.access import AllowList, read_secret  # noqa: E402
 from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
 from textrl_swarm.swarm.node import end_group, start_server_node  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
+    ADAPTER_IDLE_S,
     ADAPTER_STORE_BYTES,
     ADAPTER_STORE_BYTES_PER_CLIENT,
     ATTENTION_CACHE_TOKENS,
     CAPABILITY,
     KEPT_INPUT_BYTES,
+    REQUEST_BYTES,
     AdapterHeader,
     AdapterLayout,
     adapter_header,
 )
+from textrl_swarm.swarm.records import guard_records  # noqa: E402
+from textrl_swarm.swarm.server.accounts import Accounts, FairTaskPool  # noqa: E402
 from textrl_swarm.swarm.server.adapter_store import AdapterStore  # noqa: E402
 from textrl_swarm.swarm.server.backend import LoraBackend  # noqa: E402
 from textrl_swarm.swarm.server.gradient_sums import GradientSums  # noqa: E402
@@ -125,7 +129,9 @@ class LoraContainer(ModuleContainer):
     @classmethod
     def create(cls, *, dht: Any, block_indices: Sequence[int], device: Any, **kwargs: Any) -> LoraContainer:
         """As petals' own."""
-        store = LoraServer.store = AdapterStore(LoraServer.adapter_bytes, LoraServer.adapter_bytes_per_client)
+        store = LoraServer.store = AdapterStore(
+            LoraServer.adapter_bytes, LoraServer.adapter_bytes_per_client, LoraServer.adapter_idle_s
+        )
 
         def put(_ping: Any, owner: str, header: bytes, blocks: list[int], *flats: torch.Tensor) -> Any:
             store.put(owner, AdapterHeader.decode(header), dict(zip(blocks, flats, strict=True)), device)
@@ -142,7 +148,7 @@ class LoraContainer(ModuleContainer):
         quant_type = kwargs["quant_type"].name.lower()
         LoraBackend.quantization = None if quant_type == "none" else quant_type
         LoraBackend.preloaded = _preload(LoraServer.adapter_sources, device)
-        LoraHandler.store_pool = PrioritizedTaskPool(
+        LoraHandler.store_pool = FairTaskPool(
             put, max_batch_size=1 << 62, name="lora_store", device=torch.device("cpu")
         )
         LoraBackend.shared_pools = *training.pools, LoraHandler.store_pool
@@ -177,6 +183,7 @@ class LoraServer(Server):
     model: ClassVar[ServedModel]
     adapter_bytes: ClassVar[int]
     adapter_bytes_per_client: ClassVar[int]
+    adapter_idle_s: ClassVar[float]
     adapter_sources: ClassVar[Sequence[str]] = ()
 
     def __init__(self, *, initial_peers: Sequence[str], adapters: Sequence[str] = (), **kwargs: Any):
@@ -337,11 +344,20 @@ def _take_own_options(argv: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--adapter_bytes", type=int, default=ADAPTER_STORE_BYTES)
     parser.add_argument("--adapter_bytes_per_client", type=int, default=ADAPTER_STORE_BYTES_PER_CLIENT)
+    parser.add_argument("--adapter_idle_s", type=float, default=ADAPTER_IDLE_S)
     parser.add_argument("--kept_input_bytes", type=int, default=KEPT_INPUT_BYTES)
+    parser.add_argument("--request_bytes", type=int, default=REQUEST_BYTES)
+    parser.add_argument("--allowed_peers")
+    parser.add_argument("--secret_file")
     own, petals_options = parser.parse_known_args(argv)
     LoraServer.adapter_bytes = own.adapter_bytes
     LoraServer.adapter_bytes_per_client = own.adapter_bytes_per_client
+    LoraServer.adapter_idle_s = own.adapter_idle_s
     LoraHandler.kept_input_bytes = own.kept_input_bytes
+    LoraHandler.request_bytes = own.request_bytes
+    LoraHandler.allowed = None if own.allowed_peers is None else AllowList(own.allowed_peers)
+    LoraHandler.secret = None if own.secret_file is None else read_secret(own.secret_file)
+    guard_records(LoraHandler.allowed, LoraHandler.secret)
     return petals_options
 
 
@@ -381,11 +397,13 @@ def main() -> None:
         options[at : at + 1] = sys.stdin.readline().split()
     _end_with_parent()
     LoraHandler.pulse = Pulse()
+    LoraHandler.accounts = FairTaskPool.accounts = Accounts()
     compat.use_server_classes(
         server=LoraServer,
         backend=LoraBackend,
         handler=LoraHandler,
         container=LoraContainer,
+        task_pool=FairTaskPool,
         start_node=start_server_node,
         read_config=_read_config,
         load_block=_load_block,

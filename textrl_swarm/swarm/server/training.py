@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from petals.server.task_pool import PrioritizedTaskPool
 from torch import Tensor
 
 from textrl_swarm.decoders.sharing import PackedRows
 from textrl_swarm.swarm.low_rank import applied
+from textrl_swarm.swarm.server.accounts import FairTaskPool
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
 from textrl_swarm.swarm.server.backend import LoraBackend
 from textrl_swarm.swarm.server.gradient_sums import GradientSums
-
-_PRIORITY = 2.0  # petals' own for forward and backward; generation (1.0) goes first
 
 Sum = tuple[str, int, int]  # its name, the index of this micro-batch, and their number
 
@@ -49,8 +47,8 @@ class Training:
         self._sums = sums
         self._max_activation_bytes = max_activation_bytes
         self.backends: Mapping[str, LoraBackend] = {}
-        self._forward_pool = PrioritizedTaskPool(self._forward, max_tokens, "lora_forward", device=device)
-        self._backward_pool = PrioritizedTaskPool(self._backward, max_tokens, "lora_backward", device=device)
+        self._forward_pool = FairTaskPool(self._forward, max_tokens, "lora_forward", device=device)
+        self._backward_pool = FairTaskPool(self._backward, max_tokens, "lora_backward", device=device)
         self.pools = self._forward_pool, self._backward_pool
 
     async def forward(
@@ -96,7 +94,7 @@ class Training:
             needed = need_input_grad or position > 0
             names = [backend.name for backend in groups[position]]
             grad, *own = await self._backward_pool.submit_task(
-                group_inputs[position], grad, key, needed, summed, packed, names, priority=_PRIORITY
+                group_inputs[position], grad, key, needed, summed, packed, names
             )
             flats = [*own, *flats]
         return [grad, *flats]
@@ -113,7 +111,7 @@ class Training:
         self, group: Sequence[LoraBackend], inputs: Tensor, key: str, packed: PackedRows | None
     ) -> Tensor:
         names = [backend.name for backend in group]
-        (output,) = await self._forward_pool.submit_task(inputs, key, packed, names, priority=_PRIORITY)
+        (output,) = await self._forward_pool.submit_task(inputs, key, packed, names)
         return output
 
     def _forward(

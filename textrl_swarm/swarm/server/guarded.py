@@ -1,0 +1,192 @@
+"""Petals' RPCs on a server that protects itself: each client's requests have limits, its caches an account.
+
+Knows nothing about adapters or training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from typing import Any, ClassVar, TypeVar
+
+from hivemind.p2p import P2P, P2PContext
+from hivemind.proto import runtime_pb2
+from petals.data_structures import Handle
+from petals.server.handler import TransformerConnectionHandler
+
+from textrl_swarm.errors import ShapeError
+from textrl_swarm.swarm.access import AllowList, Door, Membership
+from textrl_swarm.swarm.protocol import REQUEST_BYTES, server_busy
+from textrl_swarm.swarm.server.accounts import CLIENT, Accounts
+from textrl_swarm.swarm.server.backend import LoraBackend
+from textrl_swarm.swarm.server.gate import PART_BYTES, Gate, StreamLimits, Turns
+from textrl_swarm.swarm.streaming import require_finite, require_header
+from textrl_swarm.swarm.stub import Requests, Responses
+
+_TENSORS = 4  # of rows x tokens x H, that make up petals' largest request: inputs, gradients, deep prompts
+_GIVES_WAY_S = 15  # for which a client has its caches at least, or did nothing
+_MAX_NAME = 64  # letters of the name of a session
+Item = TypeVar("Item")
+
+
+class GuardedHandler(TransformerConnectionHandler):
+    """TransformerConnectionHandler behind a gate."""
+
+    accounts: ClassVar[Accounts]
+
+    allowed: ClassVar[AllowList | None] = None
+    """Peers that may come in; None = all."""
+
+    secret: ClassVar[bytes | None] = None
+    """Of the swarm."""
+
+    request_bytes: ClassVar[int] = REQUEST_BYTES
+    """Of requests that are read or computed, in all processes."""
+
+    async def add_p2p_handlers(self, p2p: P2P, *args: Any, **kwargs: Any) -> None:
+        """As hivemind's; called in the handler's own process."""
+        self.membership = Membership(self.secret, p2p.peer_id)
+        in_each = self.request_bytes // len(self._handler_event_queues)
+        self.turns = Turns(in_each, in_each // 2)
+        whole = StreamLimits(message_bytes=self._most_bytes, request_bytes=self._most_bytes)
+        limits = {
+            "rpc_forward_stream": whole,
+            "rpc_backward_stream": whole,
+            "rpc_inference": StreamLimits(message_bytes=self._most_bytes),
+        }
+        gate = Gate(p2p, Door(self.allowed, self.membership), self.turns, limits)
+        await super().add_p2p_handlers(gate, *args, **kwargs)
+
+    @property
+    def _most_numbers(self) -> int:
+        """Of a tensor of petals' own requests."""
+        backend = next(iter(self.module_backends.values()))
+        return _TENSORS * backend.forward_pool.max_batch_size * backend.config.hidden_size
+
+    @property
+    def _most_bytes(self) -> int:
+        """Of such a request."""
+        return 4 * self._most_numbers + PART_BYTES
+
+    async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
+        """Petals' generation, whose caches others may get."""
+        arriving = giving_way(self._looked_at_all(requests), self.reason_to_end)
+        async with aclosing(super().rpc_inference(arriving, context)) as responses:
+            async for response in responses:
+                yield response
+
+    async def rpc_push(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        """Petals' hand-over."""
+        return await super().rpc_push(self._looked_at(request), context)
+
+    async def rpc_forward(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        """Petals' own, as are the next three."""
+        return await super().rpc_forward(self._looked_at(request), context)
+
+    async def rpc_backward(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        return await super().rpc_backward(self._looked_at(request), context)
+
+    async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
+        async with aclosing(super().rpc_forward_stream(self._looked_at_all(requests), context)) as responses:
+            async for response in responses:
+                yield response
+
+    async def rpc_backward_stream(self, requests: Requests, context: P2PContext) -> Responses:
+        async with aclosing(super().rpc_backward_stream(self._looked_at_all(requests), context)) as responses:
+            async for response in responses:
+                yield response
+
+    def _looked_at(self, request: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertRequest:
+        """A message of petals, whose tensors' headers promise nothing that is too large."""
+        for part in request.tensors:
+            if part.dtype:  # else it continues a tensor
+                require_header(part, self._most_numbers)
+            require_finite(part)
+        return request
+
+    async def _looked_at_all(self, requests: Requests) -> Requests:
+        async for request in requests:
+            yield self._looked_at(request)
+
+    @asynccontextmanager
+    async def _allocate_cache(
+        self, backends: Sequence[LoraBackend], *, batch_size: int, max_length: int, timeout: float
+    ) -> AsyncIterator[Sequence[Sequence[Handle]]]:
+        """As petals' own; the caches are put down to the client."""
+        client, memory = CLIENT.get(), backends[0].memory_cache
+        caches = [backend.get_inference_cache_descriptors(batch_size, max_length) for backend in backends]
+        size = memory.get_allocation_size(*itertools.chain(*caches))
+        if size > memory.max_size_bytes:
+            raise ShapeError(
+                f"caches for {batch_size} x {max_length} tokens are more than this server has "
+                "(--attn_cache_tokens)"
+            )
+        async with AsyncExitStack() as until_the_end:
+            with self.accounts.wanting(client, size):
+                handles = await until_the_end.enter_async_context(
+                    super()._allocate_cache(
+                        backends, batch_size=batch_size, max_length=max_length, timeout=timeout
+                    )
+                )
+            with self.accounts.holding(client, size):
+                yield handles
+
+    def reason_to_end(self, idle_s: int, held_s: int) -> str | None:
+        """Why a generation of the present client must end, that did nothing for so long, and has its caches
+        for so long; None = it need not.
+        """
+        memory = next(iter(self.module_backends.values())).memory_cache
+        if idle_s >= _GIVES_WAY_S and memory.enqueued_size_bytes > 0:
+            return f"others wait for the caches of this generation, which did nothing for {idle_s} s"
+        if held_s >= _GIVES_WAY_S and self.accounts.has_too_much(CLIENT.get(), memory.max_size_bytes):
+            return "others wait for caches, and this client has more than its part of them"
+        return None
+
+    def _managed_session(self, session_id: str) -> AbstractContextManager[None]:
+        if not isinstance(session_id, str) or len(session_id) > _MAX_NAME:
+            raise ShapeError(f"names of sessions have at most {_MAX_NAME} letters")
+        return super()._managed_session(session_id)
+
+
+async def giving_way(
+    arriving: AsyncIterator[Item], reason_to_end: Callable[[int, int], str | None]
+) -> AsyncGenerator[Item, None]:
+    """What arrives for a generation, until it has to give its caches to others.
+
+    Args:
+        reason_to_end: seconds without any, and seconds since the first was asked for -> why it must end.
+
+    Raises:
+        ServerBusy: then.
+    """
+    started = time.monotonic()
+
+    def require_right(idle_s: int) -> None:
+        reason = reason_to_end(idle_s, int(time.monotonic() - started))
+        if reason is not None:
+            raise server_busy(reason)
+
+    while True:
+        require_right(0)
+        following = asyncio.ensure_future(anext(arriving))
+        idle_s = 0
+        try:
+            while not (await asyncio.wait([following], timeout=1))[0]:
+                idle_s += 1
+                require_right(idle_s)
+            item = following.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
+        yield item
