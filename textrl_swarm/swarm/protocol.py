@@ -204,7 +204,8 @@ def error_from_wire(
 ) -> AccessDenied | AdapterMissing | AdapterRejected | InputsMissing | InputsNotFinite | ServerBusy | None:
     """The client's error for the text of a server's error; None when the text is of another kind."""
     if _DENIED in text:
-        reason = text.partition(_DENIED)[2].removeprefix(": ").removesuffix('")')  # of its repr
+        reason = text.partition(_DENIED)[2].removeprefix(": ")
+        reason = reason.removesuffix('")').removesuffix("')")  # what is left of a repr
         return AccessDenied(f"server {server} does not let this client in: {reason}")
     if _NOT_FINITE in text:
         return InputsNotFinite(

@@ -20,9 +20,8 @@ from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.codec import decode, encode
 from textrl_swarm.swarm.protocol import not_finite
 
-_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_OTHERS = {"int64": torch.int64, "uint8": torch.uint8, "bool": torch.bool}
-_ITEM_BYTES = {name: dtype.itemsize for name, dtype in (_FLOATS | _OTHERS).items()}
+_NAMES = ("float64", "float32", "float16", "bfloat16", "int64", "uint8", "bool")
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
 _MAX_RANK = 5
 _LEAST_PART_BYTES = 4096
 
@@ -66,20 +65,20 @@ def require_header(part: runtime_pb2.Tensor, max_numbers: int) -> tuple[int, int
     Raises:
         ShapeError: it has more, or too many dimensions, or is of no dtype that travels.
     """
-    if part.dtype not in _ITEM_BYTES or len(part.size) > _MAX_RANK:
+    if part.dtype not in _DTYPES or len(part.size) > _MAX_RANK:
         raise ShapeError(f"no tensor that can be taken: {part.dtype[:32]!r}, {len(part.size)} dimensions")
     numbers = math.prod(part.size)
     if numbers > max_numbers:
         raise ShapeError(f"a tensor of {tuple(part.size)} is larger than the {max_numbers} numbers allowed")
-    return numbers, _ITEM_BYTES[part.dtype]
+    return numbers, _DTYPES[part.dtype].itemsize
 
 
 def require_finite(part: runtime_pb2.Tensor) -> None:
     """Raises InputsNotFinite for a part of a tensor with NaN or infinite numbers, as far as it is not
     compressed.
     """
-    dtype = _FLOATS.get(part.dtype)
-    if dtype is None or part.compression != runtime_pb2.CompressionType.NONE or not part.buffer:
+    dtype = _DTYPES.get(part.dtype, torch.bool)
+    if not dtype.is_floating_point or part.compression != runtime_pb2.CompressionType.NONE or not part.buffer:
         return
     if len(part.buffer) % dtype.itemsize:
         raise ShapeError(f"{len(part.buffer)} bytes of {part.dtype} numbers")

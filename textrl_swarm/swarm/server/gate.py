@@ -36,6 +36,7 @@ _MAX_CALLS = 64  # of a client in one process, beside streams
 _MAX_WAITING = 256  # whose requests take turns
 _GREETING_BYTES = 1024
 _GREETING_S = 30.0
+_HEARS_S = 1.0
 _TELL_AGAIN_S = 60.0
 _MAX_TOLD = 1000
 
@@ -148,6 +149,7 @@ class Gate:
                     self._tell(info.peer_id, error)
                     with contextlib.suppress(Exception):  # whoever was refused may be gone
                         await P2P.send_protobuf(RPCError(message=str(error) or type(error).__name__), writer)
+                        await asyncio.wait_for(_until_gone(reader), _HEARS_S)
 
         await self._p2p.add_binary_stream_handler(name, handle, balanced=balanced)
 
@@ -156,11 +158,11 @@ class Gate:
             client = str(context.remote_id)
             try:
                 self._admit(context.remote_id)
-                if self._door.asks_for_secret:
-                    is_named = isinstance(request, runtime_pb2.ExpertUID)  # others have no place for a code
-                    uid, _, code = (request.uid if is_named else "").partition(JOINING)
-                    self._require_code(context.remote_id, code or None)
+                code = ""
+                if isinstance(request, runtime_pb2.ExpertUID):  # others have no place for a code
+                    uid, _, code = request.uid.partition(JOINING)
                     request = runtime_pb2.ExpertUID(uid=uid)
+                self._require_code(context.remote_id, code or None)
                 if self._calls[client] >= _MAX_CALLS:
                     raise server_busy(f"{_MAX_CALLS} calls of this client wait for their answers")
             except TextRLSwarmError as error:
@@ -301,6 +303,12 @@ class _Arriving:
     async def aclose(self) -> None:
         """Gives back what the stream took."""
         await asyncio.shield(self._give_back(self._taken_bytes))
+
+
+async def _until_gone(reader: Any) -> None:
+    """A stream that is closed while more arrives is reset, and the client does not hear why."""
+    while await reader.read(1 << 16):
+        pass
 
 
 @contextlib.contextmanager
