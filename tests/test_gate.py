@@ -15,6 +15,7 @@ from hivemind.compression import serialize_torch_tensor
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import dht_pb2, runtime_pb2
+from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 from petals.server.handler import TransformerConnectionHandler
 from plain_peft import connect, random_tokens, run
@@ -541,3 +542,44 @@ def test_a_client_has_a_number_of_streams(small_server):
 
         assert any("this client has 32 open streams" in text for text in run_in_background(flood()))
         run(policy, random_tokens(1, 3))
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("seconds", [-1.0, 0.001, 1e9, math.nan])
+def test_who_waits_for_caches_in_vain_takes_them_from_nobody(small_server, seconds):
+    """400 tokens of caches: some of these get them, others wait and go away."""
+    with connect(small_server) as policy:
+        client = policy._client
+        stub = ServerStub.get_stub(client._calls.p2p, client.spans[0].peer)
+        uid = f"{small_server.dht_prefix}.0"
+        opening = {
+            "rows": 1,
+            "max_length": 150,
+            "active_adapter": "",
+            "alloc_timeout": seconds,
+            "last_only": 1,
+        }
+        first = runtime_pb2.ExpertRequest(
+            uid=uid,
+            tensors=[serialize_torch_tensor(torch.zeros(1, 1, 64))],
+            metadata=MSGPackSerializer.dumps(opening),
+        )
+
+        async def wait() -> None:
+            async def requests():
+                yield first
+                await asyncio.sleep(1)
+
+            async for _ in await stub.rpc_generate(requests()):
+                pass
+
+        async def all_of_them() -> None:
+            waiting = [asyncio.ensure_future(wait()) for _ in range(20)]
+            await asyncio.wait(waiting, timeout=1)
+            for one in waiting:
+                one.cancel()
+            await asyncio.wait(waiting)
+
+        run_in_background(all_of_them())
+        with policy.session(1, 350) as session:  # nearly all
+            session.step(random_tokens(1, 5))

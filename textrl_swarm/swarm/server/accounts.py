@@ -83,6 +83,11 @@ class Accounts:
             with self._lock:
                 what[slot] -= size_bytes
 
+    @property
+    def wanted_bytes(self) -> int:
+        """Of all clients that wait."""
+        return sum(self._wanted)
+
     def has_too_much(self, client: str, all_bytes: int) -> bool:
         """Whether others wait for caches, and this client has more than its part of all."""
         slot = self._slot(client)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager
@@ -16,6 +17,7 @@ from hivemind.p2p import P2P, P2PContext
 from hivemind.proto import runtime_pb2
 from petals.data_structures import Handle
 from petals.server.handler import TransformerConnectionHandler
+from petals.server.memory_cache import AllocationFailed
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.access import AllowList, Door, Membership
@@ -29,6 +31,8 @@ from textrl_swarm.swarm.stub import Requests, Responses
 _TENSORS = 4  # of rows x tokens x H, that make up petals' largest request: inputs, gradients, deep prompts
 _GIVES_WAY_S = 15  # for which a client has its caches at least, or did nothing
 _MAX_NAME = 64  # letters of the name of a session
+_MAX_ALLOCATE_S = 60.0  # for which somebody waits for caches
+_LOOK_AGAIN_S = 0.2
 Item = TypeVar("Item")
 
 
@@ -130,22 +134,42 @@ class GuardedHandler(TransformerConnectionHandler):
                 f"caches for {batch_size} x {max_length} tokens are more than this server has "
                 "(--attn_cache_tokens)"
             )
+        sizes = {"batch_size": batch_size, "max_length": max_length}
         async with AsyncExitStack() as until_the_end:
             with self.accounts.wanting(client, size):
-                handles = await until_the_end.enter_async_context(
-                    super()._allocate_cache(
-                        backends, batch_size=batch_size, max_length=max_length, timeout=timeout
-                    )
-                )
+                handles = await until_the_end.enter_async_context(self._when_free(backends, sizes, timeout))
             with self.accounts.holding(client, size):
                 yield handles
+
+    @asynccontextmanager
+    async def _when_free(
+        self, backends: Sequence[LoraBackend], sizes: dict[str, int], timeout_s: float
+    ) -> AsyncIterator[Sequence[Sequence[Handle]]]:
+        """Petals' caches, as soon as it has them. It must not wait itself: when its time is over, it leaves
+        its lock taken, and gives caches to nobody any more.
+        """
+        waits_s = min(timeout_s, _MAX_ALLOCATE_S) if math.isfinite(timeout_s) else 0.0
+        deadline = time.monotonic() + waits_s
+        while True:
+            is_last = time.monotonic() >= deadline
+            async with AsyncExitStack() as until_the_end:
+                try:
+                    allocated = super()._allocate_cache(backends, **sizes, timeout=0.0)
+                    handles = await until_the_end.enter_async_context(allocated)
+                except AllocationFailed:
+                    if is_last:
+                        raise
+                else:
+                    yield handles
+                    return
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     def reason_to_end(self, idle_s: int, held_s: int) -> str | None:
         """Why a generation of the present client must end, that did nothing for so long, and has its caches
         for so long; None = it need not.
         """
         memory = next(iter(self.module_backends.values())).memory_cache
-        if idle_s >= _GIVES_WAY_S and memory.enqueued_size_bytes > 0:
+        if idle_s >= _GIVES_WAY_S and self.accounts.wanted_bytes > 0:
             return f"others wait for the caches of this generation, which did nothing for {idle_s} s"
         if held_s >= _GIVES_WAY_S and self.accounts.has_too_much(CLIENT.get(), memory.max_size_bytes):
             return "others wait for caches, and this client has more than its part of them"
