@@ -30,6 +30,7 @@ BENCHMARKS = {
     "traffic": [],
     "chaos": [],
     "lies": [],
+    "fuzz": [],
     "codec_speed": ["--repeats", "3"],
     "scale": ["--repeats", "2"],
     "gpu": [],

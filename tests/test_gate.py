@@ -419,6 +419,8 @@ def test_one_peer_cannot_fill_the_memory(protocol):
             assert "bytes of records are too many now" in str(error)
             break
     assert 65 <= i <= 70  # 4 MiB
+    with pytest.raises(ShapeError, match="an id of more than 20 bytes"):
+        store(protocol, (bytes(21), None, b"", 60))
     with pytest.raises(ShapeError, match="5000 keys in a request"):
         store(protocol, *[(str(i).encode(), None, b"", 60) for i in range(5000)])
 

@@ -23,6 +23,7 @@ from textrl_swarm.swarm.protocol import access_denied
 
 _MAX_RECORD_BYTES = 64 << 10
 _MAX_KEYS = 4096  # of one request
+_ID_BYTES = 20  # of a node or a key
 _MAX_AGE_S = 3600.0
 _BURST_BYTES = 4 << 20  # from one peer at once
 _BYTES_PER_S = 16 << 10  # and from then on
@@ -90,7 +91,7 @@ class GuardedProtocol(DHTProtocol):
         refusal = self._door.refusal(peer) or self._door.refusal_of_code(peer, code)
         if refusal is not None:
             raise access_denied(refusal)
-        _require_few(request.keys)
+        _require_usable(request)
         taken = [i for i in range(len(request.keys)) if self._is_usable(request, i)]
         size = sum(len(request.values[i]) + len(request.subkeys[i]) for i in taken)
         if len(self._allowances) >= _MAX_PEERS:
@@ -119,7 +120,7 @@ class GuardedProtocol(DHTProtocol):
 
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
         """As hivemind's."""
-        _require_few(request.keys)
+        _require_usable(request)
         return await super().rpc_find(request, context)
 
 
@@ -143,9 +144,11 @@ class _Proving:
         return store
 
 
-def _require_few(keys: Any) -> None:
-    if len(keys) > _MAX_KEYS:
-        raise ShapeError(f"{len(keys)} keys in a request, where at most {_MAX_KEYS} are allowed")
+def _require_usable(request: Any) -> None:
+    if len(request.keys) > _MAX_KEYS:
+        raise ShapeError(f"{len(request.keys)} keys in a request, where at most {_MAX_KEYS} are allowed")
+    if any(len(name) > _ID_BYTES for name in (*request.keys, request.peer.node_id)):
+        raise ShapeError(f"an id of more than {_ID_BYTES} bytes")
 
 
 def guard_records(allowed: AllowList | None, secret: bytes | None) -> None:

@@ -6,7 +6,7 @@ Knows nothing about what they mean.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import torch
@@ -52,19 +52,26 @@ def declared_bytes(message: Any, max_numbers: int) -> int:
         raise ShapeError(f"{len(message.tensors)} tensors in a message, where one belongs")
     part = message.tensors[0]
     numbers, itemsize = require_header(part, max_numbers)
-    if part.compression != runtime_pb2.CompressionType.NONE:
-        raise ShapeError(f"compression {part.compression} of a tensor, which is not taken here")
     if not 0 <= part.chunks <= 2 + numbers * itemsize // _LEAST_PART_BYTES:  # 0 = nothing to split
         raise ShapeError(f"a tensor of {numbers * itemsize} bytes cannot have {part.chunks} parts")
     return numbers * itemsize
 
 
-def require_header(part: runtime_pb2.Tensor, max_numbers: int) -> tuple[int, int]:
+def require_header(
+    part: runtime_pb2.Tensor,
+    max_numbers: int,
+    compressions: Collection[int] = (runtime_pb2.CompressionType.NONE,),
+) -> tuple[int, int]:
     """Numbers of the tensor to which a first part belongs, and bytes of each.
 
+    Args:
+        compressions: hivemind's that are taken.
+
     Raises:
-        ShapeError: it has more, or too many dimensions, or is of no dtype that travels.
+        ShapeError: it has more, or too many dimensions, is of no dtype that travels, or compressed.
     """
+    if part.compression not in compressions:
+        raise ShapeError(f"compression {part.compression} of a tensor, which is not taken here")
     if part.dtype not in _DTYPES or len(part.size) > _MAX_RANK:
         raise ShapeError(f"no tensor that can be taken: {part.dtype[:32]!r}, {len(part.size)} dimensions")
     numbers = math.prod(part.size)

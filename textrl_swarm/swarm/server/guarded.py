@@ -6,18 +6,26 @@ Knows nothing about adapters or training.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import functools
+import gc
 import itertools
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, ClassVar, TypeVar
 
+from hivemind.compression import deserialize_torch_tensor
 from hivemind.p2p import P2P, P2PContext
 from hivemind.proto import runtime_pb2
+from hivemind.utils.nested import nested_flatten
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.streaming import combine_from_streaming
 from petals.data_structures import Handle
 from petals.server.handler import TransformerConnectionHandler
 from petals.server.memory_cache import AllocationFailed
+from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.access import AllowList, Door, Membership
@@ -33,6 +41,7 @@ _GIVES_WAY_S = 15  # for which a client has its caches at least, or did nothing
 _MAX_NAME = 64  # letters of the name of a session
 _MAX_ALLOCATE_S = 60.0  # for which somebody waits for caches
 _LOOK_AGAIN_S = 0.2
+_TRIM_S = 10.0
 Item = TypeVar("Item")
 
 
@@ -61,6 +70,7 @@ class GuardedHandler(TransformerConnectionHandler):
             "rpc_backward_stream": whole,
             "rpc_inference": StreamLimits(message_bytes=self._most_bytes),
         }
+        self._trimming = asyncio.ensure_future(_trim())
         gate = Gate(p2p, Door(self.allowed, self.membership), self.turns, limits)
         await super().add_p2p_handlers(gate, *args, **kwargs)
 
@@ -70,6 +80,12 @@ class GuardedHandler(TransformerConnectionHandler):
         backend = next(iter(self.module_backends.values()))
         return _TENSORS * backend.forward_pool.max_batch_size * backend.config.hidden_size
 
+    @functools.cached_property
+    def _compressions(self) -> Collection[int]:
+        """Those that clients are told to use, and none."""
+        backend = next(iter(self.module_backends.values()))
+        return {0, *(descriptor.compression for descriptor in nested_flatten(backend.args_schema))}
+
     @property
     def _most_bytes(self) -> int:
         """Of such a request."""
@@ -77,10 +93,13 @@ class GuardedHandler(TransformerConnectionHandler):
 
     async def rpc_inference(self, requests: Requests, context: P2PContext) -> Responses:
         """Petals' generation, whose caches others may get."""
-        arriving = giving_way(self._looked_at_all(requests), self.reason_to_end)
-        async with aclosing(super().rpc_inference(arriving, context)) as responses:
-            async for response in responses:
-                yield response
+        arriving = _Arrivals(giving_way(self._looked_at_all(requests), self.reason_to_end))
+        try:
+            async with aclosing(super().rpc_inference(arriving, context)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            await arriving.aclose()
 
     async def rpc_push(
         self, request: runtime_pb2.ExpertRequest, context: P2PContext
@@ -91,7 +110,7 @@ class GuardedHandler(TransformerConnectionHandler):
     async def rpc_forward(
         self, request: runtime_pb2.ExpertRequest, context: P2PContext
     ) -> runtime_pb2.ExpertResponse:
-        """Petals' own, as are the next three."""
+        """Petals' own, as is the next."""
         return await super().rpc_forward(self._looked_at(request), context)
 
     async def rpc_backward(
@@ -99,23 +118,35 @@ class GuardedHandler(TransformerConnectionHandler):
     ) -> runtime_pb2.ExpertResponse:
         return await super().rpc_backward(self._looked_at(request), context)
 
-    async def rpc_forward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        async with aclosing(super().rpc_forward_stream(self._looked_at_all(requests), context)) as responses:
-            async for response in responses:
-                yield response
-
-    async def rpc_backward_stream(self, requests: Requests, context: P2PContext) -> Responses:
-        async with aclosing(super().rpc_backward_stream(self._looked_at_all(requests), context)) as responses:
-            async for response in responses:
-                yield response
-
     def _looked_at(self, request: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertRequest:
         """A message of petals, whose tensors' headers promise nothing that is too large."""
         for part in request.tensors:
             if part.dtype:  # else it continues a tensor
-                require_header(part, self._most_numbers)
+                require_header(part, self._most_numbers, self._compressions)
             require_finite(part)
         return request
+
+    async def _gather_inputs(
+        self, requests: Requests, context: P2PContext
+    ) -> tuple[str, list[Tensor], dict[str, Any]]:
+        """What the messages of a forward or backward make together, in the place of petals' own, which
+        leaves tasks and memory behind when it does not come to its end.
+        """
+        uid, metadata = "", b""
+        tensors: list[Tensor] = []
+        parts: list[runtime_pb2.Tensor] = []
+        async for request in self._looked_at_all(requests):
+            if uid not in ("", request.uid):
+                raise ShapeError("the uids differ in one request")
+            uid, metadata = request.uid, metadata or request.metadata
+            for part in request.tensors:
+                if part.dtype and parts:
+                    tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
+                    parts = []
+                parts.append(part)
+        if parts:
+            tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
+        return uid, tensors, MSGPackSerializer.loads(metadata) if metadata else {}
 
     async def _looked_at_all(self, requests: Requests) -> Requests:
         async for request in requests:
@@ -179,6 +210,40 @@ class GuardedHandler(TransformerConnectionHandler):
         if not isinstance(session_id, str) or len(session_id) > _MAX_NAME:
             raise ShapeError(f"names of sessions have at most {_MAX_NAME} letters")
         return super()._managed_session(session_id)
+
+
+async def _trim() -> None:
+    """Gives memory back now and then: the C library keeps what large requests had."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # another C library
+        return
+    while True:
+        await asyncio.sleep(_TRIM_S)
+        gc.collect()
+        trim(0)
+
+
+class _Arrivals(AsyncIterator[Item]):
+    """What a generator yields. Petals leaves a task behind that waits for the next for ever."""
+
+    def __init__(self, source: AsyncGenerator[Item, None]):
+        self._source = source
+        self._waiting: asyncio.Task[Any] | None = None
+
+    async def __anext__(self) -> Item:
+        self._waiting = asyncio.current_task()
+        try:
+            return await anext(self._source)
+        finally:
+            self._waiting = None
+
+    async def aclose(self) -> None:
+        """Nobody waits any more."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.wait([self._waiting])
+        await self._source.aclose()
 
 
 async def giving_way(
