@@ -24,6 +24,8 @@ import torch
 from hivemind.dht import DHT, DHTNode
 from hivemind.p2p import PeerID
 
+from textrl_swarm.swarm.memory import TRIM_S, trim_memory
+
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.5
@@ -55,10 +57,14 @@ class _Node(DHT):
 
     def _watch(self, owner: int) -> None:
         daemons: list[psutil.Process] = []
+        trimmed_at = time.monotonic()
         while os.getppid() == owner:
             time.sleep(_TICK_S)
             if not hasattr(self, "_node"):
                 continue  # while it joins, a daemon that asks who else has its identity comes and goes
+            if self._ends_group and time.monotonic() > trimmed_at + TRIM_S:
+                trim_memory()
+                trimmed_at = time.monotonic()
             daemons = daemons or psutil.Process().children()
             if self._ends_group and not any(map(_runs, daemons)):
                 end_group(_FAREWELL_S)

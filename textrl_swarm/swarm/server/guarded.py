@@ -6,9 +6,7 @@ Knows nothing about adapters or training.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
-import gc
 import itertools
 import math
 import time
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.access import AllowList, Door, Membership
+from textrl_swarm.swarm.memory import TRIM_S, trim_memory
 from textrl_swarm.swarm.protocol import REQUEST_BYTES, server_busy
 from textrl_swarm.swarm.server.accounts import CLIENT, Accounts
 from textrl_swarm.swarm.server.backend import LoraBackend
@@ -41,7 +40,6 @@ _GIVES_WAY_S = 15  # for which a client has its caches at least, or did nothing
 _MAX_NAME = 64  # letters of the name of a session
 _MAX_ALLOCATE_S = 60.0  # for which somebody waits for caches
 _LOOK_AGAIN_S = 0.2
-_TRIM_S = 10.0
 Item = TypeVar("Item")
 
 
@@ -148,6 +146,23 @@ class GuardedHandler(TransformerConnectionHandler):
             tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
         return uid, tensors, MSGPackSerializer.loads(metadata) if metadata else {}
 
+    def _serialize_outputs(self, outputs: Tensor, backends: Any, metadata: dict[str, Any]) -> Any:
+        self._require_compression(metadata)
+        return super()._serialize_outputs(outputs, backends, metadata)
+
+    def _serialize_grads(self, grads: Any, backends: Any, metadata: dict[str, Any]) -> Any:
+        self._require_compression(metadata)
+        return super()._serialize_grads(grads, backends, metadata)
+
+    def _require_compression(self, metadata: dict[str, Any]) -> None:
+        """Raises ShapeError for one that would load bitsandbytes into this process."""
+        blockwise = runtime_pb2.CompressionType.BLOCKWISE_8BIT
+        wanted = metadata.get("output_compression") or ()
+        if blockwise in wanted and blockwise not in self._compressions:
+            raise ShapeError(
+                "outputs are compressed block by block only by servers with such a --compression"
+            )
+
     async def _looked_at_all(self, requests: Requests) -> Requests:
         async for request in requests:
             yield self._looked_at(request)
@@ -213,15 +228,9 @@ class GuardedHandler(TransformerConnectionHandler):
 
 
 async def _trim() -> None:
-    """Gives memory back now and then: the C library keeps what large requests had."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except AttributeError:  # another C library
-        return
     while True:
-        await asyncio.sleep(_TRIM_S)
-        gc.collect()
-        trim(0)
+        await asyncio.sleep(TRIM_S)
+        trim_memory()
 
 
 class _Arrivals(AsyncIterator[Item]):
