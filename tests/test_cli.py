@@ -107,6 +107,19 @@ def test_the_commands():
     assert {"demo", "serve"} <= set(COMMANDS)
 
 
+def test_a_peer_id_stays_the_same(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["textrl-swarm", "peer-id", str(tmp_path / "key")])
+    shown = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert shown[0].startswith("Qm")
+    assert (tmp_path / "key").stat().st_mode & 0o077 == 0
+
+
 def test_no_command_shows_the_help(monkeypatch, capsys):
     assert main(monkeypatch) in (0, 2)
     shown = capsys.readouterr()
@@ -140,6 +153,10 @@ def not_bloom(tmp_path_factory) -> Path:
             "'localhost:31337' is not a peer's address",
         ),
         (["serve", "BLOOM", "--initial-peers", "/ip4/127.0.0.1/tcp/31337"], "is not a peer's address"),
+        (["serve", "BLOOM", "--new-swarm", "--secret-file", "/no/such"], "/no/such cannot be read"),
+        (["serve", "BLOOM", "--new-swarm", "--allowed-peers", "/no/such"], "/no/such cannot be read"),
+        (["serve", "BLOOM", "--new-swarm", "--identity_path", "/dev/null"], "/dev/null is not a file"),
+        (["peer-id", "/no/such/key"], "/no/such/key cannot be made"),
         (["demo", "--quantization", "3bit", "--out", "OUT"], "quantization must be 8bit or 4bit, got '3bit'"),
         (["demo", "--servers", "5", "--out", "OUT"], "has 4 blocks"),
         (["demo", "--family", "lama", "--out", "OUT"], "no tiny model of 'lama'; did you mean 'llama'?"),

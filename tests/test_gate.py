@@ -138,7 +138,7 @@ def test_large_messages_take_turns_and_give_them_back():
         assert (await anext(messages)).uid == "small"
         await asyncio.sleep(0.01)
         assert turns.taken_bytes == len(big.SerializeToString())  # of the third, which is read ahead
-        await arriving.aclose()
+        arriving.close()
         assert turns.taken_bytes == 0
         reading.cancel()
 
@@ -158,10 +158,10 @@ def test_turns_of_each_client_and_of_all():
         await asyncio.sleep(0.01)
         assert not waiting.done()
         assert not other.done()
-        await turns.give_back("b", 50)
+        turns.give_back("b", 50)
         await asyncio.wait_for(other, 5)
         assert not waiting.done()
-        await turns.give_back("a", 50)
+        turns.give_back("a", 50)
         await asyncio.wait_for(waiting, 5)
         assert turns.taken_bytes == 21
 
@@ -175,8 +175,31 @@ def test_a_request_that_is_larger_than_everything_takes_its_turn_alone():
         other = asyncio.ensure_future(turns.take("b", 1))
         await asyncio.sleep(0.01)
         assert not other.done()
-        await turns.give_back("a", 500)
+        turns.give_back("a", 500)
         await asyncio.wait_for(other, 5)
+
+    asyncio.run(check())
+
+
+def test_turns_come_in_order_and_are_not_lost():
+    async def check() -> None:
+        turns = Turns(100, 100)
+        await turns.take("a", 50)
+        large = asyncio.ensure_future(turns.take("b", 80))
+        small = asyncio.ensure_future(turns.take("c", 10))
+        await asyncio.sleep(0.01)
+        assert not small.done()  # it would fit, and the one before it might never
+        turns.give_back("a", 50)
+        large.cancel()  # in the moment in which it is granted
+        await asyncio.wait([large, small])
+        assert turns.taken_bytes == 10
+        waiting = asyncio.ensure_future(turns.take("b", 95))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        turns.give_back("c", 10)
+        assert turns.taken_bytes == 0
+        await asyncio.wait_for(turns.take("d", 100), 5)
 
     asyncio.run(check())
 

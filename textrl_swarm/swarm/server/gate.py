@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, closing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,16 @@ class StreamLimits:
     """Of all messages together, when they make one request, which takes its turn as a whole; None = any."""
 
 
+@dataclass(eq=False)
+class _Waiting:
+    client: str
+    size_bytes: int
+    granted: asyncio.Future[None]
+
+
 class Turns:
-    """Bytes that requests have in this process, at most so many of all clients and of each. The others wait.
+    """Bytes that requests have in this process, at most so many of all clients and of each. The others wait,
+    in the order in which they came.
 
     A request that is larger than a client's part takes its turn when the client has no other.
     """
@@ -62,32 +70,45 @@ class Turns:
         self._max_bytes = max_bytes
         self._max_bytes_per_client = max_bytes_per_client
         self._taken: Counter[str] = Counter()
-        self._changed = asyncio.Condition()
+        self._waiting: list[_Waiting] = []
 
     @property
     def taken_bytes(self) -> int:
         """Of all clients now."""
         return sum(self._taken.values())
 
-    def _fits(self, client: str, size_bytes: int) -> bool:
-        own, every = self._taken[client], self.taken_bytes
-        return (own == 0 or own + size_bytes <= self._max_bytes_per_client) and (
-            every == 0 or every + size_bytes <= self._max_bytes
-        )
-
     async def take(self, client: str, size_bytes: int) -> None:
         """Waits until they are free. `give_back` ends it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._fits(client, size_bytes))
-            self._taken[client] += size_bytes
+        waiting = _Waiting(client, size_bytes, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._grant()
+        try:
+            await waiting.granted
+        except asyncio.CancelledError:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            else:  # granted at the same moment
+                self.give_back(client, size_bytes)
+            raise
 
-    async def give_back(self, client: str, size_bytes: int) -> None:
+    def give_back(self, client: str, size_bytes: int) -> None:
         """What `take` took."""
-        async with self._changed:
-            self._taken[client] -= size_bytes
-            if self._taken[client] <= 0:
-                del self._taken[client]
-            self._changed.notify_all()
+        self._taken[client] -= size_bytes
+        if self._taken[client] <= 0:
+            del self._taken[client]
+        self._grant()
+
+    def _grant(self) -> None:
+        for waiting in list(self._waiting):
+            own, every, size = self._taken[waiting.client], self.taken_bytes, waiting.size_bytes
+            if own > 0 and own + size > self._max_bytes_per_client:
+                continue
+            if every > 0 and every + size > self._max_bytes:
+                break  # else large ones would wait for ever
+            self._waiting.remove(waiting)
+            self._taken[waiting.client] += size
+            if not waiting.granted.done():
+                waiting.granted.set_result(None)
 
     @asynccontextmanager
     async def taken(self, client: str, size_bytes: int) -> AsyncIterator[None]:
@@ -96,7 +117,7 @@ class Turns:
         try:
             yield
         finally:
-            await asyncio.shield(self.give_back(client, size_bytes))
+            self.give_back(client, size_bytes)
 
 
 class Gate:
@@ -208,8 +229,12 @@ class Gate:
                 greeting = await asyncio.wait_for(_Arriving(reader, limit).message(), _GREETING_S)
                 uid = "" if greeting is None else greeting.uid
                 self._require_code(peer, uid.removeprefix(JOINING) if uid.startswith(JOINING) else None)
-            turn = self._turns.taken(client, limits.request_bytes or 0)
-            async with turn, aclosing(_Arriving(reader, limits, self._turns, client)) as arriving:
+            async with AsyncExitStack() as until_the_end:
+                if limits.request_bytes is not None:
+                    turn = self._turns.taken(client, limits.request_bytes)
+                    await until_the_end.enter_async_context(turn)
+                arriving = _Arriving(reader, limits, self._turns, client)
+                until_the_end.callback(arriving.close)
                 await _answer(handler, context, arriving, writer)
 
 
@@ -293,16 +318,16 @@ class _Arriving:
                 yield message
             is_first = False
             del message
-            await self._give_back(turn_bytes)
+            self._give_back(turn_bytes)
 
-    async def _give_back(self, size: int) -> None:
+    def _give_back(self, size: int) -> None:
         if size and self._turns is not None:
             self._taken_bytes -= size
-            await self._turns.give_back(self._client, size)
+            self._turns.give_back(self._client, size)
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Gives back what the stream took."""
-        await asyncio.shield(self._give_back(self._taken_bytes))
+        self._give_back(self._taken_bytes)
 
 
 async def _until_gone(reader: Any) -> None:

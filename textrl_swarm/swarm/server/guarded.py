@@ -159,9 +159,7 @@ class GuardedHandler(TransformerConnectionHandler):
         blockwise = runtime_pb2.CompressionType.BLOCKWISE_8BIT
         wanted = metadata.get("output_compression") or ()
         if blockwise in wanted and blockwise not in self._compressions:
-            raise ShapeError(
-                "outputs are compressed block by block only by servers with such a --compression"
-            )
+            raise ShapeError("only servers with such a --compression compress outputs block by block")
 
     async def _looked_at_all(self, requests: Requests) -> Requests:
         async for request in requests:

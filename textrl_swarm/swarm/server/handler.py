@@ -12,8 +12,9 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -220,6 +221,7 @@ class LoraHandler(GuardedHandler):
                 running.add(task)
                 task.add_done_callback(running.discard)
                 task.add_done_callback(lambda _: slots.release())
+                task.add_done_callback(partial(self._done_with, request))
             await asyncio.gather(*running)
         except Exception as error:  # the client's side of the stream
             _text(error)
@@ -227,6 +229,9 @@ class LoraHandler(GuardedHandler):
             for task in running:
                 task.cancel()
         await outgoing.put(None)
+
+    def _done_with(self, request: _Request, _answering: asyncio.Task[None]) -> None:
+        self.turns.give_back(request.client, request.turn_bytes)
 
     async def _answer(self, number: int, request: _Request, outgoing: Outgoing) -> None:
         ending, told = "", {NUMBER: number}
@@ -249,8 +254,6 @@ class LoraHandler(GuardedHandler):
             ending = _text(server_busy(f"this request was not done within {self.request_timeout:.0f} s"))
         except Exception as error:
             ending = _text(error)
-        finally:
-            await self.turns.give_back(request.client, request.turn_bytes)
         await outgoing.put([_ending(ending, told)])
 
     async def _read(
@@ -269,20 +272,21 @@ class LoraHandler(GuardedHandler):
         if what == "forward" and metadata.get("session") is not None:
             return _Request(0, client, backends, metadata, [])  # another server brings them
         left = self._most_to_read(metadata, backends)
-        size = 0
-        try:
-            size = declared_bytes(first, left) * metadata["tensors"]  # those of one request are much alike
-            await self.turns.take(client, size)
-            async with timeout(self.request_timeout):
-                tensors = await _read_tensors(first, requests, metadata, left)
-        except BaseException as error:
-            await self.turns.give_back(client, size)
-            if what == "push" and isinstance(error, ShapeError):
+        async with AsyncExitStack() as unless_read:
+            try:
+                size = declared_bytes(first, left) * metadata["tensors"]  # those of one request are alike
+                await self.turns.take(client, size)
+                unless_read.callback(self.turns.give_back, client, size)
+                async with timeout(self.request_timeout):
+                    tensors = await _read_tensors(first, requests, metadata, left)
+            except ShapeError as error:
+                if what != "push":
+                    raise
                 raise adapter_rejected(
                     f"{error} (at most {backends[0].store.max_bytes_per_client} bytes of adapter are kept "
                     "per client, --adapter_bytes_per_client)"
                 ) from error
-            raise
+            unless_read.pop_all()
         return _Request(size, client, backends, metadata, tensors)
 
     def _most_to_read(self, metadata: dict[str, Any], backends: Sequence[LoraBackend]) -> int:
