@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from hivemind.compression import serialize_torch_tensor
+from hivemind.dht.routing import DHTID, RoutingTable
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import dht_pb2, runtime_pb2
@@ -394,6 +395,8 @@ def protocol(monkeypatch):
     made = GuardedProtocol(_initialized_with_create=True)
     made.p2p = MagicMock(peer_id=PEER)
     made.storage, made.cache = DHTLocalStorage(), DHTLocalStorage()
+    made.routing_table = RoutingTable(DHTID.generate(), bucket_size=20, depth_modulo=5)
+    made.bucket_size = 20
     made.node_info, made.record_validator = dht_pb2.NodeInfo(), None
     made.rpc_ping = MagicMock(side_effect=lambda *_: asyncio.sleep(0))
     return made
@@ -442,6 +445,10 @@ def test_one_peer_cannot_fill_the_memory(protocol):
             assert "bytes of records are too many now" in str(error)
             break
     assert 65 <= i <= 70  # 4 MiB
+    request = dht_pb2.FindRequest(keys=[bytes(20)] * 1000)
+    with pytest.raises(ShapeError, match="1000 keys are too many now"):
+        for _ in range(17):
+            asyncio.run(protocol.rpc_find(request, SimpleNamespace(remote_id=PEER)))
     with pytest.raises(ShapeError, match="an id of more than 20 bytes"):
         store(protocol, (bytes(21), None, b"", 60))
     with pytest.raises(ShapeError, match="5000 keys in a request"):

@@ -22,7 +22,9 @@ from textrl_swarm.swarm.access import AllowList, Door, Membership
 from textrl_swarm.swarm.protocol import access_denied
 
 _MAX_RECORD_BYTES = 64 << 10
-_MAX_KEYS = 4096  # of one request
+_MAX_KEYS = 1024  # of one request
+_BURST_KEYS = 16384  # that one peer may ask for at once
+_KEYS_PER_S = 512  # and from then on
 _ID_BYTES = 20  # of a node or a key
 _MAX_AGE_S = 3600.0
 _BURST_BYTES = 4 << 20  # from one peer at once
@@ -33,18 +35,18 @@ _MAX_PEERS = 10_000  # that are remembered
 
 
 class _Allowance:
-    """Bytes that may come now: a bucket that fills up again with time."""
+    """How much may come now: a bucket that fills up again with time."""
 
-    def __init__(self, burst_bytes: int, bytes_per_s: int):
-        self._most = burst_bytes
-        self._bytes_per_s = bytes_per_s
-        self._left = float(burst_bytes)
+    def __init__(self, burst: int, per_s: int):
+        self._most = burst
+        self._per_s = per_s
+        self._left = float(burst)
         self._since = time.monotonic()
 
     def take(self, count: int) -> bool:
         """Whether so many may come; then they are taken."""
         now = time.monotonic()
-        self._left = min(self._most, self._left + (now - self._since) * self._bytes_per_s)
+        self._left = min(self._most, self._left + (now - self._since) * self._per_s)
         self._since = now
         if count > self._left:
             return False
@@ -73,7 +75,7 @@ class GuardedProtocol(DHTProtocol):
         return Door(self.allowed, Membership(self.secret, self.p2p.peer_id))
 
     @functools.cached_property
-    def _allowances(self) -> dict[PeerID, _Allowance]:
+    def _allowances(self) -> dict[tuple[PeerID, str], _Allowance]:
         return {}
 
     @functools.cached_property
@@ -94,9 +96,7 @@ class GuardedProtocol(DHTProtocol):
         _require_usable(request)
         taken = [i for i in range(len(request.keys)) if self._is_usable(request, i)]
         size = sum(len(request.values[i]) + len(request.subkeys[i]) for i in taken)
-        if len(self._allowances) >= _MAX_PEERS:
-            self._allowances.clear()
-        own = self._allowances.setdefault(peer, _Allowance(_BURST_BYTES, _BYTES_PER_S))
+        own = self._allowance_of(peer, "stored", _BURST_BYTES, _BYTES_PER_S)
         if not (own.take(size) and self._allowance.take(size)):
             raise ShapeError(f"{size} bytes of records are too many now")
         fields = ("keys", "subkeys", "values", "expiration_time", "in_cache")
@@ -108,6 +108,11 @@ class GuardedProtocol(DHTProtocol):
         del response.store_ok[:]
         response.store_ok.extend(stored.get(i, False) for i in range(len(request.keys)))
         return response
+
+    def _allowance_of(self, peer: PeerID, what: str, burst: int, per_s: int) -> _Allowance:
+        if len(self._allowances) >= _MAX_PEERS:
+            self._allowances.clear()
+        return self._allowances.setdefault((peer, what), _Allowance(burst, per_s))
 
     def _is_usable(self, request: dht_pb2.StoreRequest, i: int) -> bool:
         """Neither too large nor too old, and no plain value where there is a dictionary of several peers."""
@@ -121,6 +126,9 @@ class GuardedProtocol(DHTProtocol):
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
         """As hivemind's."""
         _require_usable(request)
+        own = self._allowance_of(context.remote_id, "asked", _BURST_KEYS, _KEYS_PER_S)
+        if not own.take(len(request.keys)):
+            raise ShapeError(f"{len(request.keys)} keys are too many now")
         return await super().rpc_find(request, context)
 
 
