@@ -37,6 +37,7 @@ from textrl_swarm.swarm.local import LocalSwarm
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
 SAMPLING = SamplingConfig(max_new_tokens=8, num_samples=2, stop_token_ids=(), seed=0)
 ATTACKERS = 4
+SETTLES_S = 40  # servers keep a refused stream open for half a minute
 OPTIONS = ("--attn_cache_tokens", "512", "--max_batch_size", "256")
 
 
@@ -133,9 +134,9 @@ def during(honest: Honest, attacks: list[subprocess.Popen[bytes]]) -> list[dict]
     return found
 
 
-def settled(memory: Memory) -> float:
-    """Least of some seconds: what clients leave open is closed after a while."""
-    return min(memory.now() for _ in range(20) if time.sleep(0.5) is None)
+def settled(memory: Memory, seconds: int = 10) -> float:
+    """Least of so many: what clients leave open is closed after a while."""
+    return min(memory.now() for _ in range(2 * seconds) if time.sleep(0.5) is None)
 
 
 def main() -> None:
@@ -170,7 +171,7 @@ def run(swarm: LocalSwarm, options: argparse.Namespace) -> None:
     with memory.watched():
         found = during(honest, attackers(address, uid, options.requests // ATTACKERS, options.seed))
     took_s, rounds, wrong = time.monotonic() - started, len(honest.seconds), honest.wrong
-    busy_s, after = statistics.median(honest.seconds), settled(memory)
+    busy_s, after = statistics.median(honest.seconds), settled(memory, SETTLES_S)
     totals: dict[str, Counter[str]] = {}
     for ends in found:
         for method, counts in ends.items():

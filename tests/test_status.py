@@ -179,6 +179,16 @@ def test_a_plain_terminal_gets_plain_characters():
             "1 server announced blocks and did not answer",
             [],
         ),
+        (
+            model(4, server(0, 2), server(2, 4, state="closed")),
+            "This machine is not let in by the servers of blocks 2..3: they ask for the swarm's secret",
+            [],
+        ),
+        (
+            model(4, server(0, 2, state="closed")),
+            "This machine is not let in by the servers of blocks 0..1: they ask",
+            ["0:4"],
+        ),
     ],
 )
 def test_the_verdict_and_what_to_type(report, told, commands):

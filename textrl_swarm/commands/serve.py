@@ -82,7 +82,7 @@ def serve_command(
                 group.__enter__()
                 if initial_peers:
                     _require_same_weights(group, initial_peers, secret_file)
-            _introduce(group, model, num_blocks, console)
+            _introduce(group, model, num_blocks, console, secret_file)
             for name in adapters:
                 console.print(f"adapter for petals clients: active_adapter={name!r}", soft_wrap=True)
             while all(server.running for server in group.servers):
@@ -167,7 +167,9 @@ def _access_options(allowed_peers: Path | None, secret_file: Path | None, given:
     return options
 
 
-def _introduce(group: ServerGroup, model: str, num_blocks: int, console: Console) -> None:
+def _introduce(
+    group: ServerGroup, model: str, num_blocks: int, console: Console, secret_file: Path | None
+) -> None:
     for server in group.servers:
         assert server.span is not None, "the server is online"
         held = blocks_text(range(*server.span))
@@ -179,10 +181,17 @@ def _introduce(group: ServerGroup, model: str, num_blocks: int, console: Console
         console.print(f"    {address}", soft_wrap=True)
     reachable = [a for a in group.initial_peers if "/127.0.0.1/" not in a and "/ip6/::1/" not in a]
     address = (reachable or group.initial_peers)[0]
+    access = option = ""
+    if secret_file is not None:
+        access = f", access=SwarmAccess(secret_file={str(secret_file)!r})"
+        option = f" --secret-file {secret_file}"
     console.print(
-        f'in Python:\n    policy = load_policy({model!r}, initial_peers=["{address}"])', soft_wrap=True
+        f'in Python:\n    policy = load_policy({model!r}, initial_peers=["{address}"]{access})',
+        soft_wrap=True,
     )
-    console.print(f"more servers:\n    textrl-swarm serve {model} --initial-peers {address}", soft_wrap=True)
+    console.print(
+        f"more servers:\n    textrl-swarm serve {model} --initial-peers {address}{option}", soft_wrap=True
+    )
     console.print("Ctrl-C ends the servers")
 
 

@@ -188,6 +188,12 @@ def _ms(value: float | None) -> str:
 def _verdict(model: ModelReport, address: str) -> list[str]:
     """Sentences, and indented lines to type."""
     trainable = model.copies(training=True)
+    closed = _closed_blocks(model)
+    not_let_in = (
+        f"[yellow]This machine is not let in[/] by the servers of {blocks_text(closed)}: they ask for the "
+        "swarm's secret (--secret-file), or for a key whose id is on their list (--identity; "
+        "`textrl-swarm peer-id` prints it)."
+    )
     if not model.untrainable:
         single = blocks_text(block for block, copies in enumerate(trainable) if copies == 1)
         spare = f"; no copy to spare of {single}" if single else "; every block has a copy to spare"
@@ -200,6 +206,8 @@ def _verdict(model: ModelReport, address: str) -> list[str]:
                 f"to {_count(links.servers, 'server')}. `train run.yaml --dry-run` tells what an iteration "
                 "takes."
             )
+    elif closed and len(closed) == sum(stop - start for start, stop in model.untrainable):
+        return [not_let_in]
     elif not model.missing:
         lines = [
             "[yellow]Nobody can train now[/]: only servers that run stock petals hold "
@@ -234,12 +242,8 @@ def _verdict(model: ModelReport, address: str) -> list[str]:
         lines.append(
             f"{servers} announced blocks and did not answer; stale announcements expire on their own."
         )
-    closed = sum(server.state == "closed" for server in model.servers)
     if closed:
-        lines.append(
-            f"{_count(closed, 'server')} let nobody in who is not on a list, or does not know the swarm's "
-            "secret (--secret-file, --identity)."
-        )
+        lines.append(not_let_in)
     if model.untrainable:
         name = (model.repository or "MODEL").removeprefix("https://huggingface.co/")
         where = "on any machine" if name != "MODEL" else "on any machine that has the model"
@@ -248,6 +252,12 @@ def _verdict(model: ModelReport, address: str) -> list[str]:
             options = f"--block_indices {start}:{stop} --initial-peers {address}"
             lines.append(escape(f"    textrl-swarm serve {name} {options}"))
     return lines
+
+
+def _closed_blocks(model: ModelReport) -> list[int]:
+    """Those that nobody but servers which do not let this machine in can train."""
+    held = {block for s in model.servers if s.state == "closed" for block in range(s.start, s.stop)}
+    return [block for start, stop in model.untrainable for block in range(start, stop) if block in held]
 
 
 def _listed(spans: Sequence[BlockSpan]) -> str:
