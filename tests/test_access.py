@@ -225,15 +225,21 @@ def test_a_code_is_good_for_one_pair_of_peers():
 
 def test_both_conditions_must_be_met():
     door = Door(frozenset({A.to_base58()}), Membership(b"s" * 32, B))
-    assert door.refusal(A) is None
-    assert "list of allowed peers" in door.refusal(B)
-    assert door.refusal_of_code(A, Membership(b"s" * 32, A).code_for(B)) is None
-    assert "no secret" in door.refusal_of_code(A, None)
+    door.admit(A)
+    door.require_code(A, Membership(b"s" * 32, A).code_for(B))
+    with pytest.raises(AccessDenied, match="list of allowed peers"):
+        door.admit(B)
+    with pytest.raises(AccessDenied, match="knows no secret"):
+        door.require_code(A, "")
+    with pytest.raises(AccessDenied, match="knows another secret"):
+        door.require_code(A, Membership(b"t" * 32, A).code_for(B))
 
 
 def test_without_a_secret_everybody_knows_it():
     door = Door(None, Membership(None, A))
-    assert door.refusal(B) is door.refusal_of_code(B, None) is door.refusal_of_code(B, "anything") is None
+    door.admit(B)
+    door.require_code(B, "")
+    door.require_code(B, "anything")
     assert Membership(None, A).greeting(B) is None
 
 

@@ -139,6 +139,10 @@ def test_large_messages_take_turns_and_give_them_back():
         assert (await anext(messages)).uid == "small"
         await asyncio.sleep(0.01)
         assert turns.taken_bytes == len(big.SerializeToString())  # of the third, which is read ahead
+        assert (await anext(messages)).uid == "big"
+        with pytest.raises(StopAsyncIteration):
+            await anext(messages)
+        assert turns.taken_bytes == 0  # before the stream is closed
         arriving.close()
         assert turns.taken_bytes == 0
         reading.cancel()
@@ -147,6 +151,17 @@ def test_large_messages_take_turns_and_give_them_back():
 
 
 # -------------------------------------------------------------------------------------- turns and accounts
+
+
+def test_the_turn_of_a_message_that_waited_for_the_one_before_is_given_back():
+    async def check() -> None:
+        big = named("big", 2 * PART_BYTES)
+        turns = Turns(3 * PART_BYTES, 3 * PART_BYTES)  # for one
+        arriving = _Arriving(framed(*[big] * 4), StreamLimits(message_bytes=4 * PART_BYTES), turns, "client")
+        assert await asyncio.wait_for(received(arriving), 10) == ["big"] * 4
+        assert turns.taken_bytes == 0
+
+    asyncio.run(check())
 
 
 def test_turns_of_each_client_and_of_all():
@@ -274,7 +289,7 @@ def test_who_was_away_is_not_owed_anything(pools):
     assert order(pools, 5) == [0, 1, 2, 3, 4]
     for number in range(20, 30):
         submit(pools[0], "b", number)
-    assert order(pools, 15)[:6].count(20) == 1
+    assert sum(number >= 20 for number in order(pools, 15)[:6]) <= 4
 
 
 def test_who_has_more_than_its_part_of_the_caches_gives_way():
@@ -438,7 +453,7 @@ def test_a_plain_value_does_not_take_the_place_of_what_peers_announced(protocol)
 
 
 def test_one_peer_cannot_fill_the_memory(protocol):
-    for i in range(70):
+    for i in range(100):
         try:
             assert store(protocol, (str(i).encode(), "peer", bytes(60_000), 60)) == [True]
         except ShapeError as error:

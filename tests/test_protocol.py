@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import time
 from concurrent.futures import Future
 from unittest.mock import MagicMock
 
@@ -25,6 +26,7 @@ from textrl_swarm.errors import (
     ConfigError,
     InputsMissing,
     RemoteFailure,
+    ServerBusy,
     ServerFailed,
     ServerMismatch,
 )
@@ -296,6 +298,27 @@ def test_a_client_over_its_quota_loses_its_own():
     for adapter in adapters[1:]:
         put(store, adapter, "greedy")
     assert held(store, adapters) == [0, 2, 3]
+
+
+def test_an_adapter_in_use_makes_no_room_for_another_clients(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    store, adapters = AdapterStore(3 * ONE, 3 * ONE, idle_s=60), [snapshot(10 * i) for i in range(5)]
+    for adapter in adapters[:2]:
+        put(store, adapter, "first")
+    put(store, adapters[2], "second")
+    now[0] = 59.0
+    store.get(adapters[1].key, 0)
+    with pytest.raises(ServerBusy, match=r"SERVER_BUSY: no room for .* beside those in use"):
+        put(store, adapters[3], "third")
+    assert held(store, adapters) == [0, 1, 2]
+    now[0] = 61.0
+    put(store, adapters[3], "third")  # in the place of one that nobody used for a minute
+    assert held(store, adapters) == [1, 2, 3]
+    now[0] = 62.0
+    store.get(adapters[2].key, 0)
+    put(store, adapters[4], "third")  # its own goes before those of others
+    assert held(store, adapters) == [1, 2, 4]
 
 
 def test_an_adapter_beyond_the_limit_is_refused_and_nothing_is_lost():

@@ -86,7 +86,7 @@ def load_remote_policy(
 
     if base is not None:
         addresses = check_addresses([] if initial_peers is None else initial_peers)
-        secret = None if access.secret_file is None else read_secret(access.secret_file)
+        secret = read_secret(access.secret_file)
         parts = load_parts(base, dtype, device)
         prefix = dht_prefix or base.dht_prefix
     else:

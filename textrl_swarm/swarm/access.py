@@ -20,7 +20,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
 from textrl_swarm.errors import ConfigError
-from textrl_swarm.swarm.protocol import JOINING, PROOF
+from textrl_swarm.swarm.protocol import JOINING, PROOF, access_denied
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,14 @@ _MAX_FILE_BYTES = 1 << 20
 _MAKE_SECRET = "(umask 077; openssl rand -hex 32 > FILE)"
 
 
-def read_secret(path: str | Path) -> bytes:
-    """Of a swarm; a line of text.
+def read_secret(path: str | Path | None) -> bytes | None:
+    """Of a swarm, a line of text; None = it has none.
 
     Raises:
         ConfigError: the file cannot be read, others can read it too, or it holds too little.
     """
+    if path is None:
+        return None
     require_private(path)
     secret = _read(path).strip()
     if len(secret) < _LEAST_SECRET_BYTES:
@@ -211,20 +213,13 @@ class Door:
         self._allowed = allowed
         self.membership = membership
 
-    @property
-    def asks_for_secret(self) -> bool:
-        """Whether a stream must begin with a greeting."""
-        return self.membership.has_secret
+    def admit(self, peer: PeerID) -> None:
+        """Raises AccessDenied for a peer that may not come in, whatever it knows."""
+        if self._allowed is not None and peer.to_base58() not in self._allowed:
+            raise access_denied(f"{peer} is not on this server's list of allowed peers (--allowed-peers)")
 
-    def refusal(self, peer: PeerID) -> str | None:
-        """Why a peer may not come in, whatever it knows; None = it may."""
-        if self._allowed is None or peer.to_base58() in self._allowed:
-            return None
-        return f"{peer} is not on this server's list of allowed peers (--allowed-peers)"
-
-    def refusal_of_code(self, peer: PeerID, code: str | None) -> str | None:
-        """Why this is no proof that the peer knows the secret; None = it is one."""
-        if self.membership.is_code_of(peer, code):
-            return None
-        secret = "no secret" if code is None else "another secret"
-        return f"{peer} knows {secret}, and this swarm has one (--secret-file)"
+    def require_code(self, peer: PeerID, code: str | None) -> None:
+        """Raises AccessDenied when this is no proof that the peer knows the secret."""
+        if not self.membership.is_code_of(peer, code):
+            secret = "another secret" if code else "no secret"
+            raise access_denied(f"{peer} knows {secret}, and this swarm has one (--secret-file)")

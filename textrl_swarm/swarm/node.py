@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -49,6 +50,7 @@ class _Node(DHT):
         super().__init__(*args, **options)
 
     def run(self) -> None:
+        gc.freeze()
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True, name="watch owner").start()
         try:
             super().run()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import hivemind.dht.node
 from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
@@ -19,7 +20,6 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from textrl_swarm.errors import ShapeError
 from textrl_swarm.swarm.access import AllowList, Door, Membership
-from textrl_swarm.swarm.protocol import access_denied
 
 _MAX_RECORD_BYTES = 64 << 10
 _MAX_KEYS = 1024  # of one request
@@ -89,10 +89,9 @@ class GuardedProtocol(DHTProtocol):
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
         """As hivemind's, for the records that can be taken; the others count as not stored."""
         peer = context.remote_id
-        code = request.auth.signature.decode(errors="replace") or None
-        refusal = self._door.refusal(peer) or self._door.refusal_of_code(peer, code)
-        if refusal is not None:
-            raise access_denied(refusal)
+        code = request.auth.signature.decode(errors="replace")
+        self._door.admit(peer)
+        self._door.require_code(peer, code)
         _require_usable(request)
         taken = [i for i in range(len(request.keys)) if self._is_usable(request, i)]
         size = sum(len(request.values[i]) + len(request.subkeys[i]) for i in taken)
@@ -119,7 +118,7 @@ class GuardedProtocol(DHTProtocol):
         size = len(request.keys[i]) + len(request.subkeys[i]) + len(request.values[i])
         age_s = request.expiration_time[i] - get_dht_time()
         is_plain = request.subkeys[i] == self.IS_REGULAR_VALUE
-        found = self.storage.get(hivemind.dht.node.DHTID.from_bytes(request.keys[i])) if is_plain else None
+        found = self.storage.get(DHTID.from_bytes(request.keys[i])) if is_plain else None
         is_taken = found is not None and isinstance(found.value, DictionaryDHTValue)
         return size <= _MAX_RECORD_BYTES and math.isfinite(age_s) and age_s <= _MAX_AGE_S and not is_taken
 

@@ -225,7 +225,7 @@ def survey(
     """
     deadline = time.monotonic() + timeout_s
     access = access or SwarmAccess()
-    secret = None if access.secret_file is None else read_secret(access.secret_file)
+    secret = read_secret(access.secret_file)
     dht, p2p = join(initial_peers, min(timeout_s, _TIMEOUTS.connect_s), access.identity)
     try:
         announced = announced_models(dht, _left_s(deadline))

@@ -25,7 +25,7 @@ from hivemind.proto.p2pd_pb2 import RPCError
 
 from textrl_swarm.errors import ShapeError, TextRLSwarmError
 from textrl_swarm.swarm.access import Door
-from textrl_swarm.swarm.protocol import JOINING, access_denied, server_busy
+from textrl_swarm.swarm.protocol import JOINING, server_busy
 from textrl_swarm.swarm.server.accounts import CLIENT
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class Turns:
         except asyncio.CancelledError:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
+                self._grant()  # those behind it
             else:  # granted at the same moment
                 self.give_back(client, size_bytes)
             raise
@@ -178,12 +179,12 @@ class Gate:
         async def call(request: Any, context: P2PContext) -> Any:
             client = str(context.remote_id)
             try:
-                self._admit(context.remote_id)
+                self._door.admit(context.remote_id)
                 code = ""
                 if isinstance(request, runtime_pb2.ExpertUID):  # others have no place for a code
                     uid, _, code = request.uid.partition(JOINING)
                     request = runtime_pb2.ExpertUID(uid=uid)
-                self._require_code(context.remote_id, code or None)
+                self._door.require_code(context.remote_id, code)
                 if self._calls[client] >= _MAX_CALLS:
                     raise server_busy(f"{_MAX_CALLS} calls of this client wait for their answers")
             except TextRLSwarmError as error:
@@ -194,16 +195,6 @@ class Gate:
                 return await handler(request, context)
 
         return call
-
-    def _admit(self, peer: PeerID) -> None:
-        refusal = self._door.refusal(peer)
-        if refusal is not None:
-            raise access_denied(refusal)
-
-    def _require_code(self, peer: PeerID, code: str | None) -> None:
-        refusal = self._door.refusal_of_code(peer, code)
-        if refusal is not None:
-            raise access_denied(refusal)
 
     def _tell(self, peer: PeerID, error: Exception) -> None:
         """One line for a peer that is refused, however often it comes."""
@@ -218,17 +209,17 @@ class Gate:
         self, handler: Callable[..., Any], context: P2PContext, limits: StreamLimits, reader: Any, writer: Any
     ) -> None:
         peer, client = context.remote_id, str(context.remote_id)
-        self._admit(peer)
+        self._door.admit(peer)
         most = _MAX_OPEN if limits.request_bytes is None else _MAX_WAITING
         if self._open[client] >= most:
             raise server_busy(f"this client has {most} open streams")
         CLIENT.set(client)
         with _counted(self._open, client):
-            if self._door.asks_for_secret:
+            if self._door.membership.has_secret:
                 limit = StreamLimits(message_bytes=_GREETING_BYTES)
-                greeting = await asyncio.wait_for(_Arriving(reader, limit).message(), _GREETING_S)
-                uid = "" if greeting is None else greeting.uid
-                self._require_code(peer, uid.removeprefix(JOINING) if uid.startswith(JOINING) else None)
+                greeting, _ = await asyncio.wait_for(_Arriving(reader, limit).next(), _GREETING_S)
+                before, _, code = ("" if greeting is None else greeting.uid).partition(JOINING)
+                self._door.require_code(peer, "" if before else code)
             async with AsyncExitStack() as until_the_end:
                 if limits.request_bytes is not None:
                     turn = self._turns.taken(client, limits.request_bytes)
@@ -282,14 +273,14 @@ class _Arriving:
             ShapeError: a message, or all of them, are too large; before they are read.
             asyncio.IncompleteReadError: the client is gone.
         """
-        message: runtime_pb2.ExpertRequest | None = runtime_pb2.ExpertRequest()
-        while message is not None:
-            before = self._taken_bytes
-            message = await self.message()
-            await self._ready.put((message, self._taken_bytes - before))
+        while True:
+            arrived = await self.next()
+            await self._ready.put(arrived)
+            if arrived[0] is None:
+                return
 
-    async def message(self) -> runtime_pb2.ExpertRequest | None:
-        """The next, as `read`; None at the end of the stream."""
+    async def next(self) -> tuple[runtime_pb2.ExpertRequest | None, int]:
+        """The next message, as `read`, and the bytes of its turn; None at the end of the stream."""
         marker = await self._reader.readexactly(1)
         size = int.from_bytes(await self._reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
         self._read_bytes += size
@@ -298,14 +289,15 @@ class _Arriving:
                 f"a message of {size} bytes, where at most {self._limits.message_bytes} are allowed"
             )
         if self._limits.request_bytes is not None and self._read_bytes > self._limits.request_bytes:
-            raise ShapeError(f"a request of more than {self._limits.request_bytes} bytes (--request_bytes)")
+            raise ShapeError(f"a request of more than {self._limits.request_bytes} bytes (--max_batch_size)")
+        turn_bytes = 0
         if size > PART_BYTES and self._limits.request_bytes is None and self._turns is not None:
-            await self._turns.take(self._client, size)
-            self._taken_bytes += size
+            turn_bytes = size
+            await self._turns.take(self._client, turn_bytes)
+            self._taken_bytes += turn_bytes
         raw = await self._reader.readexactly(size)
-        if marker != P2P.MESSAGE_MARKER:
-            return None
-        return runtime_pb2.ExpertRequest.FromString(raw)
+        is_message = marker == P2P.MESSAGE_MARKER
+        return runtime_pb2.ExpertRequest.FromString(raw) if is_message else None, turn_bytes
 
     async def messages(self) -> AsyncGenerator[runtime_pb2.ExpertRequest, None]:
         """What `read` reads; a message is done with when the next is asked for."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import itertools
 import math
 import time
@@ -68,6 +69,7 @@ class GuardedHandler(TransformerConnectionHandler):
             "rpc_backward_stream": whole,
             "rpc_inference": StreamLimits(message_bytes=self._most_bytes),
         }
+        gc.freeze()
         self._trimming = asyncio.ensure_future(_trim())
         gate = Gate(p2p, Door(self.allowed, self.membership), self.turns, limits)
         await super().add_p2p_handlers(gate, *args, **kwargs)

@@ -356,7 +356,7 @@ def _take_own_options(argv: list[str]) -> list[str]:
     LoraHandler.kept_input_bytes = own.kept_input_bytes
     LoraHandler.request_bytes = own.request_bytes
     LoraHandler.allowed = None if own.allowed_peers is None else AllowList(own.allowed_peers)
-    LoraHandler.secret = None if own.secret_file is None else read_secret(own.secret_file)
+    LoraHandler.secret = read_secret(own.secret_file)
     guard_records(LoraHandler.allowed, LoraHandler.secret)
     return petals_options
 
