@@ -16,20 +16,36 @@ from transformers import AutoModelForCausalLM
 from textrl_swarm.config import LoraSettings, Timeouts
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
+from textrl_swarm.swarm.launch import ServerProcess
 
 FAST = Timeouts(connect_s=10, request_s=30, discovery_s=20, recovery_s=60)
 
 
 def connect(
-    swarm, lora: LoraSettings | None = None, *, filled: int | None = None, timeouts: Timeouts = FAST
+    swarm,
+    lora: LoraSettings | None = None,
+    *,
+    filled: int | None = None,
+    timeouts: Timeouts = FAST,
+    local_blocks: tuple[int, int] | None = None,
 ) -> Policy:
     """A policy over the swarm's servers; `filled` = seed of numbers put into all its parameters."""
     policy = load_policy(
-        swarm.model, initial_peers=swarm.initial_peers, lora=lora or LoraSettings(r=4), timeouts=timeouts
+        swarm.model,
+        initial_peers=swarm.initial_peers,
+        lora=lora or LoraSettings(r=4),
+        timeouts=timeouts,
+        local_blocks=local_blocks,
     )
     if filled is not None:
         fill(policy, filled)
     return policy
+
+
+def is_used(policy: Policy, server: ServerProcess) -> bool:
+    """Whether requests go to a server."""
+    chosen = {str(span.peer) for span in policy._client.spans}
+    return server.addresses[0].rsplit("/", 1)[1] in chosen
 
 
 def fill(policy: Policy, seed: int, scale: float = 0.1) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import BLOCKS, FAMILIES, REFUSED, VOCAB, random_checkpoint
-from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, run, two_steps
+from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, is_used, run, two_steps
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
@@ -20,7 +20,6 @@ from textrl_swarm.learning.learner import Learner
 from textrl_swarm.models.layers import expert_layers
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
-from textrl_swarm.swarm.launch import ServerProcess
 from textrl_swarm.swarm.local import LocalSwarm
 from textrl_swarm.types import RolloutBatch
 
@@ -81,6 +80,7 @@ def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path, 
         record_property("routed experts", measured)
     if family in UPDATED:
         assert_update_equals_local(swarm, lora)
+        assert_swarm_equals_plain(swarm, lora, tmp_path, local_blocks=(1, 1))
 
 
 def experts_of(directory: Path) -> set[str]:
@@ -100,10 +100,14 @@ def assert_update_equals_local(swarm: LocalSwarm, lora: LoraSettings) -> None:
 
 
 def assert_swarm_equals_plain(
-    swarm: LocalSwarm, lora: LoraSettings, tmp_path: Path, tolerance: float = 1e-5
+    swarm: LocalSwarm,
+    lora: LoraSettings,
+    tmp_path: Path,
+    tolerance: float = 1e-5,
+    local_blocks: tuple[int, int] | None = None,
 ) -> tuple[float, float, float]:
     """Returns the differences of logits, of gradients, and of the hidden states of a cached generation."""
-    with connect(swarm, lora, filled=3) as policy:
+    with connect(swarm, lora, filled=3, local_blocks=local_blocks) as policy:
         plain = PlainPeft(policy, tmp_path / "adapter")
         logits, grads = assert_same(run(policy, tokens()), plain.run(tokens()), tolerance)
         row = tokens(1, 13)
@@ -200,12 +204,6 @@ def test_faults_go_unnoticed(tmp_path, family):
             threads[0].join()
             assert_equal(two_steps(policy, tokens(), restart_the_last).values(), calm_parameters.values())
             threads[1].join()
-
-
-def is_used(policy: Policy, server: ServerProcess) -> bool:
-    """Whether requests go to a server."""
-    chosen = {str(span.peer) for span in policy._client.spans}
-    return server.addresses[0].rsplit("/", 1)[1] in chosen
 
 
 def assert_equal(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:

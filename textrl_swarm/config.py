@@ -412,6 +412,14 @@ class SwarmAccess:
             )
 
 
+def checked_local_blocks(given: object) -> tuple[int, int]:
+    """How many of the first blocks, and of the last, a swarm's client computes. Raises ConfigError."""
+    counts = tuple(given) if isinstance(given, (tuple, list)) else ()
+    ok = len(counts) == 2 and all(is_int(count) and count >= 0 for count in counts)
+    require(ok, f"local_blocks must be two whole numbers >= 0, [first, last], got {given!r}")
+    return counts
+
+
 @document_fields
 @dataclass(frozen=True)
 class Timeouts:

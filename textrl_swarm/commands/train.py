@@ -19,6 +19,7 @@ from textrl_swarm.display import bit_rate, spinner
 from textrl_swarm.errors import RewardError, TextRLSwarmError
 from textrl_swarm.learning.loop import Iteration
 from textrl_swarm.models.adapter_files import read_settings
+from textrl_swarm.models.blocks import blocks_text, inner_blocks
 from textrl_swarm.models.pretrained import load_tokenizer
 from textrl_swarm.models.quantization import saved_quantization
 from textrl_swarm.models.texts import encode_prompt
@@ -224,6 +225,8 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
     responses = config.train.prompts_per_iteration * config.sampling.num_samples
 
     codec = config.swarm.codec if config.swarm else None
+    local_blocks = config.swarm.local_blocks if config.swarm else (0, 0)
+    inner = inner_blocks(model.get_text_config(decoder=True).num_hidden_layers, local_blocks)
 
     def estimate(servers: int) -> RunEstimate:
         return estimate_run(
@@ -240,13 +243,14 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
             gradient_checkpointing=config.gradient_checkpointing,
             samples=config.sampling.num_samples,
             codec=codec.kind if isinstance(codec, Codec) else None,
+            local_blocks=local_blocks,
             wire_bytes=4 if str(model.dtype or "float32").endswith("float32") else 2,
             dtype=config.dtype,
         )
 
     first = estimate(1 if config.swarm else 0)
     share = first.trainable_parameters / first.total_parameters
-    elsewhere = "; the servers hold the blocks" if config.swarm else ""
+    elsewhere = f"; the servers hold {blocks_text(inner)}" if config.swarm else ""
     rows = {
         "prompts": f"{len(ingredients.prompts):,}, of {tokens} tokens on average",
         "responses per iteration": f"{responses:,}, of at most {config.sampling.max_new_tokens} tokens",
@@ -256,9 +260,9 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
     if config.swarm is None:
         rows["bytes per iteration"] = "none: the model is on this machine"
     else:
-        links, unknown = _measured_links(config.swarm, ingredients, console)
+        links, unknown = _measured_links(config.swarm, inner, ingredients, console)
         for servers in (1, 2, 4, 8) if links is None else (links.servers,):
-            if servers <= model.num_hidden_layers:
+            if servers <= len(inner):
                 needs = estimate(servers)
                 sent = decimal(needs.bytes_sent)
                 received = decimal(needs.bytes_received)
@@ -280,7 +284,7 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
 
 
 def _measured_links(
-    swarm: SwarmConfig, ingredients: Ingredients, console: Console
+    swarm: SwarmConfig, blocks: range, ingredients: Ingredients, console: Console
 ) -> tuple[Links | None, str]:
     """The way to the servers; or None, and why it is not known."""
     compat.require_petals()
@@ -292,8 +296,13 @@ def _measured_links(
             (report,) = survey(swarm.initial_peers, name, timeout_s=_SURVEY_S, access=swarm.access)
     except TextRLSwarmError as error:
         return None, str(error)
-    links = report.links()
-    return links, "" if links else "not all blocks have a server that can train: see `textrl-swarm status`"
+    links = report.links(blocks)
+    return (
+        links,
+        ""
+        if links
+        else f"not all of {blocks_text(blocks)} have a server that can train: see `textrl-swarm status`",
+    )
 
 
 def _mean_tokens(ingredients: Ingredients) -> int:

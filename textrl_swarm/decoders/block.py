@@ -36,6 +36,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.module = module
         self.index = index
+        self.dtype = planner.dtype
         self._planner = planner
 
     def forward(self, hidden: Tensor, packed: PackedRows | None = None) -> Tensor:

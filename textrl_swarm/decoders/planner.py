@@ -82,6 +82,7 @@ class Planner:
         self._name = name
         skeleton = Skeleton(config, dtype)
         self.num_blocks, self.hidden_size = skeleton.num_blocks, skeleton.hidden_size
+        self.heads: int = getattr(skeleton.config, "num_attention_heads", None) or 1
         self.templates = cache_layers(skeleton.config)
         self._skeleton = skeleton
         self._records: list[tuple[int, Call, Any]] = []

@@ -111,11 +111,18 @@ def _usual_cache(config: PretrainedConfig) -> CacheSpec:
     return CacheSpec(key=kept, value=kept)
 
 
-def adapted_layers(sizes: ModelSizes, lora: LoraSettings) -> list[LayerSizes]:
-    """The sizes of every layer that is adapted."""
+def adapted_layers(sizes: ModelSizes, lora: LoraSettings, blocks: range | None = None) -> list[LayerSizes]:
+    """The sizes of every layer that is adapted.
+
+    Args:
+        blocks: among which it is; None = all.
+    """
     targets = choose_targets(sizes.layers, lora.targets)
-    adapted_blocks = sizes.block_layers[first_adapted(sizes, lora) :]
-    return [own for layers in adapted_blocks for path, own in layers.items() if path in targets]
+    found = []
+    for block in blocks or range(sizes.num_blocks):
+        if block >= first_adapted(sizes, lora):
+            found += [own for path, own in sizes.block_layers[block].items() if path in targets]
+    return found
 
 
 def first_adapted(sizes: ModelSizes, lora: LoraSettings) -> int:
@@ -123,12 +130,15 @@ def first_adapted(sizes: ModelSizes, lora: LoraSettings) -> int:
     return first_adapted_block(sizes.num_blocks, lora.layers)
 
 
-def adapter_parameters(sizes: ModelSizes, lora: LoraSettings) -> int:
+def adapter_parameters(sizes: ModelSizes, lora: LoraSettings, blocks: range | None = None) -> int:
     """Numbers in the LoRA tensors: sum over adapted layers of r (in + out), of routed experts for each.
+
+    Args:
+        blocks: among which the layers are; None = all.
 
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
-    return sum(lora.r * own.low_rank for own in adapted_layers(sizes, lora))
+    return sum(lora.r * own.low_rank for own in adapted_layers(sizes, lora, blocks))
 
 
 def value_head_parameters(sizes: ModelSizes) -> int:

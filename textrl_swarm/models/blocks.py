@@ -22,6 +22,21 @@ def split_evenly(num_blocks: int, num_servers: int) -> list[BlockSpan]:
     return list(itertools.pairwise(edges))
 
 
+def inner_blocks(num_blocks: int, local_blocks: tuple[int, int]) -> range:
+    """The blocks that are left to a swarm. Raises ConfigError when none are.
+
+    Args:
+        local_blocks: how many of the first, and of the last, a client computes itself.
+    """
+    first, last = local_blocks
+    if first + last >= num_blocks:
+        raise ConfigError(
+            f"local_blocks=[{first}, {last}] leaves nothing to the swarm: the model has {num_blocks} blocks; "
+            "keep fewer, or leave the swarm out"
+        )
+    return range(first, num_blocks - last)
+
+
 def spans_of(blocks: Iterable[int]) -> list[BlockSpan]:
     """The spans that cover these blocks and no others, e.g. [(0, 4), (7, 8)] for 0, 1, 2, 3, 7."""
     spans: list[BlockSpan] = []

@@ -38,6 +38,7 @@ def load_policy(
     codec: Codec | Literal["fp16", "int8"] | None = None,
     checks: ServerChecks | None = None,
     access: SwarmAccess | None = None,
+    local_blocks: Sequence[int] | None = None,
     **unknown: Never,
 ) -> Policy:
     """Makes a policy on this machine or through a swarm.
@@ -63,11 +64,13 @@ def load_policy(
             the servers' dtype, which changes nothing.
         checks: how much of what servers compute is computed again by others; None = they are believed.
         access: which servers are used, and what lets this machine in; None = all servers of an open swarm.
+        local_blocks: (first, last): how many of the first blocks, and of the last, this machine computes
+            instead of the swarm, which gets to see less of the prompts then; None = none.
 
     Raises:
         ModelError: the model cannot be used.
-        ConfigError: impossible arguments, an unknown one, a codec that changes more than it may, or a record
-            of refuted servers that is none.
+        ConfigError: impossible arguments, an unknown one, a codec that changes more than it may, a record of
+            refuted servers that is none, or local blocks that do not fit.
         AdapterError: `ref_adapter` does not fit.
         AddressError, PetalsMissing, BlocksUnavailable, ServerMismatch, AccessDenied: the swarm cannot be
             used.
@@ -100,11 +103,17 @@ def load_policy(
             codec=codec if codec is None or isinstance(codec, Codec) else Codec(codec),
             checks=checks,
             access=access or SwarmAccess(),
+            local_blocks=(0, 0) if local_blocks is None else local_blocks,
         )
     else:
         of_swarm = {
-            "dht_prefix": dht_prefix, "timeouts": timeouts, "codec": codec, "checks": checks, "access": access
-        }  # fmt: skip
+            "dht_prefix": dht_prefix,
+            "timeouts": timeouts,
+            "codec": codec,
+            "checks": checks,
+            "access": access,
+            "local_blocks": local_blocks,
+        }
         for name, value in of_swarm.items():
             if value is not None:
                 raise ConfigError(

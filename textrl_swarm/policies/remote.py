@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from textrl_swarm.config import Codec, LoraSettings, ServerChecks, SwarmAccess, Timeouts
+from textrl_swarm.config import (
+    Codec,
+    LoraSettings,
+    ServerChecks,
+    SwarmAccess,
+    Timeouts,
+    checked_local_blocks,
+)
 from textrl_swarm.decoders.chunks import Step
 from textrl_swarm.decoders.sharing import SharedPrefix, shared_prefix
 from textrl_swarm.decoders.skeleton import Skeleton
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 
     from textrl_swarm.decoders.outside import Outside
     from textrl_swarm.swarm.client.connection import SwarmClient
+    from textrl_swarm.swarm.client.end_blocks import EndSession
     from textrl_swarm.swarm.client.session import GenerationSession
 
 
@@ -62,6 +70,7 @@ def load_remote_policy(
     codec: Codec | None,
     checks: ServerChecks | None,
     access: SwarmAccess,
+    local_blocks: Sequence[int],
 ) -> RemotePolicy:
     """See `loading.load_policy`."""
     if quantization is not None:
@@ -78,9 +87,13 @@ def load_remote_policy(
             "a petals model already knows its swarm: leave initial_peers out, or pass the model's name "
             "instead"
         )
+    ends_of = checked_local_blocks(local_blocks)
+    if any(ends_of) and base is None:
+        raise ConfigError("local_blocks needs the model's files: pass its name or directory")
     compat.require_petals()
     from textrl_swarm.swarm.access import read_secret
     from textrl_swarm.swarm.client.connection import ModelFingerprint, SwarmClient, check_addresses, join
+    from textrl_swarm.swarm.client.end_blocks import EndBlocks, load_ends
     from textrl_swarm.swarm.client.own_blocks import OwnBlocks
     from textrl_swarm.swarm.client.parts import load_parts, parts_of
 
@@ -88,6 +101,7 @@ def load_remote_policy(
         addresses = check_addresses([] if initial_peers is None else initial_peers)
         secret = read_secret(access.secret_file)
         parts = load_parts(base, dtype, device)
+        ends = load_ends(base, ends_of, parts.skeleton.dtype, parts.device)
         prefix = dht_prefix or base.dht_prefix
     else:
         theirs: Any = model
@@ -98,6 +112,7 @@ def load_remote_policy(
             )
         secret = None
         parts = parts_of(theirs)
+        ends = EndBlocks({}, range(parts.skeleton.num_blocks))
         require_finite(theirs, theirs.name_or_path)
         prefix = theirs.config.dht_prefix
     config = parts.skeleton.config
@@ -123,6 +138,7 @@ def load_remote_policy(
         fingerprint,
         timeouts,
         checkpoint=checkpoint,
+        ends=ends,
         checks=checks,
         own=own,
         secret=secret,
@@ -171,7 +187,7 @@ class RemotePolicy(Policy):
         self.max_session_tokens = limits.cache_tokens
         self.session_row_tokens = limits.cache_row_tokens
         self.max_step_tokens = min(limits.max_batch_tokens, MICRO_BATCH_TOKENS)
-        self.takes_padding = limits.takes_padding
+        self.takes_padding = client.takes_padding
         self.traffic = client.traffic
         self.checks_answers = client.chain.checks is not None
         self.num_servers = self.sessions_at_once = len(client.spans)
@@ -276,7 +292,8 @@ class RemotePolicy(Policy):
         """See Policy; the caches are on the servers."""
         snapshot = self._take_snapshot(self._flats()) if self._adapter_on else None
         with self._client.session(snapshot, rows=rows, max_length=max_length) as session:
-            yield _RemoteSession(self._parts, session)
+            ends = self._client.end_session(snapshot, rows=rows, max_length=max_length)
+            yield _RemoteSession(self._parts, ends, session)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """See Policy."""
@@ -309,21 +326,26 @@ class RemotePolicy(Policy):
 
 
 class _RemoteSession(DecodingSession):
-    def __init__(self, parts: Outside, session: GenerationSession):
+    def __init__(self, parts: Outside, ends: EndSession, session: GenerationSession):
         self._parts = parts
+        self._ends = ends
         self._session = session
 
     def run(self, steps: Sequence[Step]) -> Pending[list[Tensor]]:
         """See DecodingSession."""
-        embedded = []
+        parts, ends = self._parts, self._ends
+        given = []
         with torch.no_grad():
             for step in steps:
-                hidden = self._parts.embed(step.inputs, step.chunk.past, step.chunk.padding)
-                embedded.append(replace(step, inputs=hidden.cpu()))
+                hidden = parts.embed(step.inputs, step.chunk.past, step.chunk.padding)
+                given.append(ends.before(replace(step, inputs=hidden)))
         dtype = hidden.dtype
 
         def finish(outputs: list[Tensor]) -> list[Tensor]:
+            found = []
             with torch.no_grad():
-                return [self._parts.finish(output.to(self._parts.device, dtype)) for output in outputs]
+                for step, output in zip(steps, outputs, strict=True):
+                    found.append(parts.finish(ends.behind(step, output.to(parts.device, dtype))))
+            return found
 
-        return Pending(self._session.run(embedded), finish)
+        return Pending(self._session.run(given), finish)

@@ -28,6 +28,7 @@ from textrl_swarm.config import (
     ServerChecks,
     SwarmAccess,
     Timeouts,
+    checked_local_blocks,
     document_fields,
 )
 from textrl_swarm.errors import ConfigError, closest
@@ -62,7 +63,12 @@ class SwarmConfig:
     access: SwarmAccess | None = None
     """Which servers are used, and what lets this machine in; null = all servers, of a swarm that is open."""
 
+    local_blocks: tuple[int, int] = (0, 0)
+    """How many of the first blocks, and of the last, this machine computes instead of the swarm, which gets
+    to see less of the prompts then."""
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "local_blocks", checked_local_blocks(self.local_blocks))
         if isinstance(self.codec, str):
             object.__setattr__(self, "codec", Codec(self.codec))  # type: ignore[arg-type]  # it checks that
 

@@ -7,7 +7,7 @@ clocks; constants that were measured and not derived say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from textrl_swarm.decoders.sizes import (
 )
 from textrl_swarm.learning.ppo import EVALUATION_ROWS
 from textrl_swarm.maths.losses import LOGITS_CHUNK_TOKENS
-from textrl_swarm.models.blocks import split_evenly
+from textrl_swarm.models.blocks import inner_blocks, split_evenly
 from textrl_swarm.policies.base import MAX_FEATURE_BYTES
 from textrl_swarm.swarm.codec import encoded_bytes
 from textrl_swarm.swarm.protocol import (
@@ -171,6 +171,7 @@ def estimate_run(
     gradient_checkpointing: bool = False,
     wire_bytes: int = 4,
     codec: str | None = None,
+    local_blocks: tuple[int, int] = (0, 0),
     samples: int = 1,
     dtype: torch.dtype | str | None = None,
     sizes: ModelSizes | None = None,
@@ -188,6 +189,7 @@ def estimate_run(
         gradient_checkpointing: of a model on this machine.
         wire_bytes: per number of a hidden state: 4 when the servers compute in fp32, 2 in bf16.
         codec: in which hidden states travel, see swarm/codec.py.
+        local_blocks: how many of the first, and of the last, are on this machine instead of the swarm.
         samples: responses to each prompt, which is sent once for them.
         dtype: of the weights on this machine; None = as the checkpoint says.
         sizes: what `model_sizes(config)` returned, to spare another second.
@@ -206,10 +208,13 @@ def estimate_run(
     kept = kept if kept <= MAX_FEATURE_BYTES else 0
     traffic, copies = _NO_TRAFFIC, 4  # value, gradient and AdamW's two moments
     if swarm_servers:
-        weights = sizes.outside * number_bytes
+        inner = inner_blocks(sizes.num_blocks, local_blocks)
+        ends = [block for block in range(sizes.num_blocks) if block not in inner]
+        weights = (sizes.outside + sum(sizes.blocks[block] for block in ends)) * number_bytes
         traffic = _traffic(
             sizes,
             lora,
+            inner,
             swarm_servers,
             responses,
             prompt_tokens,
@@ -222,10 +227,16 @@ def estimate_run(
             samples,
         )
         copies += 2  # autograd's flat tensors, and the snapshot that is pushed
-        spans = split_evenly(sizes.num_blocks, swarm_servers)
-        adapted_hops = sum(stop > first_adapted(sizes, lora) for _, stop in spans)
+        first = first_adapted(sizes, lora)
+        adapted_hops = sum(stop > first for _, stop in _spans(inner, swarm_servers))
         hidden = sizes.hidden_size * at_once * length * (2 + adapted_hops) * wire_bytes
-        working = kept + hidden + _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
+        logits = _logits_bytes(sizes, max(LOGITS_CHUNK_TOKENS, responses))
+        cached = session_cache_bytes(sizes, responses, length, getattr(torch, precision), ends)
+        hidden += sizes.hidden_size * at_once * length * sum(end >= first for end in ends) * number_bytes
+        if any(end >= first for end in ends):  # one block of one micro-batch at a time
+            computed = activations_per_token(sizes.hidden_size, sizes.num_heads, length)
+            hidden += 2 * max(length, BATCH_TOKENS) * computed * number_bytes
+        working = max(cached, kept + hidden) + logits
     else:
         weights = sizes.outside * number_bytes
         for block in range(sizes.num_blocks):
@@ -249,9 +260,16 @@ def estimate_run(
     )
 
 
-def session_cache_bytes(sizes: ModelSizes, rows: int, length: int, dtype: torch.dtype) -> int:
-    """What the blocks keep for a generation of rows of so many tokens."""
-    return sum(tensors_bytes(cache.tensors(rows, length, dtype)) for cache in sizes.caches)
+def session_cache_bytes(
+    sizes: ModelSizes, rows: int, length: int, dtype: torch.dtype, blocks: Iterable[int] | None = None
+) -> int:
+    """What the blocks, or some of them, keep for a generation of rows of so many tokens."""
+    caches = sizes.caches if blocks is None else [sizes.caches[block] for block in blocks]
+    return sum(tensors_bytes(cache.tensors(rows, length, dtype)) for cache in caches)
+
+
+def _spans(inner: range, servers: int) -> list[tuple[int, int]]:
+    return [(inner.start + start, inner.start + stop) for start, stop in split_evenly(len(inner), servers)]
 
 
 def activation_bytes(
@@ -303,6 +321,7 @@ _NO_TRAFFIC = _Traffic({}, {}, 0)
 def _traffic(
     sizes: ModelSizes,
     lora: LoraSettings,
+    inner: range,
     servers: int,
     responses: int,
     prompt_tokens: int,
@@ -329,15 +348,20 @@ def _traffic(
                   outputs of all where the next server has no room to keep them), and of P H only each
                   prompt's last token from the last hop
 
+    With local blocks in front, the first server returns a gradient too, where they are adapted; with local
+    blocks behind, all of a prompt's tokens come back. Where only they are adapted, nothing travels for
+    policy, ref and epochs.
+
     A pass forward through h servers takes h + 1 trips, one back 2 h.
 
     The adapter is sent once per optimizer step, and the sum of its gradients (fp32) comes back.
     """
     first = first_adapted(sizes, lora)
-    spans = split_evenly(sizes.num_blocks, servers)
+    spans = _spans(inner, servers)
     hops = servers
     lower = sum(start < first for start, _ in spans)
     upper = sum(stop > first for _, stop in spans)
+    returned = upper - (inner.start <= first < inner.stop)  # hops whose gradient comes back
     length = prompt_tokens + response_tokens
     minibatches = math.ceil(responses / minibatch_size)
     prompts = math.ceil(responses / samples)
@@ -350,27 +374,30 @@ def _traffic(
     rest = responses - at_once
     trained = responses / at_once * travelling(at_once)
     scored_tokens = travelling(at_once) + 2 * travelling(rest) if parts == 1 else 2 * trained
-    adapter = adapter_parameters(sizes, lora) * FP32_BYTES
+    adapter = adapter_parameters(sizes, lora, inner) * FP32_BYTES
     chosen = responses * (response_tokens - 1)
-    below, above = travelling(responses), scored_tokens + epochs * trained
+    below, above = travelling(responses), (scored_tokens + epochs * trained) * bool(upper)
     put_in = prompts * prompt_tokens * hops + chosen + (below if lower else 0) + above
     in_step = trained / responses * at_once * sizes.hidden_size * wire_bytes  # that a server is to keep
     again = max(0.0, 1 - KEPT_INPUT_BYTES / KEPT_INPUT_SHARE / in_step)
-    come_out = chosen * hops + (below if lower else 0) + above + again * epochs * trained * (upper - 1)
+    come_out = chosen * hops + (below if lower else 0) + above
+    come_out += again * epochs * trained * max(0, upper - 1)
+    ends_here = inner.stop < sizes.num_blocks  # whose blocks want all of a prompt's tokens
+    of_prompt = prompt_tokens * (hops - 1) + (prompt_tokens if ends_here else 1)
     sent = {
         "activations": round(hidden * (put_in + (1 + again) * epochs * trained * upper)),
         "adapters": epochs * minibatches * adapter,
     }
     received = {
-        "activations": round(hidden * (prompts * (prompt_tokens * (hops - 1) + 1) + come_out)),
-        "gradients": round(epochs * (hidden * trained * (upper - 1) + minibatches * adapter)),
+        "activations": round(hidden * (prompts * of_prompt + come_out)),
+        "gradients": round(epochs * (hidden * trained * returned + minibatches * adapter)),
     }
     sessions = math.ceil(responses * length / ATTENTION_CACHE_TOKENS)
     evaluated = EVALUATION_ROWS if parts == 1 else at_once
-    forward_trips, back_trips = (upper + 1) / 2, upper
+    forward_trips, back_trips = (upper + 1) / 2 * bool(upper), upper
     scoring = (lower + 1) / 2 * bool(lower) + forward_trips * math.ceil(scored / evaluated)
     # A push for each minibatch, forward and backward for each of its parts, in which micro-batches overlap.
-    training = epochs * minibatches * (1 + parts * (forward_trips + back_trips))
+    training = epochs * minibatches * (bool(upper) + parts * (forward_trips + back_trips))
     generation = sessions * response_tokens * (hops + 1) / 2
     return _Traffic(sent, received, math.ceil(generation + scoring + training))
 

@@ -70,6 +70,7 @@ _FREE = (
     "swarm.timeouts",
     "swarm.checks",
     "swarm.access",
+    "swarm.local_blocks",
 )
 
 
@@ -117,6 +118,7 @@ def open_policy(config: RunConfig, model: BaseModel) -> Iterator[Policy]:
             "codec": config.swarm.codec,
             "checks": _checks(config),
             "access": config.swarm.access,
+            "local_blocks": config.swarm.local_blocks,
         }
     with load_policy(
         model,

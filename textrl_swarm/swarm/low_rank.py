@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch.nn.functional as F
@@ -21,32 +22,31 @@ from textrl_swarm.models.experts import LowRank, add_to_matrices, route
 from textrl_swarm.models.layers import LayerSizes, is_routed
 from textrl_swarm.swarm.protocol import AdapterHeader
 
-# What is added at this moment, by target path. One thread of a process computes, one request at a time.
-_ACTIVE: dict[str, LowRank] = {}
+# What is added at this moment, by target path, to what the present thread computes.
+_ACTIVE: ContextVar[Mapping[str, LowRank]] = ContextVar("active updates", default={})  # noqa: B039
 
 
 def _add_low_rank(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    if path not in _ACTIVE:
+    update = _ACTIVE.get().get(path)
+    if update is None:
         return output
-    a, b, scale = _ACTIVE[path]
+    a, b, scale = update
     return (output + F.linear(F.linear(args[0].to(a.dtype), a), b) * scale).to(output.dtype)
 
 
 def _active_in(experts_path: str, parameter: str) -> LowRank | None:
-    return _ACTIVE.get(f"{experts_path}.{parameter}")
+    return _ACTIVE.get().get(f"{experts_path}.{parameter}")
 
 
 @contextmanager
 def applied(header: AdapterHeader, block: int, flat: Tensor) -> Iterator[None]:
     """What blocks with hooks compute here has the update of one block's adapter added."""
-    global _ACTIVE
-    previous = _ACTIVE
     views = header.layout(block).views(flat)
-    _ACTIVE = {path: LowRank(a, b, header.scale) for path, (a, b) in views.items()}
+    token = _ACTIVE.set({path: LowRank(a, b, header.scale) for path, (a, b) in views.items()})
     try:
         yield
     finally:
-        _ACTIVE = previous
+        _ACTIVE.reset(token)
 
 
 def add_hooks(block: nn.Module, linears: Mapping[str, LayerSizes]) -> None:

@@ -124,16 +124,15 @@ class BlockChain:
             shared: first columns that rows have in common, which travel and are computed once; None = rows
                 are computed whole.
         """
-        if start == stop:
-            return hidden
         if adapter is None or flats is None or not torch.is_grad_enabled():
-            return self._forward(hidden.detach(), start, stop, adapter, self._cut(hidden, shared))[0]
+            return self._forward(hidden.detach(), start, stop, adapter, self.cut(hidden, shared))[0]
         wanted = [block for block in range(start, stop) if block in flats]
         return _RemoteBlocks.apply(
             self, hidden, start, stop, adapter, shared, wanted, *(flats[block] for block in wanted)
         )
 
-    def _cut(self, hidden: Tensor, shared: SharedPrefix | None) -> list[MicroBatch]:
+    def cut(self, hidden: Tensor, shared: SharedPrefix | None) -> list[MicroBatch]:
+        """The micro-batches of hidden states (B, S, W). Raises PromptError for rows that are too long."""
         rows, length, _ = hidden.shape
         if length > self.limits.max_batch_tokens:
             raise PromptError(
@@ -278,7 +277,7 @@ class _RemoteBlocks(torch.autograd.Function):
         wanted: list[int],
         *flats: Tensor,
     ) -> Tensor:
-        ctx.batches = chain._cut(hidden, shared)
+        ctx.batches = chain.cut(hidden, shared)
         outputs, ctx.trails = chain._forward(
             hidden.detach(), start, stop, adapter, ctx.batches, will_go_back=True
         )

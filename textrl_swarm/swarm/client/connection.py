@@ -30,6 +30,7 @@ from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.models.layers import LayerSizes
 from textrl_swarm.swarm.access import ensure_identity
 from textrl_swarm.swarm.client.chain import BlockChain, run_in_background
+from textrl_swarm.swarm.client.end_blocks import EndBlocks, EndSession
 from textrl_swarm.swarm.client.own_blocks import OwnBlocks
 from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
@@ -138,6 +139,7 @@ class SwarmClient:
         dht, p2p: a running client node and its libp2p daemon.
         fingerprint: of the client's model; servers of another model are refused.
         checkpoint: block index -> digest of its weights, as far as the client has them (models/digests.py).
+        ends: the blocks that this machine computes.
         checks, own: see BlockChain.
         secret: of the swarm.
         allowed: ids of the servers that may be used; () = all.
@@ -158,6 +160,7 @@ class SwarmClient:
         timeouts: Timeouts,
         *,
         checkpoint: Mapping[int, str],
+        ends: EndBlocks,
         checks: ServerChecks | None = None,
         own: OwnBlocks | None = None,
         secret: bytes | None = None,
@@ -165,6 +168,7 @@ class SwarmClient:
         boundary: Boundary | None = None,
         owns_dht: bool = True,
     ):
+        self._ends = ends
         self._own = own
         self.traffic = Traffic()
         self.fingerprint = fingerprint
@@ -181,14 +185,15 @@ class SwarmClient:
         self.router = Router(dht, dht_prefix, fingerprint.num_blocks, self._inspect, allowed)
         self.chain = BlockChain(self.router, self._calls, checks=checks, own=own)
         self.linears: dict[int, dict[str, LayerSizes]] = {}
-        """Block index -> path of a layer inside it -> sizes, as servers have it."""
+        """Block index -> path of a layer inside it -> sizes, as those have it that compute the block."""
         self.spans: list[Span] = []
-        route = self.router.route(0, fingerprint.num_blocks, timeout_s=timeouts.discovery_s)
+        route = self.router.route(ends.inner.start, ends.inner.stop, timeout_s=timeouts.discovery_s)
         try:
             self.spans = run_in_background(route)
         except BaseException:
             self.close()
             raise
+        self.linears.update(ends.linears)
 
     async def _inspect(self, span: Span, uid: str) -> ServerMismatch | None:
         """Why a server cannot serve this client, or None; called before a server is used, and again after it
@@ -273,12 +278,28 @@ class SwarmClient:
         flats: Mapping[int, Tensor] | None = None,
         shared: SharedPrefix | None = None,
     ) -> Tensor:
-        """See BlockChain.__call__."""
-        return self.chain(hidden, start, stop, adapter, flats, shared)
+        """See BlockChain.__call__; the blocks of this machine may be among them."""
+        ends, inner = self._ends, self._ends.inner
+        batches = self.chain.cut(hidden, shared if ends.takes_sharing else None)
+        own = adapter, flats or {}, batches
+        hidden = ends(hidden, range(start, min(stop, inner.start)), *own)
+        first, end = max(start, inner.start), min(stop, inner.stop)
+        if first < end:
+            hidden = self.chain(hidden, first, end, adapter, flats, shared)
+        return ends(hidden, range(max(start, inner.stop), stop), *own)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether rows of unequal length may share a generation."""
+        return self.chain.limits.takes_padding and self._ends.takes_padding
 
     def session(self, adapter: AdapterSnapshot | None, *, rows: int, max_length: int) -> GenerationSession:
         """A generation with the caches on the servers, for rows of at most `max_length` tokens."""
-        return GenerationSession(self.chain, adapter, rows=rows, max_length=max_length)
+        return GenerationSession(self.chain, self._ends.inner, adapter, rows=rows, max_length=max_length)
+
+    def end_session(self, adapter: AdapterSnapshot | None, *, rows: int, max_length: int) -> EndSession:
+        """What this machine's own blocks do in it."""
+        return self._ends.session(adapter, rows=rows, max_length=max_length)
 
     def close(self) -> None:
         """Ends the DHT node and its daemon. Safe to call twice; also runs when the program ends."""

@@ -84,12 +84,22 @@ class GenerationSession:
     """Context manager; made by SwarmClient.
 
     Args:
+        blocks: those that are run.
         rows: for which the servers reserve caches.
         max_length: tokens per row, reserved on the servers; the most that may be stepped in all.
     """
 
-    def __init__(self, chain: BlockChain, adapter: AdapterSnapshot | None, *, rows: int, max_length: int):
+    def __init__(
+        self,
+        chain: BlockChain,
+        blocks: range,
+        adapter: AdapterSnapshot | None,
+        *,
+        rows: int,
+        max_length: int,
+    ):
         self._chain = chain
+        self._blocks = blocks
         self._adapter = adapter
         self._rows = rows
         self._max_length = max_length
@@ -99,7 +109,7 @@ class GenerationSession:
         self._outputs: dict[int, Tensor] = {}  # of those, by their number
 
     def run(self, steps: Sequence[Step]) -> Future[list[Tensor]]:
-        """Outputs of all blocks for each step, on the CPU: (b, k, W), or (b, 1, W) with `last_only`.
+        """Outputs of the blocks for each step, on the CPU: (b, k, W), or (b, 1, W) with `last_only`.
 
         While one server computes a step, the one before it computes the next. What was run before must be
         done.
@@ -109,7 +119,7 @@ class GenerationSession:
     async def _run(self, steps: Sequence[Step]) -> list[Tensor]:
         attempts = Attempts("generation", self._chain.calls.timeouts.recovery_s)
         if not self._legs:
-            spans = await self._route(0, self._chain.router.num_blocks, attempts)
+            spans = await self._route(self._blocks.start, self._blocks.stop, attempts)
             self._legs = [_Leg(span) for span in spans]
         self._outputs = {}
         numbers = []  # of the parts of each step

@@ -175,13 +175,14 @@ class ModelReport:
                 digests[block].add(digest)
         return tuple(spans_of(block for block, found in digests.items() if len(found) > 1))
 
-    def links(self) -> Links | None:
-        """Of the servers that a client would choose, those that reach furthest; None when they do not hold
-        all blocks, or were not measured.
+    def links(self, blocks: range | None = None) -> Links | None:
+        """Of the servers that a client would choose for some blocks, or for all, those that reach furthest;
+        None when they do not hold all of them, or were not measured.
         """
         chosen: list[ServerReport] = []
-        block = 0
-        while block < self.num_blocks:
+        blocks = blocks or range(self.num_blocks)
+        block = blocks.start
+        while block < blocks.stop:
             able = (
                 s for s in self.servers if s.state == "online" and s.can_train and s.start <= block < s.stop
             )

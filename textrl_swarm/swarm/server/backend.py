@@ -19,8 +19,7 @@ from petals.utils.misc import is_dummy
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from textrl_swarm.decoders.block import DecoderBlock, activations_per_token
-from textrl_swarm.decoders.boundary import join_tokens
+from textrl_swarm.decoders.block import activations_per_token
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, keep_rows
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.models.layers import LayerSizes
@@ -65,15 +64,12 @@ class LoraBackend(TransformerBackend):
         self.memory_cache = memory_cache
         self.max_chunk_size_bytes = max_chunk_size_bytes
         self.dtype = backend_dtype
-        self.block: DecoderBlock = module.block
+        self.served = module
         self.block_index = module.block.index
         self.cache_spec: CacheSpec = module.cache_spec
-        self.takes_chunks: bool = module.takes_chunks
-        self.takes_padding: bool = module.takes_padding
-        self.takes_sharing: bool = module.takes_sharing
         self.device: torch.device = module.device
         self.linears: dict[str, LayerSizes] = module.linears
-        add_hooks(self.block.module, self.linears)
+        add_hooks(module.block.module, self.linears)
         dtype = str(self.dtype).removeprefix("torch.")
         self.weights = ServedWeights(module.digest, dtype, self.quantization)
         self.inference_pool = self._pool(self.inference_step, "inference")
@@ -121,14 +117,14 @@ class LoraBackend(TransformerBackend):
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
         hidden, name, *packed = inputs
         with torch.no_grad(), self._adapter(name):
-            return (self.block(hidden, *packed),)
+            return (self.served.block(hidden, *packed),)
 
     def backward(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Gradient (B, S, H) of a block's input (B, S, H), re-running its forward."""
         hidden, grad_outputs, name, *packed = inputs
         with torch.inference_mode(False), torch.enable_grad(), self._adapter(name):
             hidden = hidden.detach().clone().requires_grad_(True)
-            outputs = self.block(hidden, *packed)
+            outputs = self.served.block(hidden, *packed)
             return torch.autograd.grad(outputs, hidden, grad_outputs.to(outputs.dtype))
 
     @torch.inference_mode()
@@ -149,42 +145,4 @@ class LoraBackend(TransformerBackend):
         ):
             if not is_dummy(hypo_ids):  # beams
                 keep_rows(tensors, hypo_ids.tolist())
-            if chunk.keep:
-                keep_rows(tensors, chunk.keep)
-            outputs = []
-            for rows, place in self._row_parts(hidden_states, chunk):
-                parts = []
-                for tokens, at in self._token_parts(rows, place):
-                    parts.append(self.block.step(tokens, self.cache_spec, tensors, at))
-                outputs.append(join_tokens(parts))
-            return (torch.cat(outputs),)
-
-    def _row_parts(self, hidden: Tensor, chunk: Chunk) -> Iterator[tuple[Tensor, Chunk]]:
-        """Prompts of unequal length some rows at a time: in parts of their tokens, padding would end in the
-        middle of one.
-        """
-        rows, length, _ = hidden.shape
-        most = self._tokens_at_once(length, chunk.past) // length
-        if not chunk.padding or length == 1 or most >= rows:
-            yield hidden, chunk
-            return
-        for start in range(0, rows, max(1, most)):
-            stop = min(rows, start + max(1, most))
-            yield hidden[start:stop], chunk.rows(start, stop, chunk.past)
-
-    def _token_parts(self, hidden: Tensor, chunk: Chunk) -> Iterator[tuple[Tensor, Chunk]]:
-        """A long prompt in parts whose attention matrices fit into what the server leaves free for them."""
-        rows, length, _ = hidden.shape
-        most = max(1, self._tokens_at_once(length, chunk.past) // rows)
-        lengths: int | list[int] = most
-        if not self.takes_chunks:
-            first = min(most, length) if chunk.past == 0 else 1
-            lengths = [first, *[1] * (length - first)]
-        past = chunk.past
-        for tokens in hidden.split(lengths, dim=1):
-            yield tokens, chunk.rows(0, rows, past)
-            past += tokens.shape[1]
-
-    def _tokens_at_once(self, length: int, past: int) -> int:
-        heads = getattr(self.config, "num_attention_heads", None) or 1
-        return self.max_chunk_size_bytes // (heads * self.dtype.itemsize * (past + length))
+            return (self.served.step(hidden_states, tensors, chunk, self.max_chunk_size_bytes),)

@@ -385,9 +385,9 @@ class LoraHandler(GuardedHandler):
             "max_batch_tokens": backend.forward_pool.max_batch_size,
             "max_length": self.inference_max_length,
             "cache_tokens": backend.memory_cache.max_size_bytes // bytes_per_token,
-            "takes_padding": all(other.takes_padding for other in backends.values()),
+            "takes_padding": all(other.served.takes_padding for other in backends.values()),
             "kept_input_bytes": self._kept.max_bytes_per_client,
-            "takes_sharing": all(other.takes_sharing for other in backends.values()),
+            "takes_sharing": all(other.served.takes_sharing for other in backends.values()),
             "cache_row_tokens": -(-bytes_per_row // bytes_per_token),
             "adapter_bytes": min(backend.store.max_bytes, backend.store.max_bytes_per_client),
             PROOF: self.membership.code_for(context.remote_id),
@@ -477,7 +477,7 @@ def _checked_sum(raw: Any) -> Sum | None:
 def _checked_packed(raw: Any, hidden: Tensor, backends: Sequence[LoraBackend]) -> PackedRows | None:
     if raw is None:
         return None
-    if not all(backend.takes_sharing for backend in backends):
+    if not all(backend.served.takes_sharing for backend in backends):
         raise ShapeError("these blocks take no rows that share prefixes")
     if len(hidden) != 1:
         raise ShapeError(f"rows that share prefixes come packed in one row, not in {len(hidden)}")

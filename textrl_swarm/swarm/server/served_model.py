@@ -9,23 +9,18 @@ from typing import Any
 
 import torch
 from petals.utils.convert_block import QuantType
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
-from textrl_swarm.decoders.block import (
-    DecoderBlock,
-    cache_spec,
-    chunks_are_exact,
-    padding_is_exact,
-    sharing_is_exact,
-)
+from textrl_swarm.decoders.block import cache_spec
 from textrl_swarm.decoders.caches import CacheSpec, cache_bytes, server_cache_bytes
 from textrl_swarm.decoders.checkpoint import Checkpoint
 from textrl_swarm.decoders.chunks import Chunk
 from textrl_swarm.decoders.planner import Planner
 from textrl_swarm.decoders.skeleton import Skeleton
+from textrl_swarm.decoders.tried import TriedBlock, trial_tokens
 from textrl_swarm.models.base_model import BaseModel
-from textrl_swarm.models.layers import LayerSizes, layers_of, never_called, quantizable_layers
+from textrl_swarm.models.layers import layers_of, quantizable_layers
 from textrl_swarm.models.quantization import keep_differentiable, quantize_experts, quantize_linears
 
 _NF4_BYTES = (
@@ -43,37 +38,17 @@ def block_config(base: BaseModel) -> PretrainedConfig:
     return config
 
 
-class ServedBlock(nn.Module):
+class ServedBlock(TriedBlock):
     """A block ready for requests.
 
-    Attributes:
-        linears: the layers that LoRA can adapt, routed experts among them.
+    Args:
         digest: of the checkpoint's numbers.
-        takes_chunks: False = behind the first tokens of a row, the others come one by one.
-        takes_padding: whether prompts of unequal length may share a generation.
-        takes_sharing: whether prefixes that rows share may be computed once.
+        tried: see TriedBlock.
     """
 
-    def __init__(
-        self,
-        block: DecoderBlock,
-        spec: CacheSpec,
-        device: torch.device,
-        *,
-        digest: str,
-        linears: dict[str, LayerSizes],
-        takes_chunks: bool,
-        takes_padding: bool,
-        takes_sharing: bool,
-    ):
-        super().__init__()
-        self.block, self.cache_spec, self.device = block, spec, device
-        self.digest, self.linears = digest, linears
-        self.takes_chunks, self.takes_padding = takes_chunks, takes_padding
-        self.takes_sharing = takes_sharing
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.block(hidden)
+    def __init__(self, digest: str, *tried: Any):
+        super().__init__(*tried)
+        self.digest = digest
 
 
 class ServedModel:
@@ -144,7 +119,7 @@ class ServedModel:
         """
         served = self.make_ready(self.load(index), index, quant_type)
         spec = served.cache_spec
-        hidden = self._trial_tokens()[:, :1].expand(1, tokens, -1).contiguous()
+        hidden = trial_tokens(self.planner)[:, :1].expand(1, tokens, -1).contiguous()
         caches = []
         for shape, dtype in spec.tensors(1, (steps + 1) * tokens, self.dtype):
             caches.append(torch.zeros(shape, dtype=dtype, device=self.device))
@@ -183,22 +158,5 @@ class ServedModel:
         block.to(self.device)
         keep_differentiable(block)
         block.eval()
-        decoder_block = DecoderBlock(block, index, self.planner)
-        spec = self.cache_specs[index]
-        modules = {path: path for path, sizes in linears.items() if sizes.experts is None}
-        unused = never_called(modules, block, lambda: decoder_block(self._trial_tokens()))
-        return ServedBlock(
-            decoder_block,
-            spec,
-            self.device,
-            digest=self._checkpoint.digest_block(index),
-            linears={path: sizes for path, sizes in linears.items() if path not in unused},
-            takes_chunks=chunks_are_exact(decoder_block, spec),
-            takes_padding=padding_is_exact(decoder_block, spec),
-            takes_sharing=sharing_is_exact(decoder_block),
-        )
-
-    def _trial_tokens(self) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn((1, 16, self.planner.hidden_size), generator=generator)
-        return self.planner.boundary.trial(hidden.to(self.device, self.dtype))
+        digest = self._checkpoint.digest_block(index)
+        return ServedBlock(digest, block, index, self.planner, self.cache_specs[index], linears)

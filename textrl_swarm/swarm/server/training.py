@@ -141,11 +141,11 @@ class Training:
             for backend in backends:
                 header, flat = self._store.get(key, backend.block_index) if key else (None, None)
                 if header is None or flat is None:
-                    hidden = backend.block(hidden, packed)
+                    hidden = backend.served.block(hidden, packed)
                     continue
                 leaf = leaves[backend.block_index] = flat.detach().requires_grad_(True)
                 with applied(header, backend.block_index, leaf):
-                    hidden = backend.block(hidden, packed)
+                    hidden = backend.served.block(hidden, packed)
             wanted = [*([inputs] if need_input_grad else []), *leaves.values()]
             grads = list(torch.autograd.grad(hidden, wanted, grad_outputs.to(hidden.dtype)) if wanted else [])
         grad_inputs = grads.pop(0) if need_input_grad else torch.empty(0)
