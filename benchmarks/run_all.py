@@ -31,6 +31,7 @@ BENCHMARKS = {
     "chaos": [],
     "lies": [],
     "fuzz": [],
+    "privacy": [],
     "codec_speed": ["--repeats", "3"],
     "scale": ["--repeats", "2"],
     "gpu": [],
