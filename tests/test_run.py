@@ -826,24 +826,22 @@ def test_other_precisions(configure, settings):
 
 @pytest.mark.swarm
 def test_through_a_swarm_the_run_ends_with_the_same_adapter(configure, two_servers):
-    configs = {
-        "runs/here": configure("runs/here", "train.iterations=2", model=two_servers.model),
-        "runs/there": configure(
-            "runs/there",
-            "train.iterations=2",
-            model=two_servers.model,
-            swarm={"initial_peers": list(two_servers.initial_peers)},
-        ),
-    }
+    """With blocks of its own on the machine that trains, too."""
+    configs = {"runs/here": configure("runs/here", "train.iterations=2", model=two_servers.model)}
+    for name, local_blocks in (("runs/there", [0, 0]), ("runs/ends", [1, 1])):
+        swarm = {"initial_peers": list(two_servers.initial_peers), "local_blocks": local_blocks}
+        configs[name] = configure(name, "train.iterations=2", model=two_servers.model, swarm=swarm)
     for config in configs.values():
         seeded()
         said = train(config)
     assert "on 2 server(s) of a swarm" in said
-    one, other = trained("runs/here"), trained("runs/there")
-    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
-    here, there = (lines(f"{run}/metrics.jsonl") for run in configs)
-    assert [line["score"] for line in here] == [line["score"] for line in there]
-    assert there[0]["bytes_sent"] > 0 == here[0]["bytes_sent"]
+    one, *others = map(trained, configs)
+    for other in others:
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+    here, *elsewhere = (lines(f"{run}/metrics.jsonl") for run in configs)
+    for there in elsewhere:
+        assert [line["score"] for line in here] == [line["score"] for line in there]
+        assert there[0]["bytes_sent"] > 0 == here[0]["bytes_sent"]
 
 
 def test_dry_run_starts_nothing(configure):
@@ -859,6 +857,15 @@ def test_a_dry_run_measures_the_way_to_the_servers(configure, two_servers):
     assert re.search(r"bytes per iteration, 2 server\(s\)", said) and "4 server(s)" not in said
     assert re.search(r"[\d.]+ ms there and back, [\d.]+ [MG]bit/s in all", said)
     assert re.search(r"network time per iteration \W+[\d.]+ to [\d.]+ s", said)
+    said = train(
+        configure("runs/a", model=two_servers.model, swarm={**peers, "local_blocks": [1, 1]}), dry_run=True
+    )
+    assert "the servers hold blocks 1..2" in said and "bytes per iteration, 2 server(s)" in said
+    with pytest.raises(ConfigError, match=r"local_blocks=\[1, 3\] leaves nothing to the swarm"):
+        train(
+            configure("runs/a", model=two_servers.model, swarm={**peers, "local_blocks": [1, 3]}),
+            dry_run=True,
+        )
     assert not Path("runs").exists()
 
 

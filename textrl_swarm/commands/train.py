@@ -250,7 +250,8 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
 
     first = estimate(1 if config.swarm else 0)
     share = first.trainable_parameters / first.total_parameters
-    elsewhere = f"; the servers hold {blocks_text(inner)}" if config.swarm else ""
+    held = blocks_text(inner) if any(local_blocks) else "the blocks"
+    elsewhere = f"; the servers hold {held}" if config.swarm else ""
     rows = {
         "prompts": f"{len(ingredients.prompts):,}, of {tokens} tokens on average",
         "responses per iteration": f"{responses:,}, of at most {config.sampling.max_new_tokens} tokens",
