@@ -1,11 +1,12 @@
 """Training while servers die, stall, leave and join: does it notice, go on, and learn the very same?
 
-    python benchmarks/chaos.py [--faults 112] [--seed 0] [--kind KIND ...]
+    python benchmarks/chaos.py [--faults 119] [--alone 32] [--seed 0] [--kind KIND ...]
 
 Each round is a rollout and an update. Into every round comes one fault, at a seeded moment: before a call to
 a server, or while the server has it. What was sampled and learned is compared, bit for bit, with the same
-round of a run that nothing disturbs. Three servers hold the blocks twice; what a fault broke is mended after
-its round. In every fourth round a second trainer works beside the first.
+round of a run that nothing disturbs. In every fourth round a second trainer works beside the first.
+Three servers hold the blocks twice, and what a fault broke is mended after its round. Then two hold them once,
+and somebody mends what broke after some seconds, for which the trainers wait.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,27 +53,55 @@ from textrl_swarm.swarm.client.rpc import GenerationStream, ServerCalls
 from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.local import LocalSwarm
 
-SPANS = [(0, 4), (0, 2), (2, 4)]
-OTHER_SPANS = [(0, 4), (0, 3), (3, 4)]
+SPANS, OTHER_SPANS = [(0, 4), (0, 2), (2, 4)], [(0, 4), (0, 3), (3, 4)]
+ALONE, OTHER_ALONE = [(0, 2), (2, 4)], [(0, 3), (3, 4)]
+NEWCOMER = len(SPANS)  # a server that runs only while it is wanted
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
 SAMPLING = SamplingConfig(max_new_tokens=8, num_samples=2, stop_token_ids=())
 CACHE_TOKENS = 512
 OPTIONS = ("--attn_cache_tokens", str(CACHE_TOKENS))
 TIMEOUTS = Timeouts(request_s=120, recovery_s=60)
 CALLS = ("step", "push", "forward", "backward")
-KILLED_AFTER_S, PARTED_S, PAUSED_S = 2.0, 20.0, 5.0
+KILLED_AFTER_S, PARTED_S, PAUSED_S, MENDED_AFTER_S = 2.0, 20.0, 5.0, 10.0
 
 
 # --------------------------------------------------------------------------------------- what can break
 
 
 class Chaos(DistantSwarm):
-    """Servers on links that can break, and everything that can be done to them."""
+    """Servers on links that can break, and everything that can be done to them.
 
-    def __init__(self, model: Path):
-        super().__init__(model, spans=SPANS, server_options=OPTIONS)
+    Args:
+        has_replicas: every block is held twice; else what broke is mended while the trainers wait.
+    """
+
+    def __init__(self, model: Path, *, has_replicas: bool = True):
+        spans = [*SPANS, (0, 4)] if has_replicas else ALONE
+        super().__init__(model, spans=spans, server_options=OPTIONS)
+        self.has_replicas = has_replicas
         self.threads = ThreadPoolExecutor(8)
         self._later: list[Any] = []
+        self._ending: set[int] = set()
+        self._starting = defaultdict(threading.Lock)
+
+    def __enter__(self) -> Chaos:
+        super().__enter__()
+        if self.has_replicas:
+            self.kill(NEWCOMER)
+        return self
+
+    def start(self, i: int) -> None:
+        """Unless it runs."""
+        with self._starting[i]:
+            if not self.servers[i].running:
+                super().start(i)
+
+    def strike(self, kind: str, peer: Any) -> float:
+        """Does something to the server with this peer id; when it was done, in time.monotonic seconds."""
+        struck_at = KINDS[kind](self, self.index(peer)) or time.monotonic()
+        if not self.has_replicas:
+            self.later(MENDED_AFTER_S, self._repair)
+        return struck_at
 
     def index(self, peer: Any) -> int:
         """Of the server with this peer id."""
@@ -98,6 +128,10 @@ class Chaos(DistantSwarm):
     def end(self, i: int, number: int) -> None:
         """A signal that ends a server sooner or later."""
         self.signal(i, number)
+        self._will_end(i)
+
+    def _will_end(self, i: int) -> None:
+        self._ending.add(i)
         self.later(0, functools.partial(self.servers[i].process.wait, 60))
 
     def kill_part(self, i: int, which: str) -> None:
@@ -106,7 +140,20 @@ class Chaos(DistantSwarm):
         node = next(child for child in children if any(map(_is_daemon, child.children())))
         handlers = (child for child in children if child != node and child.name().startswith("python"))
         (next(handlers) if which == "handler" else node.children()[0]).kill()
-        self.later(0, functools.partial(self.servers[i].process.wait, 60))
+        self._will_end(i)
+
+    def with_replicas(self, i: int) -> tuple[int, ...]:
+        """This server, and another without which some blocks are nobody's."""
+        if not self.has_replicas:
+            return (i,)
+        return (0, 1) if i < 2 else (0, 2)
+
+    def newcomer_takes_over(self, i: int) -> float:
+        """A server joins, and then those leave that it can replace."""
+        self.start(NEWCOMER)
+        for lost in self.with_replicas(i):
+            self.kill(lost)
+        return time.monotonic()
 
     def replace(self, indices: Sequence[int]) -> None:
         """Kills servers and starts them again, as a supervisor would."""
@@ -123,19 +170,33 @@ class Chaos(DistantSwarm):
         list(self.threads.map(self.start, indices))
 
     def change_boundaries(self) -> None:
-        self._spans = OTHER_SPANS if self._spans == SPANS else SPANS
-        self.replace(range(len(SPANS)))
+        spans, others = (SPANS, OTHER_SPANS) if self.has_replicas else (ALONE, OTHER_ALONE)
+        assert self._spans is not None
+        self._spans[: len(spans)] = others if self._spans[: len(spans)] == spans else spans
+        self.replace(range(len(spans)))
 
     def mend(self) -> None:
         """Until everything is as it was."""
+        self._thaw()
+        for action in self._later:
+            action.result(300)
+        self._later.clear()
+        self._repair()
+        if self.has_replicas:
+            self.kill(NEWCOMER)
+
+    def _thaw(self) -> None:
         for link in self.links.values():
             link.say("heal")
         for i in range(len(self.servers)):
             self.signal_all(i, signal.SIGCONT)
-        for action in self._later:
-            action.result(300)
-        self._later.clear()
-        broken = [i for i, server in enumerate(self.servers) if not server.running]
+
+    def _repair(self) -> None:
+        self._thaw()
+        for i in sorted(self._ending):
+            self.servers[i].process.wait(60)
+        self._ending.clear()
+        broken = [i for i, server in enumerate(self.servers) if not server.running and i != NEWCOMER]
         if broken:
             self._start_all(broken)
 
@@ -164,8 +225,9 @@ def _part_all(swarm: Chaos, i: int) -> None:
         swarm.later(PARTED_S, functools.partial(link.say, "heal"))
 
 
-FULL = "caches full of others"
-KINDS: dict[str, Callable[[Chaos, int], object]] = {
+NEW, FULL = "a newcomer takes over", "caches full of others"
+# What is done to server i; returns when that was, where it was not at once.
+KINDS: dict[str, Callable[[Chaos, int], Any]] = {
     "killed, all of it": lambda swarm, i: swarm.kill(i),
     "killed while it computes": _freeze_and_kill,
     "main process killed": lambda swarm, i: swarm.end(i, signal.SIGKILL),
@@ -179,7 +241,8 @@ KINDS: dict[str, Callable[[Chaos, int], object]] = {
     "connections reset": lambda swarm, i: swarm.links[i].say("cut"),
     "link carries nothing": lambda swarm, i: swarm.links[i].say("stall"),
     f"all links part for {PARTED_S:.0f} s": _part_all,
-    "both replicas restart": lambda swarm, i: swarm.replace((0, 1) if i < 2 else (0, 2)),
+    "both replicas restart": lambda swarm, i: swarm.replace(swarm.with_replicas(i)),
+    NEW: lambda swarm, i: swarm.newcomer_takes_over(i),
     "others with other boundaries": lambda swarm, i: swarm.change_boundaries(),
     FULL: lambda swarm, i: None,  # before the round, see `caches_taken`
 }
@@ -207,13 +270,13 @@ class Watch:
     """
 
     moment: Moment | None = None
-    fire: Callable[[Any], object] = lambda peer: None
+    fire: Callable[[Any], float] = lambda peer: 0.0
     seen: Counter[str] = field(default_factory=Counter)
     fired_at: float | None = None
     noticed_at: float | None = None
     went_on_at: float | None = None
 
-    def begin(self, moment: Moment | None = None, fire: Callable[[Any], object] = lambda peer: None) -> None:
+    def begin(self, moment: Moment | None = None, fire: Callable[[Any], float] = lambda peer: 0.0) -> None:
         self.moment, self.fire = moment, fire
         self.seen.clear()
         self.fired_at = self.noticed_at = self.went_on_at = None
@@ -234,8 +297,7 @@ class Watch:
         return await task
 
     async def _fire(self, peer: Any) -> None:
-        self.fired_at = time.monotonic()
-        await asyncio.get_running_loop().run_in_executor(None, self.fire, peer)
+        self.fired_at = await asyncio.get_running_loop().run_in_executor(None, self.fire, peer)
 
     def noticed(self) -> None:
         if self.fired_at is not None and self.noticed_at is None:
@@ -413,7 +475,7 @@ def disturbed(
         for number, kind in enumerate(kinds):
             call = rng.choice(CALLS)
             moment = Moment(call, rng.randrange(counts[call]), rng.random() < 0.5)
-            watch.begin(moment, lambda peer, kind=kind: KINDS[kind](swarm, swarm.index(peer)))
+            watch.begin(moment, functools.partial(swarm.strike, kind))
             with contextlib.ExitStack() as during:
                 if kind == FULL:
                     during.enter_context(caches_taken(rival.policy, first.policy))
@@ -586,6 +648,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", type=int, default=7 * len(KINDS))
+    parser.add_argument("--alone", type=int, default=2 * len(KINDS) - 2, help="faults without replicas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only these")
     parser.add_argument("--trainers", type=int, default=2, help="faults of a kind that befall a trainer")
@@ -596,37 +659,48 @@ def main() -> None:
     disable_progress_bar()
     logging.getLogger("textrl_swarm").setLevel(options.log)
     chosen = options.kind or list(KINDS)
-    kinds = (chosen * -(-options.faults // len(chosen)))[: options.faults]
-    random.Random(options.seed).shuffle(kinds)
+    alone = [kind for kind in chosen if kind != NEW]
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    trainers: dict[str, list[bool]] = {}
     with tempfile.TemporaryDirectory() as directory:
         model = random_bloom(directory + "/bloom", seed=4)
         with Chaos(model) as swarm:
-            say = functools.partial(print, file=sys.stderr, flush=True)
-            faults = disturbed(swarm, kinds, options.seed, say)
-            trainers = trainers_disturbed(swarm, options.trainers) if options.trainers else {}
+            faults = disturbed(swarm, _shuffled(chosen, options.faults, options.seed), options.seed, say)
+            if options.trainers:
+                trainers = trainers_disturbed(swarm, options.trainers)
         moves, is_equal = rebalanced(model, options.rebalancing_s) if options.rebalancing_s else (0, True)
+        rows = _rows(chosen, faults)
+        for kind, outcomes in trainers.items():
+            rows.append([kind, len(outcomes), sum(outcomes), "", "", ""])
+        if moves:
+            rows.append(["server loads its blocks anew", moves, moves if is_equal else 0, "", "", ""])
+        _report(f"{len(faults)} faults", options.seed, rows)
+        if options.alone and alone:
+            with Chaos(model, has_replicas=False) as swarm:
+                faults = disturbed(swarm, _shuffled(alone, options.alone, options.seed), options.seed, say)
+            rows = _rows(alone, faults)
+            title = f"{len(faults)} faults without replicas, mended after {MENDED_AFTER_S:.0f} s"
+            _report(title, options.seed, rows)
+
+
+def _shuffled(kinds: Sequence[str], count: int, seed: int) -> list[str]:
+    chosen = (list(kinds) * -(-count // len(kinds)))[:count]
+    random.Random(seed).shuffle(chosen)
+    return chosen
+
+
+def _rows(kinds: Sequence[str], faults: Sequence[Fault]) -> list[list[object]]:
     rows: list[list[object]] = []
-    for kind in [*chosen, None]:
+    for kind in [*kinds, None]:
         own = [fault for fault in faults if kind in (None, fault.kind)]
-        rows.append(
-            [
-                kind or "all",
-                len(own),
-                sum(fault.is_equal for fault in own),
-                _spread([fault.noticed_s for fault in own]),
-                _spread([fault.went_on_s for fault in own]),
-                _spread([fault.longer_s for fault in own]),
-            ]
-        )
-    for kind, outcomes in trainers.items():
-        rows.append([kind, len(outcomes), sum(outcomes), "", "", ""])
-    if moves:
-        rows.append(["server loads its blocks anew", moves, moves if is_equal else 0, "", "", ""])
-    report(
-        f"{len(faults)} faults, seed {options.seed}; seconds: median (worst)",
-        ["fault", "injected", "bit-equal", "noticed after", "went on after", "round longer by"],
-        rows,
-    )
+        times = [[getattr(fault, name) for fault in own] for name in ("noticed_s", "went_on_s", "longer_s")]
+        rows.append([kind or "all", len(own), sum(fault.is_equal for fault in own), *map(_spread, times)])
+    return rows
+
+
+def _report(what: str, seed: int, rows: Sequence[Sequence[object]]) -> None:
+    headings = ["fault", "injected", "bit-equal", "noticed after", "went on after", "round longer by"]
+    report(f"{what}, seed {seed}; seconds: median (worst)", headings, rows)
 
 
 if __name__ == "__main__":

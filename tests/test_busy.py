@@ -9,10 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hivemind.p2p import P2PHandlerError
 from plain_peft import FAST, connect
 
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.errors import RemoteFailure
+from textrl_swarm.models.base_model import resolve
+from textrl_swarm.swarm import compat
 from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.local import LocalSwarm
 
@@ -69,6 +72,33 @@ def test_a_generation_that_does_nothing_gives_way(small_server, monkeypatch, cap
         finish()
     assert "others wait for the caches of this generation, which did nothing for" in caplog.text
     assert "no server holds" not in caplog.text
+
+
+@pytest.mark.slow  # half a minute of waiting
+def test_a_stock_client_that_does_nothing_gives_way(small_server, caplog):
+    """It is told why. With more retries it would fail at taking its generation up again: petals' issue 587."""
+    compat.install_import_hook()
+    from petals import DistributedBloomForCausalLM
+    from stock_client import end
+
+    model = DistributedBloomForCausalLM.from_pretrained(
+        small_server.model,
+        initial_peers=small_server.initial_peers,
+        dht_prefix=resolve(small_server.model).dht_prefix,
+        max_retries=1,
+    )
+    hidden = torch.zeros(1, 1, model.config.hidden_size)
+    try:
+        with torch.no_grad(), model.transformer.h.inference_session(max_length=350) as session:
+            session.step(hidden)
+            with connect(small_server, filled=6) as policy:
+                policy.generate(PROMPTS, SAMPLING)
+                assert "is busy: no room for caches of 2 x 10" in caplog.text
+                assert not policy._client.router._failures
+            with pytest.raises(P2PHandlerError, match="others wait for the caches of this generation"):
+                session.step(hidden)
+    finally:
+        end(model)
 
 
 def test_waiting_for_room_has_an_end(small_server, monkeypatch):

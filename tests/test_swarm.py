@@ -135,6 +135,17 @@ def test_an_adapter_is_sent_once_per_change(two_servers):
         assert policy.traffic.sent["adapters"] == 2 * size_bytes
 
 
+def test_what_is_known_of_pushed_adapters_is_bounded(two_servers):
+    with connect(two_servers) as policy:
+        for seed in range(20):
+            fill(policy, seed)
+            with torch.no_grad():
+                policy(random_tokens(1, 2))
+        held = policy._client.chain.pushed._held
+        assert len(held) == 2
+        assert {len(adapters) for adapters in held.values()} == {16}
+
+
 def test_saved_and_loaded_adapter_is_the_same(two_servers, tmp_path):
     tokens = random_tokens(2, 9)
     with connect(two_servers, filled=5) as policy, connect(two_servers, filled=6) as other, torch.no_grad():
