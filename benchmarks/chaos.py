@@ -5,8 +5,9 @@
 Each round is a rollout and an update. Into every round comes one fault, at a seeded moment: before a call to
 a server, or while the server has it. What was sampled and learned is compared, bit for bit, with the same
 round of a run that nothing disturbs. In every fourth round a second trainer works beside the first.
-Three servers hold the blocks twice, and what a fault broke is mended after its round. Then two hold them once,
-and somebody mends what broke after some seconds, for which the trainers wait.
+
+Three servers hold the blocks twice, and what a fault broke is mended after its round. Then two servers hold
+them once, and somebody mends what broke after some seconds, for which the trainers wait.
 """
 
 from __future__ import annotations

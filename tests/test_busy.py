@@ -76,7 +76,7 @@ def test_a_generation_that_does_nothing_gives_way(small_server, monkeypatch, cap
 
 @pytest.mark.slow  # half a minute of waiting
 def test_a_stock_client_that_does_nothing_gives_way(small_server, caplog):
-    """It is told why. With more retries it would fail at taking its generation up again: petals' issue 587."""
+    """It is told why. With more retries it would fail to take its generation up again: petals' issue 587."""
     compat.install_import_hook()
     from petals import DistributedBloomForCausalLM
     from stock_client import end

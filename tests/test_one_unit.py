@@ -15,6 +15,7 @@ import torch
 from hivemind.p2p import P2P
 from plain_peft import connect, random_tokens, run
 
+from textrl_swarm.errors import RemoteFailure
 from textrl_swarm.swarm import node
 from textrl_swarm.swarm.local import LocalSwarm
 
@@ -184,6 +185,19 @@ policy.generate([[1, 2]])
 print("ready", flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize("work", ["generation", "update"])
+def test_a_client_whose_daemon_died_says_so_at_once(two_servers, work):
+    """Waiting until `recovery_s` is over would end in another error."""
+    with connect(two_servers) as policy:
+        run(policy, TOKENS)
+        with policy.session(2, 20) as session:
+            session.step(TOKENS)
+            (daemon,) = psutil.Process(policy._client.router.dht.pid).children()
+            daemon.kill()
+            with pytest.raises(RemoteFailure, match=r"this machine's libp2p daemon ended"):
+                session.step(TOKENS[:, :1]) if work == "generation" else run(policy, TOKENS)
 
 
 def test_a_killed_client_leaves_no_process(two_servers):

@@ -123,6 +123,14 @@ def start_server_node(initial_peers: Sequence[str], **options: Any) -> DHT:
     return node
 
 
+def is_cut_off(node: DHT) -> bool:
+    """Whether this machine's node or its daemon has ended, so that nobody can be reached."""
+    try:
+        return not any(map(_runs, psutil.Process(node.pid).children()))
+    except psutil.Error:
+        return True
+
+
 def greet_lost_peers(node: DHT) -> None:
     """Has this node look for its initial peers and others that it knew, as far as it knows them no longer.
     Does not wait for answers.

@@ -24,10 +24,17 @@ from petals.constants import DTYPE_MAP
 from petals.data_structures import ModelInfo, RemoteModuleInfo, ServerState
 from petals.utils.dht import compute_spans, get_remote_module_infos
 
-from textrl_swarm.errors import AccessDenied, BlocksUnavailable, ServerBusy, ServerFailed, SwarmError
+from textrl_swarm.errors import (
+    AccessDenied,
+    BlocksUnavailable,
+    RemoteFailure,
+    ServerBusy,
+    ServerFailed,
+    SwarmError,
+)
 from textrl_swarm.models.blocks import blocks_text
 from textrl_swarm.swarm.client.rpc import short_id
-from textrl_swarm.swarm.node import greet_lost_peers
+from textrl_swarm.swarm.node import greet_lost_peers, is_cut_off
 from textrl_swarm.swarm.protocol import CAPABILITY, CAPABILITY_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -121,6 +128,7 @@ class Router:
             ServerMismatch: the only servers that hold some of the blocks belong to another model.
             AccessDenied: they do not let this client in.
             BlocksUnavailable: nobody held some of the blocks until the deadline.
+            RemoteFailure: this machine's daemon has ended.
         """
         deadline = time.monotonic() + timeout_s
         warned = False
@@ -129,6 +137,11 @@ class Router:
             chain = await self._plan(start, stop)
             if chain is not None:
                 return chain
+            if is_cut_off(self.dht):
+                raise RemoteFailure(
+                    "this machine's libp2p daemon ended (was it killed?), so that no server can be reached: "
+                    "run the same command again"
+                )
             await self._refresh()
             chain = await self._plan(start, stop)
             if chain is not None:
