@@ -15,11 +15,19 @@ def chaos() -> ModuleType:
     return import_benchmark("chaos")
 
 
-@pytest.mark.slow  # minutes; the most frequent kinds are in test_swarm_faults.py and test_one_unit.py
-def test_every_kind_of_fault_is_survived(chaos, tiny_bloom):
+def test_every_kind_of_fault_is_survived(chaos, tiny_bloom, monkeypatch):
+    monkeypatch.setattr(chaos, "PARTED_S", 10.0)  # which is noticed after 8
     with chaos.Chaos(tiny_bloom(seed=4)) as swarm:
         faults = chaos.disturbed(swarm, list(chaos.KINDS), seed=1)
         assert [fault.kind for fault in faults] == list(chaos.KINDS)
+        assert not [(fault.kind, str(fault.moment)) for fault in faults if not fault.is_equal]
+
+
+@pytest.mark.slow  # minutes
+def test_every_kind_of_fault_is_survived_without_replicas(chaos, tiny_bloom):
+    kinds = [kind for kind in chaos.KINDS if kind != chaos.NEW]
+    with chaos.Chaos(tiny_bloom(seed=4), has_replicas=False) as swarm:
+        faults = chaos.disturbed(swarm, kinds, seed=2)
         assert not [(fault.kind, str(fault.moment)) for fault in faults if not fault.is_equal]
 
 
