@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
 import time
 from concurrent.futures import Future
@@ -426,6 +427,7 @@ class FakeDHT:
 
     def __init__(self, *spans):
         self.peer_id = "client"
+        self.pid = os.getppid()  # a process with a child, as a node has its daemon
         self.spans = list(spans)  # (peer name, start, stop)
         self.initial_peers: list[str] = []
         self.greeted = 0

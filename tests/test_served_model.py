@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from textrl_swarm.commands.serve import _download_options
 from textrl_swarm.decoders.caches import server_cache_bytes
+from textrl_swarm.decoders.tried import trial_tokens
 from textrl_swarm.models.base_model import resolve
 from textrl_swarm.models.layers import expert_layers, find_blocks, linear_layers
 from textrl_swarm.models.quantization import keep_differentiable
@@ -126,7 +127,7 @@ def test_quantised_layers_are_those_of_transformers(tmp_path, family, kind):
         assert compared > 0
         if not expert_layers(found) and compared == len(linear_layers(expected)):
             call = model.planner.plan(1, 16, None).calls[index].ready(None, None)
-            hidden = model._trial_tokens()
+            hidden = trial_tokens(model.planner)
             if (family, kind) == ("deepseek_v3", "int8"):  # bitsandbytes' own layer takes three dimensions
                 with pytest.raises(RuntimeError, match="must match the size"):
                     expected(hidden, *call.args, **call.kwargs)
