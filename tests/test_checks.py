@@ -16,7 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_peft import FAST, fill
 
-from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, ServerChecks
+from textrl_swarm.config import (
+    Codec,
+    LoraSettings,
+    PPOConfig,
+    SamplingConfig,
+    ServerChecks,
+    SwarmAccess,
+)
 from textrl_swarm.errors import AnswersRefuted, BlocksUnavailable, ConfigError
 from textrl_swarm.learning.ppo import PPO
 from textrl_swarm.policies.loading import load_policy
@@ -28,6 +35,7 @@ from textrl_swarm.swarm.client.agreement import (
     difference_of_vectors,
     limit,
 )
+from textrl_swarm.swarm.local import LocalSwarm
 from textrl_swarm.swarm.protocol import ServedWeights
 
 pytestmark = pytest.mark.swarm
@@ -47,10 +55,10 @@ def lying(tiny_bloom):
         yield swarm
 
 
-def connect(swarm, checks, lora=None):
+def connect(swarm, checks, lora=None, **options):
     policy = load_policy(
         swarm.model, initial_peers=swarm.initial_peers, lora=lora or LoraSettings(r=4), timeouts=FAST,
-        checks=checks,
+        checks=checks, **options,
     )  # fmt: skip
     fill(policy, seed=3)
     return policy
@@ -89,6 +97,50 @@ def test_honest_servers_are_believed_and_checks_change_nothing(lying, honest, ca
         assert set(checks.worst) == kinds
         assert max(checks.worst.values()) < 0.1
     assert "refuted" not in caplog.text
+
+
+@pytest.mark.parametrize("codec", [None, "fp16", "int8"])
+@pytest.mark.parametrize("alone", [False, True], ids=["another judges", "this machine judges"])
+def test_honest_servers_are_believed_whatever_travels(lying, codec, alone, caplog):
+    """With blocks of this machine's own, servers return gradients of their inputs, too."""
+    lying.tell("")
+    settings = None if codec is None else Codec(codec, max_nats=100, min_cosine=0.01)
+    allowed = [lying.servers[0].addresses[0].rsplit("/", 1)[-1]] if alone else []
+    options = {"codec": settings, "access": SwarmAccess(allowed), "local_blocks": (1, 1)}
+    with connect(lying, ServerChecks(rate=1.0, here=True), **options) as policy:
+        learned(policy)
+        worst = policy._client.chain.checks.worst
+        assert worst.keys() == {"forward", "generation", "backward", "gradient"}
+        assert max(worst.values()) < 0.1
+    assert "refuted" not in caplog.text
+
+
+@pytest.mark.slow  # three servers more
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
+def test_what_is_encoded_in_other_places_is_no_lie(tiny_bloom, codec, caplog):
+    """Between other blocks; seen: 0.2 and 0.3 of the limit."""
+    settings = Codec(codec, max_nats=100, min_cosine=0.01)
+    swarm = LocalSwarm(tiny_bloom(seed=1), spans=[(0, 4), (0, 2), (2, 4)])
+    options = {"codec": settings, "local_blocks": (1, 1)}
+    with swarm, connect(swarm, ServerChecks(rate=1.0), **options) as policy:
+        learned(policy)
+        worst = policy._client.chain.checks.worst
+        assert worst.keys() == {"forward", "generation", "backward", "gradient"}
+        assert max(worst.values()) < 0.6
+    assert "refuted" not in caplog.text
+
+
+def test_a_lie_about_the_gradient_of_inputs_is_found(lying, tmp_path):
+    """Which only who has adapted blocks of its own in front asks the first server for."""
+    record = tmp_path / "refuted.jsonl"
+    with connect(lying, None, local_blocks=(1, 0)) as policy:
+        lying.tell("")
+        expected = learned(policy)
+    lying.tell("gradients of the wrong sign")
+    with connect(lying, ServerChecks(rate=1.0, record=str(record)), local_blocks=(1, 0)) as policy:
+        assert learned(policy) == expected
+    (entry,) = map(json.loads, record.read_text().splitlines())
+    assert lying.servers[0].addresses[0].endswith(entry["peer"])
 
 
 @pytest.mark.parametrize(

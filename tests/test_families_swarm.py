@@ -14,7 +14,7 @@ from families import BLOCKS, FAMILIES, REFUSED, VOCAB, random_checkpoint
 from plain_peft import PlainPeft, assert_same, connect, difference, fill, greedy, is_used, run, two_steps
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
+from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig, ServerChecks
 from textrl_swarm.errors import ModelError
 from textrl_swarm.learning.learner import Learner
 from textrl_swarm.models.layers import expert_layers
@@ -81,6 +81,27 @@ def test_a_swarm_equals_plain_transformers_and_peft(swarm_of, family, tmp_path, 
     if family in UPDATED:
         assert_update_equals_local(swarm, lora)
         assert_swarm_equals_plain(swarm, lora, tmp_path, local_blocks=(1, 1))
+
+
+@pytest.mark.slow  # two servers each
+@pytest.mark.parametrize("family", KINDS)
+def test_honest_servers_of_other_kinds_are_believed(swarm_of, family, caplog):
+    """Sliding windows, routers, latent caches, states, and indices between blocks, computed again here."""
+    swarm = swarm_of(family)
+    lora = TARGETS.get(family, LoraSettings(r=4, targets=("q_proj", *sorted(experts_of(swarm.model)))))
+    if family == "deepseek_v3":
+        lora = NO_INDEXER
+    with load_policy(
+        swarm.model,
+        initial_peers=swarm.initial_peers,
+        lora=lora,
+        checks=ServerChecks(rate=1.0, here=True),
+    ) as policy:
+        updated(policy)
+        worst = policy._client.chain.checks.worst
+        assert worst.keys() >= {"forward", "generation", "gradient"}
+        assert max(worst.values()) < 0.2
+    assert "refuted" not in caplog.text and "cannot be checked" not in caplog.text
 
 
 def experts_of(directory: Path) -> set[str]:

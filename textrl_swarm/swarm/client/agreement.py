@@ -17,6 +17,7 @@ from textrl_swarm.swarm.protocol import ServedWeights
 
 # Of hidden states, for each block.
 _ROUNDING = {"float32": 2.5e-4, "float16": 2.5e-3, "bfloat16": 2e-2}
+_CODECS = {"fp16": 1e-3, "int8": 2e-2}  # where hidden states are encoded between other blocks
 _INT8 = 5e-2  # which columns are outliers depends on the rows that are computed together
 _MOST = 0.5
 _GRADIENTS = 4.0  # differ by more than hidden states
@@ -31,9 +32,21 @@ def comparable(first: ServedWeights, second: ServedWeights) -> bool:
     return are_whole or (first.dtype, first.quantization) == (second.dtype, second.quantization)
 
 
-def limit(first: ServedWeights, second: ServedWeights, blocks: int, *, of_gradients: bool = False) -> float:
-    """By how much honest servers with comparable weights may differ at most, behind so many blocks."""
+def limit(
+    first: ServedWeights,
+    second: ServedWeights,
+    blocks: int,
+    *,
+    of_gradients: bool = False,
+    codec: str | None = None,
+) -> float:
+    """By how much honest servers with comparable weights may differ at most, behind so many blocks.
+
+    Args:
+        codec: in which hidden states travel that one of them did not encode; None = there are none.
+    """
     of_each = max(_ROUNDING.get(each.dtype, _ROUNDING["bfloat16"]) for each in (first, second))
+    of_each += _CODECS.get(codec or "", 0.0)
     if first.quantization == "int8":
         of_each += _INT8
     if of_gradients:

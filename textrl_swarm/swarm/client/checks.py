@@ -56,6 +56,11 @@ class _Answer:
     def peers(self) -> set[PeerID]:
         return {piece.span.peer for piece in self.parts}
 
+    @property
+    def boundaries(self) -> set[int]:
+        """Blocks whose inputs came from elsewhere."""
+        return {piece.span.start for piece in self.parts}
+
 
 @dataclass(frozen=True)
 class _Claim:
@@ -155,7 +160,7 @@ class Checks:
             found, trail = await passes.forward(given, span.start, span.stop, adapter, part.packed)
             return _Answer([found], trail)
 
-        self._examine(_Claim("forward", span, [claimed], ask, _of_tokens(given)))
+        self._examine(_Claim("forward", span, [claimed], ask, self._of_tokens(given)))
 
     def saw_backward(
         self, piece: Piece, grad_inputs: Tensor, adapter: AdapterSnapshot, packed: PackedRows | None
@@ -174,7 +179,7 @@ class Checks:
             assert found is not None, "it was asked for"
             return _Answer([found], trail)
 
-        self._examine(_Claim("backward", span, [claimed], ask, _of_tokens(grad)))
+        self._examine(_Claim("backward", span, [claimed], ask, self._of_tokens(grad)))
 
     def saw_gradients(
         self,
@@ -227,7 +232,7 @@ class Checks:
             found, trail = await passes.forward(inputs[None], span.start, span.stop, adapter)
             return _Answer([found[0, at]], trail)
 
-        self._examine(_Claim("generation", span, [outputs], ask, _of_tokens(inputs[at]), rounded))
+        self._examine(_Claim("generation", span, [outputs], ask, self._of_tokens(inputs[at]), rounded))
 
     async def settle(self) -> None:
         """Waits until all that was seen is checked.
@@ -296,7 +301,11 @@ class Checks:
         own = self._weights(claim.span)
         if self._own is None or own is None or not comparable(own, _OWN_WEIGHTS):
             return None
-        return await claim.ask(self._own)
+        try:
+            return await claim.ask(self._own)
+        except Exception as error:  # whatever a server's answer may make a block do
+            logger.warning("%s could not be computed here: %r", claim, error)
+            return None
 
     async def _judge(self, claim: _Claim) -> None:
         accused = claim.span.peer
@@ -348,12 +357,24 @@ class Checks:
     def _excess(self, claim: _Claim, first: _Answer, second: _Answer) -> float:
         """Their difference as a share of the limit."""
         blocks = claim.span.stop - claim.span.start
+        codec = None if first.boundaries == second.boundaries else self._calls.codec
         largest = max(
-            limit(one, other, blocks, of_gradients=claim.is_of_gradients)
+            limit(one, other, blocks, of_gradients=claim.is_of_gradients, codec=codec)
             for one in self._all_weights(first, claim.rounded)
             for other in self._all_weights(second, None)
         )
         return claim.difference(first.tensors, second.tensors) / largest
+
+    def _of_tokens(self, given: Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor]], float]:
+        """Without what travels beside hidden states: which tokens are attended to may be a close call."""
+        boundary = self._calls.boundary
+        width = given.shape[-1] if boundary is None else boundary.hidden_size
+
+        def difference(claimed: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+            (one,), (other,) = claimed, found
+            return difference_of_tokens(one[..., :width], other[..., :width], given[..., :width])
+
+        return difference
 
     def _unlike(self, claim: _Claim) -> set[PeerID]:
         """Servers that compute with weights of another form, as far as they were asked for it."""
@@ -426,10 +447,6 @@ class _Part:
     def _rows(self) -> list[int]:
         assert self.whole is not None, "then all rows are what travels"
         return [row for row, prefix in enumerate(self.whole.index) if prefix in self.chosen]
-
-
-def _of_tokens(given: Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor]], float]:
-    return lambda claimed, found: difference_of_tokens(claimed[0], found[0], given)
 
 
 async def _backward(

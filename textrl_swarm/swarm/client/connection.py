@@ -268,6 +268,8 @@ class SwarmClient:
     def use_codec(self, codec: str | None) -> None:
         """From now on hidden states travel so, in both directions."""
         self._calls.codec = codec
+        if self._own is not None:
+            self._own.codec = codec
 
     def blocks(
         self,

@@ -26,6 +26,7 @@ from textrl_swarm.models.base_model import BaseModel
 from textrl_swarm.models.layers import layers_of
 from textrl_swarm.swarm.client.backward import MicroBatchBackward, Piece, Trail
 from textrl_swarm.swarm.client.routing import Span
+from textrl_swarm.swarm.codec import decode, encode
 from textrl_swarm.swarm.low_rank import add_hooks, applied
 from textrl_swarm.swarm.protocol import AdapterSnapshot
 
@@ -37,6 +38,9 @@ _MAX_BYTES = 2 << 30  # of the blocks that stay in memory; at least one does
 
 class OwnBlocks:
     """Passes without servers, in fp32 on the CPU.
+
+    Attributes:
+        codec: in which hidden states would travel; they are rounded likewise.
 
     Args:
         base: the model.
@@ -51,6 +55,7 @@ class OwnBlocks:
         self._checkpoint = Checkpoint(base, self._skeleton)
         self._blocks: OrderedDict[int, DecoderBlock] = OrderedDict()  # the one that was used last at the end
         self._thread = ThreadPoolExecutor(1, "own blocks")
+        self.codec: str | None = None
 
     async def forward(
         self,
@@ -64,10 +69,10 @@ class OwnBlocks:
 
         def compute() -> Tensor:
             with torch.no_grad():
-                found = hidden.float()
+                found = self._arrived(hidden)
                 for block in range(start, stop):
                     found = self._run(block, found, adapter, packed, {})
-            return found
+            return self._arrived(found)
 
         return await self._in_thread(compute), await self.way_back(hidden, start, stop, adapter, packed)
 
@@ -92,7 +97,7 @@ class OwnBlocks:
         """See Passes."""
         (piece,) = task.left
         assert piece.inputs is not None and piece.grad is not None, "both are here"
-        span, inputs, grad = piece.span, piece.inputs, piece.grad
+        span, inputs, grad = piece.span, self._arrived(piece.inputs), self._arrived(piece.grad)
 
         def compute() -> tuple[Tensor | None, dict[int, Tensor]]:
             leaves: dict[int, Tensor] = {}
@@ -102,10 +107,15 @@ class OwnBlocks:
                 for block in range(span.start, span.stop):
                     hidden = self._run(block, hidden, adapter, task.packed, leaves)
                 wanted = [*([first] if need_input_grad else []), *leaves.values()]
-                found = list(torch.autograd.grad(hidden, wanted, grad.float()))
-            return (found.pop(0) if need_input_grad else None), dict(zip(leaves, found, strict=True))
+                found = list(torch.autograd.grad(hidden, wanted, grad))
+            grad_input = self._arrived(found.pop(0)) if need_input_grad else None
+            return grad_input, dict(zip(leaves, found, strict=True))
 
         return await self._in_thread(compute)
+
+    def _arrived(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.float()
+        return tensor if self.codec is None else decode(encode(tensor, self.codec), self.codec)
 
     def _run(
         self,

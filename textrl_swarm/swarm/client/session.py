@@ -312,8 +312,11 @@ class GenerationSession:
         """Has some rows of what a server answered in all steps so far computed by others."""
         checks = self._chain.checks
         outputs = self._outputs_of(leg)
+        boundary = self._chain.calls.boundary
         if checks is None or len(outputs) <= leg.since:
             return
+        if boundary is not None and leg.inputs[0].shape[-1] > boundary.hidden_size:
+            return  # whole rows hand on other numbers beside hidden states than their tokens one by one
         where = self._tokens_of_rows(len(outputs))
         for row in checks.rows_of_generation(leg.span, self._adapter, self._rows):
             inputs: list[Tensor] = []
