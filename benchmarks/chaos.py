@@ -416,6 +416,7 @@ def caches_taken(rival: Policy, policy: Policy) -> Iterator[None]:
                 except ServerFailed:
                     if left == 0:
                         raise
+                    await rival._client.router._refresh()  # where servers that were started anew are
                     await asyncio.sleep(1)
             streams.append(stream)
             hidden = torch.zeros(1, 1, client.fingerprint.hidden_size)

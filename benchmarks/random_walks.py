@@ -1,9 +1,13 @@
 """RandomWalks: find the shortest path in a graph of 21 nodes, learned from paths walked at random.
 
-PPO trains LoRA and the value head only, on one core.
+LoRA and the value head are trained, on one core.
 
     python benchmarks/random_walks.py            # 5 seeds x 40 updates of 128 episodes: 4 to 8 minutes
     python benchmarks/random_walks.py --quick    # 1 seed x 10 updates
+    python benchmarks/random_walks.py --algorithm rloo --set lr=3e-4
+
+Algorithms that compare the responses to a prompt get 16 start nodes with 8 episodes each, instead of 128
+nodes.
 
 The graph, the walks, the score and the base model follow the task of trlX's examples/randomwalks
 (https://github.com/CarperAI/trlx): an edge i -> j exists with probability 0.1, node 0 is the goal and
@@ -36,6 +40,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 from textrl_swarm import PPO, LoraSettings, PPOConfig, SamplingConfig, load_policy
+from textrl_swarm.config import ALGORITHMS
 from textrl_swarm.maths.returns import place_scores
 from textrl_swarm.policies.base import Policy
 
@@ -48,6 +53,8 @@ SETTINGS = {
     "kl_coef": 0.02, "value_coef": 1.2, "gamma": 1.0, "gae_lambda": 1.0,
     "clip_range": 0.2, "value_clip_range": 0.2,
 }  # fmt: skip
+OF_ALL = ("lr", "lr_decay_updates", "adam_eps", "epochs", "minibatch_size")  # other algorithms than PPO
+COMPARED = 8  # responses to a prompt, where they are compared
 # Mean score of updates 0-9, 10-19, 20-29 and 30-39, then sampled and greedy at the end, after 60 updates.
 PEERS = {
     "mean": [0.890, 0.964, 0.973, 0.976, 0.925, 0.947],
@@ -153,14 +160,16 @@ def run_seed(
 ) -> dict:
     """Trains one adapter; returns its score per update (of the 128 sampled episodes) and at the end."""
     with load_policy(base, lora=lora, seed=seed, tokenizer=Tokenizer()) as policy:
-        ppo = PPO(policy, PPOConfig(seed=seed, **settings))
+        ppo = PPO(policy, PPOConfig(seed=seed, **settings), length=MAX_NEW_TOKENS)
         starts = np.random.RandomState(seed)
         scores, started = [], time.perf_counter()
         for update in range(updates):
-            prompts = [[int(node)] for node in starts.randint(1, NODES, EPISODES)]
-            rollout = policy.generate(
-                prompts, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, seed=1000 * seed + update)
+            samples = COMPARED if ppo.compares_responses else 1
+            nodes = starts.choice(NODES - 1, EPISODES // samples, replace=samples == 1) + 1
+            sampling = SamplingConfig(
+                max_new_tokens=MAX_NEW_TOKENS, num_samples=samples, seed=1000 * seed + update
             )
+            rollout = policy.generate([[int(node)] for node in nodes], sampling)
             rewards = torch.tensor([task.score(path) for path in paths(rollout)])
             metrics = ppo.update(rollout, place_scores(rewards, rollout.response_mask))
             scores.append(float(rewards.mean()))
@@ -242,6 +251,7 @@ def main() -> None:
     )
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("runs/random_walks"))
+    parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="ppo")
     parser.add_argument("--quick", action="store_true", help="1 seed x 10 updates")
     parser.add_argument(
         "--set",
@@ -256,6 +266,8 @@ def main() -> None:
     if arguments.seeds < 1 or arguments.updates < 1:
         parser.error("--seeds and --updates must be at least 1")
     settings, lora = dict(SETTINGS), LORA
+    if arguments.algorithm != "ppo":
+        settings = {"algorithm": arguments.algorithm, **{name: SETTINGS[name] for name in OF_ALL}}
     for key, _, value in (pair.partition("=") for pair in arguments.set):
         if key in ("r", "alpha"):
             lora = LoraSettings(**{"r": lora.r, "alpha": lora.alpha, key: int(value)})

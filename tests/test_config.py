@@ -26,10 +26,12 @@ def finite(cls, name, value):
 R = "LoRA rank r must be a whole number >= 1, got {!r}"
 TARGETS = "LoRA targets must be names of linear layers or None for all of them, got {!r}"
 LAYERS = "LoRA layers must be None (all blocks) or a whole number >= 1 (the last k), got {!r}"
-POSITIVE = ("lr", "clip_range", "max_grad_norm", "adam_eps")
+POSITIVE = ("lr", "clip_range", "max_grad_norm", "adam_eps", "entropy_step")
 NOT_NEGATIVE = ("value_coef", "entropy_coef", "kl_coef", "weight_decay")
 FRACTIONS = ("gamma", "gae_lambda")
-POSITIVE_OR_NONE = ("value_clip_range", "adaptive_kl_target", "target_kl")
+POSITIVE_OR_NONE = (
+    "value_clip_range", "adaptive_kl_target", "target_kl", "clip_range_high", "ratio_max", "entropy_target",
+)  # fmt: skip
 REFUSED = [
     *[case(LoraSettings, R.format(value), r=value) for value in (0, -1, 2.0, "8", True, None)],
     *[finite(LoraSettings, "alpha", value) for value in ("16", None, NAN, INF, True)],
@@ -131,9 +133,73 @@ REFUSED = [
     *[finite(PPOConfig, name, value) for name in POSITIVE_OR_NONE for value in (NAN, "x")],
     *[
         case(PPOConfig, f"{name} must be True or False, got {value!r}", **{name: value})
-        for name in ("bootstrap_truncated", "whiten_advantages", "whiten_rewards")
+        for name in (
+            "bootstrap_truncated",
+            "whiten_advantages",
+            "whiten_rewards",
+            "mask_truncated",
+            "kl_unbiased",
+        )
         for value in ("no", None, 0)
     ],
+    *[
+        case(PPOConfig, f"{name} must be one of {choices}, got {value!r}", **{name: value})
+        for name, choices in (
+            ("baseline", "critic, group, leave_one_out, none"),
+            ("scale_advantages", "none, group, batch"),
+            ("ratio", "token, response, response_mean"),
+            ("clip", "ppo, cispo"),
+            ("loss_mean", "tokens, responses, length"),
+            ("kl_in", "reward, loss"),
+            ("kl_estimator", "k1, k2, k3"),
+        )
+        for value in ("x", None, 1)
+    ],
+    *[
+        case(
+            PPOConfig,
+            f"there is no algorithm {value!r}; {hint}known: cispo, dapo, dr_grpo, grpo, gspo, ppo, "
+            "reinforce++, rloo",
+            algorithm=value,
+        )
+        for value, hint in (("grpox", "did you mean 'grpo'? "), ("x", ""))
+    ],
+    *[
+        case(
+            PPOConfig,
+            f"{name}={value!r} is for a critic, and baseline=leave_one_out has none (algorithm: rloo); leave "
+            "it out, or set baseline: critic",
+            algorithm="rloo",
+            **{name: value},
+        )
+        for name, value in (
+            ("value_coef", 0.5),
+            ("value_clip_range", None),
+            ("gae_lambda", 0.9),
+            ("bootstrap_truncated", True),
+        )
+    ],
+    case(
+        PPOConfig,
+        "scale_advantages=group is for the baselines group and leave_one_out, not for critic; use "
+        "whiten_advantages",
+        scale_advantages="group",
+    ),
+    case(
+        PPOConfig,
+        "adaptive_kl_target steers a KL penalty in the reward; set kl_in: reward, or leave it out",
+        algorithm="grpo",
+        adaptive_kl_target=6.0,
+    ),
+    case(
+        PPOConfig, "kl_unbiased is for a KL in the loss; set kl_in: loss, or leave it out", kl_unbiased=True
+    ),
+    case(
+        PPOConfig,
+        "ratio_max is for clip: ppo; with cispo, clip_range_high bounds the ratio",
+        algorithm="cispo",
+        ratio_max=3.0,
+    ),
     *[
         case(PPOConfig, f"seed must be a whole number, got {value!r}", seed=value)
         for value in (None, 0.5, "0")

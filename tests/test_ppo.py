@@ -19,7 +19,8 @@ from textrl_swarm.config import LoraSettings, PPOConfig, SamplingConfig
 from textrl_swarm.errors import RewardError
 from textrl_swarm.learning.loop import train
 from textrl_swarm.learning.ppo import PPO
-from textrl_swarm.maths.losses import chunked_logprobs, policy_loss, value_loss
+from textrl_swarm.maths.losses import chunked_logprobs, value_loss
+from textrl_swarm.maths.objectives import ratio_stats, surrogate_loss
 from textrl_swarm.maths.returns import place_scores
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.policies.loading import load_policy
@@ -362,12 +363,16 @@ def test_metrics_of_the_steps_are_means_over_them(make_policy, monkeypatch):
     """Each number is written down where it arises."""
     seen, clip_grad_norm = collections.defaultdict(list), torch.nn.utils.clip_grad_norm_
 
-    def policy_loss_seen(*args, **kwargs):
-        loss, stats = policy_loss(*args, **kwargs)
-        seen["policy_loss"].append(loss.item())
-        seen["clip_fraction"].append(stats.clip_fraction.item())
+    def surrogate_loss_seen(new, old, advantages, mask, surrogate):
+        loss = surrogate_loss(new, old, advantages, mask, surrogate)
+        seen["policy_loss"].append(loss.per_token.sum().item() / mask.sum().item())
+        seen["clip_fraction"].append(loss.is_clipped.sum().item() / mask.sum().item())
+        return loss
+
+    def ratio_stats_seen(*args):
+        stats = ratio_stats(*args)
         seen["approx_kl"].append(stats.approx_kl.item())
-        return loss, stats
+        return stats
 
     def value_loss_seen(*args, **kwargs):
         loss = value_loss(*args, **kwargs)
@@ -379,7 +384,8 @@ def test_metrics_of_the_steps_are_means_over_them(make_policy, monkeypatch):
         seen["grad_norm"].append(norm.item())
         return norm
 
-    monkeypatch.setattr("textrl_swarm.learning.ppo.policy_loss", policy_loss_seen)
+    monkeypatch.setattr("textrl_swarm.learning.ppo.surrogate_loss", surrogate_loss_seen)
+    monkeypatch.setattr("textrl_swarm.learning.ppo.ratio_stats", ratio_stats_seen)
     monkeypatch.setattr("textrl_swarm.learning.ppo.value_loss", value_loss_seen)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_seen)
     rollout, config = make_rollout(some_rows()), PPOConfig(lr=1e-2, epochs=3, minibatch_size=4)

@@ -10,7 +10,6 @@ from textrl_swarm.maths.returns import (
     masked_mean,
     next_kl_coef,
     place_scores,
-    shaped_rewards,
     whiten,
 )
 
@@ -36,27 +35,6 @@ def random_batch(width=7):
 
 
 # --- rewards
-
-
-def test_shaped_rewards_by_hand():
-    rewards = torch.tensor([[0.0, 2.0, 9.0]])
-    logprobs, ref_logprobs = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -1.0, math.nan]])
-    mask = torch.tensor([[True, True, False]])
-    shaped = shaped_rewards(rewards, logprobs, ref_logprobs, mask, kl_coef=0.5)
-    assert shaped.tolist() == [[-0.25, 2.5, 0.0]]
-
-
-def test_the_penalty_on_two_bf16_logprobs_is_not_rounded_to_bf16():
-    logprobs, ref_logprobs = torch.tensor([[-0.5078125]]).bfloat16(), torch.tensor([[-20.125]]).bfloat16()
-    shaped = shaped_rewards(torch.zeros(1, 1), logprobs, ref_logprobs, torch.tensor([[True]]), kl_coef=1.0)
-    assert shaped.item() == -19.6171875  # as bf16 it would be -19.625
-
-
-def test_no_penalty_when_the_coefficient_is_zero_or_nothing_moved():
-    rewards, logprobs, _, mask = random_batch()
-    expected = torch.where(mask, rewards, 0)
-    assert torch.equal(shaped_rewards(rewards, logprobs, randn(4, 7), mask, kl_coef=0.0), expected)
-    assert torch.equal(shaped_rewards(rewards, logprobs, logprobs.clone(), mask, kl_coef=0.3), expected)
 
 
 def test_scores_sit_on_the_last_chosen_token():
@@ -360,17 +338,6 @@ def advantages_of(rewards=X, values=X, bootstrap=X[0], mask=MASK):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: shaped_rewards(X, X, X[:1], MASK, kl_coef=0.1),
-            r"ref_logprobs has shape \(1, 2\), expected \(2, 2\) like response_mask",
-        ),
-        (lambda: shaped_rewards(X[:1], X, X, MASK, kl_coef=0.1), r"^rewards has shape \(1, 2\), expected"),
-        (lambda: shaped_rewards(X, X[:1], X, MASK, kl_coef=0.1), r"^logprobs has shape \(1, 2\), expected"),
-        (
-            lambda: shaped_rewards(X, X, X, MASK.float(), kl_coef=0.1),
-            r"response_mask must be bool .* got torch.float32",
-        ),
-        (lambda: shaped_rewards(X, X, X, MASK, kl_coef=-0.1), "kl_coef must be >= 0, got -0.1"),
         (lambda: place_scores(X, MASK), r"scores has shape \(2, 2\), expected \(2,\)"),
         (lambda: place_scores(X[0], MASK[:1]), r"scores has shape \(2,\), expected \(1,\)"),
         (

@@ -122,6 +122,11 @@ def test_overrides(override, get, expected):
         ),
         ({"swarm": {"initial_peers": ["a"]}, "quantization": "8bit"}, "servers of a swarm choose their own"),
         (
+            {"ppo": {"algorithm": "rloo"}, "sampling": {"num_samples": 1}},
+            "rloo compares the responses to a prompt (baseline: leave_one_out); sampling.num_samples must be "
+            "at least 2, got 1",
+        ),
+        (
             {"swarm": {"initial_peers": ["a"]}, "gradient_checkpointing": True},
             "servers always compute blocks again in backward",
         ),

@@ -15,7 +15,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -226,14 +226,88 @@ def _checked_ids(given: object) -> tuple[int, ...]:
     return ids
 
 
+class _ByAlgorithm:
+    """Stands for a setting that was not given."""
+
+    def __repr__(self) -> str:
+        return "<as the algorithm has it>"
+
+
+_BY_ALGORITHM: Any = _ByAlgorithm()
+
+_PPO = {
+    "baseline": "critic",
+    "scale_advantages": "none",
+    "whiten_advantages": True,
+    "ratio": "token",
+    "clip": "ppo",
+    "clip_range": 0.2,
+    "clip_range_high": None,
+    "loss_mean": "tokens",
+    "kl_coef": 0.05,
+    "kl_in": "reward",
+    "kl_estimator": "k1",
+    "mask_truncated": False,
+}
+_GROUP = {"baseline": "group", "scale_advantages": "group", "whiten_advantages": False, "kl_coef": 0.0}
+
+ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
+    "ppo": _PPO,
+    "grpo": {
+        **_PPO,
+        **_GROUP,
+        "loss_mean": "responses",
+        "kl_coef": 0.04,
+        "kl_in": "loss",
+        "kl_estimator": "k3",
+    },
+    "dr_grpo": {**_PPO, **_GROUP, "scale_advantages": "none", "loss_mean": "length"},
+    "dapo": {**_PPO, **_GROUP, "clip_range_high": 0.28, "mask_truncated": True},
+    "gspo": {
+        **_PPO,
+        **_GROUP,
+        "ratio": "response_mean",
+        "clip_range": 3e-4,
+        "clip_range_high": 4e-4,
+        "loss_mean": "responses",
+    },
+    "cispo": {**_PPO, **_GROUP, "clip": "cispo", "clip_range_high": 5.0},
+    "rloo": {
+        **_PPO,
+        "baseline": "leave_one_out",
+        "whiten_advantages": False,
+        "ratio": "response",
+        "loss_mean": "responses",
+    },
+    "reinforce++": {**_PPO, "baseline": "none"},
+}
+"""Name of an algorithm -> its settings, of which each may be given otherwise."""
+
+_CHOICES: Mapping[str, Sequence[str]] = {
+    "baseline": ("critic", "group", "leave_one_out", "none"),
+    "scale_advantages": ("none", "group", "batch"),
+    "ratio": ("token", "response", "response_mean"),
+    "clip": ("ppo", "cispo"),
+    "loss_mean": ("tokens", "responses", "length"),
+    "kl_in": ("reward", "loss"),
+    "kl_estimator": ("k1", "k2", "k3"),
+}
+
+
 @document_fields
 @dataclass(frozen=True)
 class PPOConfig:
-    """Proximal policy optimisation of whole responses. Defaults are the literature's; each names its source.
+    """The update: PPO, or another algorithm over the same rollouts.
+
+    An algorithm is a name for some of the settings, of which each may be given otherwise. Other defaults are
+    the literature's; each names its source.
 
     Source: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; Huang et al. 2024,
-    arXiv 2403.17031.
+    arXiv 2403.17031. Of the algorithms: docs/objectives.md.
     """
+
+    algorithm: str = "ppo"
+    """ppo, grpo, dr_grpo, dapo, gspo, cispo, rloo or reinforce++. All but ppo have no value head."""
 
     lr: float = 1e-4
     """AdamW's learning rate for adapter and value head. LoRA wants about 10 times the rate of full training
@@ -252,8 +326,45 @@ class PPOConfig:
     """Most tokens (responses x the longest of them with its prompt) of one forward. A larger minibatch is
     computed in parts whose gradients add up to the same; None = whole minibatches, which take more memory."""
 
+    baseline: str = _BY_ALGORITHM
+    """What a response's return is compared with: critic (the value head, by generalised advantage
+    estimation), group (the mean of the responses to the prompt), leave_one_out (the mean of the others), or
+    none."""
+
+    scale_advantages: str = _BY_ALGORITHM
+    """With group or leave_one_out, advantages are divided by the standard deviation of the group or of the
+    batch's scores; none = they are not."""
+
+    whiten_advantages: bool = _BY_ALGORITHM
+    """Scale advantages to mean 0 and variance 1 over the real tokens of a rollout."""
+
+    ratio: str = _BY_ALGORITHM
+    """What is clipped: the ratio of new to old policy of each token, of a whole response, or response_mean,
+    the geometric mean over its tokens. With the last two, a response has one advantage, the mean of its
+    tokens'."""
+
+    clip: str = _BY_ALGORITHM
+    """ppo = the worse of the clipped and the unclipped ratio; cispo = the clipped ratio as a constant
+    factor."""
+
+    clip_range: float = _BY_ALGORITHM
+    """The ratio is clipped to 1 +- this (arXiv 1707.06347)."""
+
+    clip_range_high: float | None = _BY_ALGORITHM
+    """The ratio is clipped to 1 plus this instead (with cispo: to this); None = clip_range."""
+
+    ratio_max: float | None = None
+    """Bounds the ratio where the advantage is negative, too (arXiv 2505.07291); None = no bound."""
+
+    loss_mean: str = _BY_ALGORITHM
+    """The loss is the mean over all tokens, or over responses of their means, or the sum over tokens divided
+    by responses times length, the most tokens that a response may have."""
+
+    mask_truncated: bool = _BY_ALGORITHM
+    """True = nothing is learned from responses that were cut at the length limit."""
+
     gamma: float = 1.0
-    """Discount per token (arXiv 1909.08593)."""
+    """Discount per token (arXiv 1909.08593); with the baselines critic and none."""
 
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
@@ -261,9 +372,6 @@ class PPOConfig:
     bootstrap_truncated: bool = False
     """True = add the value of the last state to a response that was cut at the length limit. On RandomWalks,
     policies then learned never to end."""
-
-    clip_range: float = 0.2
-    """The ratio of new to old policy is clipped to 1 +- this (arXiv 1707.06347)."""
 
     value_clip_range: float | None = 0.2
     """New values move at most this far from the old ones; None = no clipping."""
@@ -274,8 +382,25 @@ class PPOConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 = off."""
 
-    kl_coef: float = 0.05
-    """Per-token penalty -kl_coef * (logprob - ref_logprob) (arXiv 2403.17031); 0 = off."""
+    entropy_target: float | None = None
+    """The bonus acts while the entropy, in nats per token, is at most this, and its weight grows by
+    entropy_step with each such update and shrinks with the others (arXiv 2505.22312); None = fixed
+    entropy_coef."""
+
+    entropy_step: float = 0.005
+    """See entropy_target."""
+
+    kl_coef: float = _BY_ALGORITHM
+    """Weight of the KL to the ref policy; 0 = off."""
+
+    kl_in: str = _BY_ALGORITHM
+    """reward = a penalty on each token's reward (arXiv 2403.17031); loss = a term of the loss."""
+
+    kl_estimator: str = _BY_ALGORITHM
+    """Of the KL from one token: k1, the log ratio; k2, half its square; k3, of less variance."""
+
+    kl_unbiased: bool = False
+    """With kl_in: loss, weigh its estimates with the ratio of new to old policy (arXiv 2512.02556)."""
 
     adaptive_kl_target: float | None = None
     """Steer kl_coef towards this KL, in nats per response (arXiv 1909.08593, section 2.2); None = fixed
@@ -291,9 +416,6 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this L2 norm."""
 
-    whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the real tokens of a rollout."""
-
     whiten_rewards: bool = False
     """Scale rewards to variance 1 and keep their mean (arXiv 1909.08593)."""
 
@@ -307,10 +429,20 @@ class PPOConfig:
     """Decides the order of minibatches."""
 
     def __post_init__(self) -> None:
+        known = isinstance(self.algorithm, str) and self.algorithm in ALGORITHMS
+        require(
+            known, f"there is no algorithm {self.algorithm!r}; {closest(str(self.algorithm), ALGORITHMS)}"
+        )
+        for name, value in ALGORITHMS[self.algorithm].items():
+            if getattr(self, name) is _BY_ALGORITHM:
+                object.__setattr__(self, name, value)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
         _require_numbers(
             self, "lr", "gamma", "gae_lambda", "clip_range", "value_coef", "entropy_coef", "kl_coef"
         )
-        _require_numbers(self, "max_grad_norm", "weight_decay", "adam_eps")
+        _require_numbers(self, "max_grad_norm", "weight_decay", "adam_eps", "entropy_step")
         _require_counts(self, "epochs", "minibatch_size", "adaptive_kl_horizon")
         ok = self.micro_batch_tokens is None or (
             is_int(self.micro_batch_tokens) and self.micro_batch_tokens >= 1
@@ -320,18 +452,52 @@ class PPOConfig:
         )
         ok = self.lr_decay_updates is None or (is_int(self.lr_decay_updates) and self.lr_decay_updates >= 1)
         require(ok, f"lr_decay_updates must be a whole number >= 1 or None, got {self.lr_decay_updates!r}")
-        for name in ("lr", "clip_range", "max_grad_norm", "adam_eps"):
+        for name in ("lr", "clip_range", "max_grad_norm", "adam_eps", "entropy_step"):
             require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)!r}")
         for name in ("value_coef", "entropy_coef", "kl_coef", "weight_decay"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)!r}")
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        for name in ("value_clip_range", "adaptive_kl_target", "target_kl"):
+        for name in (
+            "value_clip_range", "adaptive_kl_target", "target_kl", "clip_range_high", "ratio_max",
+            "entropy_target",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 _require_numbers(self, name)
                 require(getattr(self, name) > 0, f"{name} must be > 0 or None, got {getattr(self, name)!r}")
-        _require_bools(self, "bootstrap_truncated", "whiten_advantages", "whiten_rewards")
+        _require_bools(self, "bootstrap_truncated", "whiten_advantages", "whiten_rewards", "mask_truncated")
+        _require_bools(self, "kl_unbiased")
         require(is_int(self.seed), f"seed must be a whole number, got {self.seed!r}")
+        self._require_agreement()
+
+    def _require_agreement(self) -> None:
+        """Settings that nothing would look at, or that contradict each other."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.baseline != "critic":
+            for name in ("value_coef", "value_clip_range", "gae_lambda", "bootstrap_truncated"):
+                require(
+                    getattr(self, name) == defaults[name],
+                    f"{name}={getattr(self, name)!r} is for a critic, and baseline={self.baseline} has none "
+                    f"(algorithm: {self.algorithm}); leave it out, or set baseline: critic",
+                )
+        if self.baseline not in ("group", "leave_one_out"):
+            require(
+                self.scale_advantages == "none",
+                f"scale_advantages={self.scale_advantages} is for the baselines group and leave_one_out, not "
+                f"for {self.baseline}; use whiten_advantages",
+            )
+        require(
+            self.adaptive_kl_target is None or self.kl_in == "reward",
+            "adaptive_kl_target steers a KL penalty in the reward; set kl_in: reward, or leave it out",
+        )
+        require(
+            not self.kl_unbiased or self.kl_in == "loss",
+            "kl_unbiased is for a KL in the loss; set kl_in: loss, or leave it out",
+        )
+        require(
+            self.clip == "ppo" or self.ratio_max is None,
+            "ratio_max is for clip: ppo; with cispo, clip_range_high bounds the ratio",
+        )
 
 
 @document_fields

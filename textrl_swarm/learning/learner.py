@@ -43,7 +43,7 @@ class Learner:
         self.policy = policy
         self.sampling = sampling or SamplingConfig()
         self._seed = self.sampling.seed
-        self.ppo = PPO(policy, config, make_optimizer)
+        self.ppo = PPO(policy, config, make_optimizer, self.sampling.max_new_tokens)
         self.metrics: dict[str, float] = {}
 
     def rollout_sampling(self) -> SamplingConfig:

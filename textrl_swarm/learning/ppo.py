@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of whole responses: from a rollout and its rewards to a changed adapter.
+"""Policy optimisation of whole responses: from a rollout and its rewards to a changed adapter.
 
 One teacher-forced forward per minibatch of whole sequences, never one per token. Old logprobs and values are
 recomputed with the same forward that is trained (arXiv 2505.07291 does so at every optimisation step): the
@@ -23,14 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from textrl_swarm.config import PPOConfig
-from textrl_swarm.errors import RewardError
-from textrl_swarm.maths.losses import chunked_logprobs, policy_loss, value_loss
+from textrl_swarm.errors import ConfigError, RewardError
+from textrl_swarm.maths.losses import chunked_logprobs, value_loss
+from textrl_swarm.maths.objectives import (
+    Surrogate,
+    group_advantages,
+    groups_of,
+    kl_per_token,
+    next_entropy_coef,
+    ratio_stats,
+    returns_to_go,
+    surrogate_loss,
+    token_weights,
+)
 from textrl_swarm.maths.returns import (
     estimate_advantages,
     explained_variance,
     masked_mean,
     next_kl_coef,
-    shaped_rewards,
     whiten,
     zero_outside,
 )
@@ -43,7 +53,10 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 EVALUATION_ROWS = 64  # rows per forward when nothing is trained
 # Metrics that are means over the optimizer steps of an update.
-_STEP_METRICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+_STEP_METRICS = ("policy_loss", "clip_fraction", "approx_kl")
+
+
+_COUNTERS = ("kl_coef", "entropy_coef", "num_updates", "num_steps", "num_skipped")
 
 
 @dataclass(frozen=True)
@@ -54,10 +67,10 @@ class _Evaluation:
     """(B, T) of the chosen tokens at the rollout's temperature."""
 
     values: Tensor
-    """(B, T) of the states in which the tokens were chosen."""
+    """(B, T) of the states in which the tokens were chosen; zeros without a critic."""
 
     final_values: Tensor
-    """(B,) of the state after the last token."""
+    """(B,) of the state after the last token; zeros without a critic."""
 
     entropies: Tensor
     """(B, T) of the distributions; zeros where they were not asked for."""
@@ -84,11 +97,17 @@ class _Targets:
     """What B responses are trained towards."""
 
     old: _Evaluation
+    ref_logprobs: Tensor
+    """(B, T)"""
+
     advantages: Tensor
     """(B, T)"""
 
     returns: Tensor
-    """(B, T)"""
+    """(B, T), for the critic."""
+
+    mask: Tensor
+    """(B, T) bool: the tokens from which is learned."""
 
 
 class PPO:
@@ -99,25 +118,39 @@ class PPO:
         policy: what is trained.
         config: see PPOConfig; None = its defaults.
         make_optimizer: parameters -> torch optimizer; None = AdamW.
+        length: most tokens that a response may have; None = those of the longest in a rollout.
 
     Attributes:
-        kl_coef: of the next update.
+        kl_coef, entropy_coef: of the next update.
+        compares_responses: whether each prompt needs several.
         num_updates: rollouts trained on.
         num_steps: optimizer steps taken.
         num_skipped: optimizer steps skipped because a loss or gradient was not finite.
     """
 
     def __init__(
-        self, policy: Policy, config: PPOConfig | None = None, make_optimizer: MakeOptimizer | None = None
+        self,
+        policy: Policy,
+        config: PPOConfig | None = None,
+        make_optimizer: MakeOptimizer | None = None,
+        length: int | None = None,
     ):
         self.policy = policy
-        self.config = config or PPOConfig()
-        self._parameters = list(policy.trainable_parameters().values())
+        self.config = config = config or PPOConfig()
+        self._length = length
+        self._has_critic = config.baseline == "critic"
+        self.compares_responses = config.baseline in ("group", "leave_one_out")
+        trained = policy.trainable_parameters() if self._has_critic else policy.adapter_parameters()
+        self._parameters = list(trained.values())
+        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+        self._surrogate = Surrogate(config.ratio, config.clip, config.clip_range, high, config.ratio_max)
         make_optimizer = make_optimizer or self._adamw
         self.optimizer = make_optimizer(self._parameters)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        self.kl_coef = self.config.kl_coef
+        self.kl_coef = config.kl_coef
+        self.entropy_coef = config.entropy_coef
+        self._wants_entropy = config.entropy_coef > 0 or config.entropy_target is not None
         self.num_updates = 0
         self.num_steps = 0
         self.num_skipped = 0
@@ -140,8 +173,10 @@ class PPO:
 
         Raises:
             RewardError: rewards of another shape, or not finite; nothing is changed then.
+            ConfigError: an algorithm that compares the responses to a prompt, and a prompt with one.
         """
         _check_rewards(rewards, rollout.response_mask)
+        self._require_groups(rollout)
         if not self.policy.checks_answers:
             return self._update(rollout, rewards)
         parameters = [parameter.detach().clone() for parameter in self._parameters]
@@ -171,33 +206,27 @@ class PPO:
             old = self._evaluate_all(features, rollout, groups, *(first.detached() for first in known))
             with self.policy.reference():  # in the same groups, so that the KL of equal policies is 0
                 ref = self._evaluate_all(features, rollout, groups)
-            shaped = shaped_rewards(rewards, old.logprobs, ref.logprobs, mask, kl_coef=self.kl_coef)
-            if config.whiten_rewards:
-                shaped = whiten(shaped, mask, shift_mean=False)
-            bootstrapped = ~rollout.terminated & config.bootstrap_truncated
-            bootstrap = torch.where(bootstrapped, old.final_values, torch.zeros(()))
-            advantages, returns = estimate_advantages(
-                shaped, old.values, bootstrap, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
-            )
-            if config.whiten_advantages:
-                advantages = whiten(advantages, mask)
+            targets = self._targets(rollout, rewards, old, ref.logprobs)
         kl = _kl(old, ref)
+        entropy = float(masked_mean(old.entropies, mask))
         metrics = {
             "score": float(zero_outside(mask, rewards).sum(dim=1).mean()),
             "kl": kl,
             "kl_coef": self.kl_coef,
-            "entropy": float(masked_mean(old.entropies, mask)),
-            "value": float(masked_mean(old.values, mask)),
-            "explained_variance": float(explained_variance(old.values, returns, mask)),
+            "entropy": entropy,
+            "entropy_coef": self._entropy_weight(entropy),
+            **self._signal(rollout, rewards),
             "sampler_kl": float(masked_mean(rollout.old_logprobs - old.logprobs, mask)),
             "response_tokens": float(mask.sum(dim=1).float().mean()),
             "terminated": float(rollout.terminated.float().mean()),
             "lr": self._set_lr(),
         }
+        if self._has_critic:
+            metrics["value"] = float(masked_mean(old.values, mask))
+            metrics["explained_variance"] = float(explained_variance(old.values, targets.returns, mask))
         with torch.enable_grad():
-            targets = _Targets(old, advantages, returns)
             steps = itertools.chain([first_rows], minibatches)
-            metrics.update(self._train(features, rollout, targets, steps, known))
+            metrics.update(self._train(features, rollout, targets, steps, known, metrics["entropy_coef"]))
         if config.adaptive_kl_target is not None and math.isfinite(kl):
             self.kl_coef = next_kl_coef(
                 self.kl_coef,
@@ -206,9 +235,80 @@ class PPO:
                 horizon=config.adaptive_kl_horizon,
                 num_responses=len(rollout),
             )
+        if config.entropy_target is not None and math.isfinite(entropy):
+            self.entropy_coef = next_entropy_coef(
+                self.entropy_coef, entropy, target=config.entropy_target, step=config.entropy_step
+            )
         self.num_updates += 1
         metrics["update_tokens_per_second"] = float(mask.sum()) / (time.perf_counter() - started)
         return metrics
+
+    def _targets(
+        self, rollout: RolloutBatch, rewards: Tensor, old: _Evaluation, ref_logprobs: Tensor
+    ) -> _Targets:
+        config, mask = self.config, rollout.response_mask
+        shaped = zero_outside(mask, rewards)
+        if config.kl_in == "reward":
+            penalties = kl_per_token(old.logprobs, ref_logprobs, mask, config.kl_estimator)
+            shaped = shaped - self.kl_coef * penalties
+        if config.whiten_rewards:
+            shaped = whiten(shaped, mask, shift_mean=False)
+        returns = torch.zeros(())
+        if config.baseline == "critic":
+            bootstrapped = ~rollout.terminated & config.bootstrap_truncated
+            bootstrap = torch.where(bootstrapped, old.final_values, torch.zeros(()))
+            advantages, returns = estimate_advantages(
+                shaped, old.values, bootstrap, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+            )
+        elif config.baseline == "none":
+            advantages = returns_to_go(shaped, mask, gamma=config.gamma)
+        else:
+            of_responses = group_advantages(
+                shaped.sum(dim=1),
+                groups_of(rollout.tokens, rollout.prompt_lengths),
+                baseline=config.baseline,
+                scale=config.scale_advantages,
+            )
+            advantages = zero_outside(mask, of_responses[:, None].expand_as(shaped))
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        if config.mask_truncated:
+            mask = mask & rollout.terminated[:, None]
+        return _Targets(old, ref_logprobs, advantages, returns, mask)
+
+    def _require_groups(self, rollout: RolloutBatch) -> None:
+        if not self.compares_responses:
+            return
+        counts = groups_of(rollout.tokens, rollout.prompt_lengths).bincount()
+        if int(counts.min()) < 2:
+            raise ConfigError(
+                f"{self.config.algorithm} compares the responses to a prompt (baseline: "
+                f"{self.config.baseline}), and {int((counts < 2).sum())} of {len(counts)} prompts have one: "
+                "sample more of each (num_samples)"
+            )
+
+    def _signal(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
+        """Of algorithms that compare the responses to a prompt."""
+        if not self.compares_responses:
+            return {}
+        scores = zero_outside(rollout.response_mask, rewards).sum(dim=1)
+        groups = groups_of(rollout.tokens, rollout.prompt_lengths)
+        equal = [
+            bool((scores[groups == group] == scores[groups == group][0]).all()) for group in groups.unique()
+        ]
+        share = sum(equal) / len(equal)
+        if share == 1:
+            logger.warning(
+                "all responses to each prompt scored the same, so that this update has nothing to learn from "
+                "but the KL: give prompts of which some responses succeed, more samples (num_samples), or a "
+                "reward with more steps"
+            )
+        return {"groups_without_signal": share}
+
+    def _entropy_weight(self, entropy: float) -> float:
+        """Of the bonus in this update."""
+        target = self.config.entropy_target
+        return self.entropy_coef if target is None or entropy <= target else 0.0
 
     def divergence(self, rollout: RolloutBatch) -> float:
         """KL to the ref policy over responses that this policy sampled, in nats per response.
@@ -232,20 +332,25 @@ class PPO:
         targets: _Targets,
         minibatches: Iterable[Tensor],
         known: list[_Evaluation],
+        entropy_coef: float,
     ) -> dict[str, float]:
         """All optimizer steps of an update.
 
         Args:
             known: the first minibatch's evaluation, if there is one: nothing has changed since.
         """
-        sums = dict.fromkeys((*_STEP_METRICS, "grad_norm"), 0.0)
+        averaged = [*_STEP_METRICS, "value_loss"] if self._has_critic else _STEP_METRICS
+        sums = dict.fromkeys((*averaged, "grad_norm"), 0.0)
         taken = 0
         first: dict[str, float] | None = None
         stopped_early = False
         skipped_before = self.num_skipped
         for rows in minibatches:
+            if not (self._has_critic or targets.mask[rows].any()):
+                known.clear()
+                continue  # all of them were cut at the length limit
             self.optimizer.zero_grad(set_to_none=True)
-            stats = self._add_gradients(features, rollout, targets, rows, known)
+            stats = self._add_gradients(features, rollout, targets, rows, known, entropy_coef)
             first = first or stats
             target_kl = self.config.target_kl
             if target_kl is not None and stats["approx_kl"] > target_kl:
@@ -257,9 +362,9 @@ class PPO:
                 continue
             taken += 1
             sums["grad_norm"] += grad_norm
-            for name in _STEP_METRICS:
+            for name in averaged:
                 sums[name] += stats[name]
-        assert first is not None, "a rollout has at least one row"
+        first = first or {"ratio_mean": math.nan, "ratio_max_deviation": math.nan}
         return {
             **{name: total / taken if taken else math.nan for name, total in sums.items()},
             "ratio_first_pass": first["ratio_mean"],
@@ -276,8 +381,9 @@ class PPO:
         targets: _Targets,
         minibatch: Tensor,
         known: list[_Evaluation],
+        entropy_coef: float,
     ) -> dict[str, float]:
-        """Adds the gradients of a minibatch's loss, part by part, each weighted by its share of the tokens.
+        """Adds the gradients of a minibatch's loss, part by part; the parts' losses add up to it.
 
         Stops where the loss is no longer finite, or approx_kl is too large already: it never falls.
 
@@ -289,47 +395,56 @@ class PPO:
         """
         config = self.config
         stats: dict[str, float] = defaultdict(float)
+        learned = targets.mask[minibatch]
+        length = self._length or learned.shape[1]
+        weights = token_weights(learned, config.loss_mean, length=length)
         tokens = rollout.response_mask[minibatch].sum()
+        place = {row: i for i, row in enumerate(minibatch.tolist())}
         for rows in self._parts(rollout, minibatch):
             mask = rollout.response_mask[rows]
+            weight = weights[[place[row] for row in rows.tolist()]]
             now = (
                 known.pop()
                 if known
-                else self._evaluate(features, rollout, rows, with_entropy=config.entropy_coef > 0)
+                else self._evaluate(features, rollout, rows, with_entropy=entropy_coef > 0)
             )
-            actor_loss, ratio = policy_loss(
-                now.logprobs,
-                targets.old.logprobs[rows],
-                targets.advantages[rows],
-                mask,
-                clip_range=config.clip_range,
+            old_logprobs = targets.old.logprobs[rows]
+            surrogate = surrogate_loss(
+                now.logprobs, old_logprobs, targets.advantages[rows], mask, self._surrogate
             )
-            critic_loss = value_loss(
-                now.values,
-                targets.old.values[rows],
-                targets.returns[rows],
-                mask,
-                clip_range=config.value_clip_range,
-            )
-            loss = actor_loss + config.value_coef * critic_loss
-            if config.entropy_coef > 0:
-                loss = loss - config.entropy_coef * masked_mean(now.entropies, mask)
+            per_token = surrogate.per_token
+            if config.kl_in == "loss" and self.kl_coef > 0:
+                kl = kl_per_token(now.logprobs, targets.ref_logprobs[rows], mask, config.kl_estimator)
+                kl = kl * surrogate.ratio if config.kl_unbiased else kl
+                per_token = per_token + self.kl_coef * kl
+            loss = actor_loss = (per_token * weight).sum()
+            ratio = ratio_stats(now.logprobs, old_logprobs, mask)
             share = mask.sum() / tokens
             means = {
-                "loss": loss,
-                "policy_loss": actor_loss,
-                "value_loss": critic_loss,
-                "clip_fraction": ratio.clip_fraction,
+                "clip_fraction": masked_mean(surrogate.is_clipped, mask),
                 "approx_kl": ratio.approx_kl,
                 "ratio_mean": ratio.ratio_mean,
             }
+            if self._has_critic:
+                means["value_loss"] = value_loss(
+                    now.values,
+                    targets.old.values[rows],
+                    targets.returns[rows],
+                    mask,
+                    clip_range=config.value_clip_range,
+                )
+                loss = loss + config.value_coef * means["value_loss"] * share
+            if entropy_coef > 0:
+                loss = loss - entropy_coef * masked_mean(now.entropies, mask) * share
             for name, mean in means.items():
                 stats[name] += float(mean.detach() * share)
+            stats["loss"] += float(loss.detach())
+            stats["policy_loss"] += float(actor_loss.detach())
             stats["ratio_max_deviation"] = max(stats["ratio_max_deviation"], float(ratio.ratio_max_deviation))
             is_far = config.target_kl is not None and stats["approx_kl"] > config.target_kl
             if is_far or not math.isfinite(stats["loss"]):
                 break
-            (loss * share).backward()
+            loss.backward()
         return stats
 
     def _set_lr(self) -> float:
@@ -433,25 +548,28 @@ class PPO:
             chosen,
             temperature=rollout.temperature,
             with_entropy=with_entropy,
-            entropy_grad=self.config.entropy_coef > 0,
+            entropy_grad=self._wants_entropy,
         )
-        final = hidden[torch.arange(len(rows)), (lengths - 1).to(hidden.device)]
+        final_values = torch.zeros(len(rows))
 
         def spread(flat: Tensor) -> Tensor:  # (N,) -> (b, T), zero outside the mask
             return torch.zeros(mask.shape).masked_scatter(mask, flat.float().cpu())
 
+        values = torch.zeros(mask.shape)
+        if self._has_critic:
+            final = hidden[torch.arange(len(rows)), (lengths - 1).to(hidden.device)]
+            final_values = self.policy.value_head(final).float().cpu()
+            values = spread(self.policy.value_head(states))
         return _Evaluation(
             logprobs=spread(logprobs),
-            values=spread(self.policy.value_head(states)),
-            final_values=self.policy.value_head(final).float().cpu(),
+            values=values,
+            final_values=final_values,
             entropies=spread(entropies) if entropies is not None else torch.zeros(mask.shape),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, KL coefficient and counters; the policy saves its parameters itself."""
-        counters = {
-            name: getattr(self, name) for name in ("kl_coef", "num_updates", "num_steps", "num_skipped")
-        }
+        counters = {name: getattr(self, name) for name in _COUNTERS}
         return {
             "optimizer": self.optimizer.state_dict(),
             "optimizer_class": type(self.optimizer).__name__,
@@ -463,11 +581,14 @@ class PPO:
         """Continues from `state_dict`, with the settings of this run.
 
         A learning rate or KL coefficient continues where the saved run's schedule or controller had brought
-        it, unless this run begins with another one. Another kind of optimizer begins afresh.
+        it, unless this run begins with another one. Another kind of optimizer, or one of other parameters,
+        begins afresh.
         """
         saved = state["optimizer_class"]
         here = type(self.optimizer).__name__
-        if saved == here:
+        counts = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        fits = counts == [len(group["params"]) for group in self.optimizer.param_groups]
+        if saved == here and fits:
             chosen = [dict(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
             for group, mine in zip(self.optimizer.param_groups, chosen, strict=True):
@@ -475,9 +596,13 @@ class PPO:
                     mine["lr"] = group["lr"]
                 group.update(mine)
         else:
-            logger.warning("the checkpoint was written with the optimizer %s; %s begins afresh", saved, here)
+            of_others = "" if fits else ", of other parameters (with or without a critic)"
+            logger.warning(
+                "the checkpoint was written with the optimizer %s%s; %s begins afresh", saved, of_others, here
+            )
         if state["initial_kl_coef"] == self.config.kl_coef:
             self.kl_coef = state["kl_coef"]
+        self.entropy_coef = state.get("entropy_coef", self.entropy_coef)
         for name in ("num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
 

@@ -1,5 +1,4 @@
-"""The scalars PPO descends: clipped policy loss, clipped value loss, entropy; and logprobs of long batches in
-bounded memory.
+"""The value loss and the entropy, and logprobs of long batches in bounded memory.
 
 Knows nothing about models, optimizers or loss weights. Everything is computed in fp32 whatever comes in, and
 nothing under a False mask reaches a loss or a gradient.
@@ -8,7 +7,6 @@ nothing under a False mask reaches a loss or a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,71 +18,6 @@ from textrl_swarm.maths.returns import check_same_shape, masked_mean, zero_outsi
 from textrl_swarm.maths.sampling import check_scored, scaled_log_probs
 
 LOGITS_CHUNK_TOKENS = 512  # tokens whose logits exist at the same time in `chunked_logprobs`
-
-
-@dataclass(frozen=True)
-class PolicyLossStats:
-    """How far the policy moved from the one that sampled, over the real tokens of one minibatch; all without
-    gradient.
-
-    On the first pass over a rollout the ratio is 1: everything but `ratio_mean` is 0.
-    """
-
-    clip_fraction: Tensor
-    """() share of tokens with |ratio - 1| > clip_range, whether or not the clipped branch won the max."""
-
-    approx_kl: Tensor
-    """() nats per token, >= 0: estimate of KL(old || new)."""
-
-    ratio_mean: Tensor
-    """() 1 in expectation."""
-
-    ratio_max_deviation: Tensor
-    """() max |ratio - 1|."""
-
-
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float
-) -> tuple[Tensor, PolicyLossStats]:
-    """PPO's clipped surrogate, negated, as a mean over real tokens.
-
-        ratio  = exp(logprobs - old_logprobs)
-        loss   = mean( max( -A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range) ) )
-        approx_kl = mean( (ratio - 1) - log ratio )
-
-    Args:
-        logprobs: (B, T) of the chosen tokens under the policy being trained, nats; carries the gradient.
-        old_logprobs: (B, T) under the policy that sampled, same temperature.
-        advantages: (B, T), constants.
-        mask: (B, T) bool, True on chosen tokens; at least one True.
-        clip_range: > 0.
-
-    Returns:
-        () fp32 loss, and what to log.
-
-    Raises:
-        ShapeError: shapes do not fit, nothing is True, or clip_range <= 0.
-
-    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7; Schulman 2020, "Approximating KL divergence"
-    (estimator k3).
-    """
-    check_same_shape(mask=mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    if not clip_range > 0:
-        raise ShapeError(f"clip_range must be > 0, got {clip_range!r}")
-    # Masked before exp: inf * 0 is NaN in its gradient.
-    log_ratio = zero_outside(mask, logprobs.float() - old_logprobs.float())
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
-    with torch.no_grad():
-        deviation = torch.expm1(log_ratio)  # ratio - 1 without cancellation; 0 outside the mask
-        stats = PolicyLossStats(
-            clip_fraction=masked_mean(deviation.abs() > clip_range, mask),
-            approx_kl=masked_mean(deviation - log_ratio, mask),
-            ratio_mean=masked_mean(ratio, mask),
-            ratio_max_deviation=deviation.abs().max(),
-        )
-    return loss, stats
 
 
 def value_loss(

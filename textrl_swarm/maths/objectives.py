@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
-from textrl_swarm.maths.returns import check_same_shape, zero_outside
-
-RATIOS = ("token", "response", "response_mean")
-CLIPS = ("ppo", "cispo")
-MEANS = ("tokens", "responses", "length")
-BASELINES = ("critic", "group", "leave_one_out", "none")
-SCALES = ("none", "group", "batch")
-KLS = ("k1", "k2", "k3")
+from textrl_swarm.maths.returns import check_same_shape, masked_mean, zero_outside
 
 _STD_EPS = 1e-4  # as TRL has it
 
@@ -52,7 +45,7 @@ def group_advantages(scores: Tensor, groups: Tensor, *, baseline: str, scale: st
         raise ShapeError(
             f"scores and groups must be (B,), got {tuple(scores.shape)} and {tuple(groups.shape)}"
         )
-    if baseline not in ("group", "leave_one_out") or scale not in SCALES:
+    if baseline not in ("group", "leave_one_out") or scale not in ("none", "group", "batch"):
         raise ShapeError(f"there is no baseline {baseline!r} with scale {scale!r}")
     _, index, counts = groups.unique(return_inverse=True, return_counts=True)
     if int(counts.min()) < 2:
@@ -225,3 +218,45 @@ def token_weights(mask: Tensor, mean: str, *, length: int) -> Tensor:
     if mean == "responses":
         return weights / (mask.sum(dim=1, keepdim=True).clamp(min=1) * len(mask))
     return weights / (len(mask) * length)
+
+
+def next_entropy_coef(coef: float, entropy: float, *, target: float, step: float) -> float:
+    """The weight of the entropy bonus in the next update: larger after one whose entropy (nats per token) was
+    at most the target, smaller after another; in 0..1.
+
+    Source: He et al. 2025, arXiv 2505.22312, section 4.5 (Skywork-OR1).
+    """
+    return min(max(coef + (step if entropy <= target else -step), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class RatioStats:
+    """How far the policy moved from the one that sampled, over the real tokens; all without gradient.
+
+    On the first pass over a rollout the ratio is 1: `approx_kl` and `ratio_max_deviation` are 0.
+    """
+
+    approx_kl: Tensor
+    """() nats per token, >= 0: estimate of KL(old || new)."""
+
+    ratio_mean: Tensor
+    """() 1 in expectation."""
+
+    ratio_max_deviation: Tensor
+    """() max |ratio - 1|."""
+
+
+def ratio_stats(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> RatioStats:
+    """Of tokens' ratios.
+
+        approx_kl = mean( (ratio - 1) - log ratio )
+
+    Source: Schulman 2020, "Approximating KL divergence" (estimator k3).
+    """
+    log_ratio = zero_outside(mask, logprobs.detach().float() - old_logprobs.float())
+    deviation = torch.expm1(log_ratio)  # ratio - 1 without cancellation; 0 outside the mask
+    return RatioStats(
+        approx_kl=masked_mean(deviation - log_ratio, mask),
+        ratio_mean=masked_mean(deviation + 1, mask),
+        ratio_max_deviation=deviation.abs().max(),
+    )

@@ -1,4 +1,4 @@
-"""From scores to what the losses consume: shaped rewards, advantages, returns, their statistics and the KL
+"""From scores to what the losses consume: advantages, returns, their statistics and the KL
 coefficient.
 
 Knows nothing about policies, minibatches or optimizers. Values under a False mask never reach a result, not
@@ -13,37 +13,6 @@ import torch
 from torch import Tensor
 
 from textrl_swarm.errors import ShapeError
-
-
-def shaped_rewards(
-    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, *, kl_coef: float
-) -> Tensor:
-    """Per-token rewards with a KL penalty on every chosen token.
-
-        r[t] = rewards[t] - kl_coef * (logprobs[t] - ref_logprobs[t])
-
-    Args:
-        rewards: (B, T), the sentence score already on the last real token (`place_scores`).
-        logprobs, ref_logprobs: (B, T) of the chosen tokens, nats, at the same temperature.
-        response_mask: (B, T) bool, True on chosen tokens.
-        kl_coef: >= 0; 0 switches the penalty off.
-
-    Returns:
-        (B, T) fp32, zero where the mask is False.
-
-    Raises:
-        ShapeError: shapes do not fit or kl_coef < 0.
-
-    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2 (its KL penalty, per token).
-    """
-    check_same_shape(
-        response_mask=response_mask, rewards=rewards, logprobs=logprobs, ref_logprobs=ref_logprobs
-    )
-    if not kl_coef >= 0:
-        raise ShapeError(
-            f"kl_coef must be >= 0, got {kl_coef!r}; a negative one would reward leaving the ref policy"
-        )
-    return zero_outside(response_mask, rewards - kl_coef * (logprobs.float() - ref_logprobs.float()))
 
 
 def place_scores(scores: Tensor, response_mask: Tensor) -> Tensor:

@@ -205,6 +205,11 @@ class RunConfig:
             raise ConfigError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
         if not self.reward:
             raise ConfigError('reward is empty; give "module:function", or a model and a label')
+        if self.ppo.baseline in ("group", "leave_one_out") and self.sampling.num_samples < 2:
+            raise ConfigError(
+                f"{self.ppo.algorithm} compares the responses to a prompt (baseline: {self.ppo.baseline}); "
+                f"sampling.num_samples must be at least 2, got {self.sampling.num_samples}"
+            )
         if self.swarm is not None and self.gradient_checkpointing:
             raise ConfigError(
                 "gradient_checkpointing is for a model on this machine; servers always compute blocks again "
