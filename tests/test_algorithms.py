@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,46 @@ def test_groups_without_signal_are_counted_and_reported(policy, rollout, caplog)
     assert "nothing to learn" not in caplog.text
     assert ppo.update(rollout, scored(rollout, torch.ones(8)))["groups_without_signal"] == 1
     assert "all responses to each prompt scored the same" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_a_sampler_that_differs_is_reckoned_with(policy, rollout, kind, caplog):
+    """One token was sampled half as often as it is scored, one five times as seldom."""
+    with torch.no_grad():
+        scored_as = logprobs_of(policy, rollout)
+    sampled = scored_as.clone()
+    sampled[0, 0] -= math.log(2)
+    sampled[4, 0] -= math.log(5)
+    differing = replace(rollout, old_logprobs=sampled)
+    before = {key: one.detach().clone() for key, one in policy.adapter_parameters().items()}
+
+    def change(batch: RolloutBatch, **settings) -> dict[str, Tensor]:
+        with torch.no_grad():
+            for key, one in policy.adapter_parameters().items():
+                one.copy_(before[key])
+        config = PPOConfig(algorithm="dr_grpo", epochs=1, max_grad_norm=1e9, **settings)
+        PPO(policy, config, lambda trained: torch.optim.SGD(trained, lr=1.0), LENGTH).update(
+            batch, scored(batch)
+        )
+        return {key: (one - before[key]).detach() for key, one in policy.adapter_parameters().items()}
+
+    with torch.no_grad():
+        for key, one in policy.adapter_parameters().items():
+            one.copy_(before[key])
+    logprobs = logprobs_of(policy, rollout)
+    centred = SCORES.view(2, SAMPLES) - SCORES.view(2, SAMPLES).mean(1, keepdim=True)
+    weights = torch.ones(rollout.response_mask.shape)
+    weights[0, 0], weights[4, 0] = 2, 3 if kind == "truncate" else 0
+    loss = (-centred.flatten()[:, None] * weights * logprobs)[rollout.response_mask].sum()
+    parameters = policy.adapter_parameters()
+    gradients = torch.autograd.grad(loss / (len(rollout) * LENGTH), list(parameters.values()))
+    found = change(differing, sampler_correction=kind)
+    for key, gradient in zip(parameters, gradients, strict=True):
+        assert difference(-found[key], gradient) < 1e-4, key
+    assert "nats per token away from the one that is trained" in caplog.text
+    caplog.clear()
+    change(replace(rollout, old_logprobs=scored_as))
+    assert "nats per token away" not in caplog.text
 
 
 def test_the_entropy_bonus_acts_below_its_target(policy, rollout):

@@ -26,7 +26,7 @@ def finite(cls, name, value):
 R = "LoRA rank r must be a whole number >= 1, got {!r}"
 TARGETS = "LoRA targets must be names of linear layers or None for all of them, got {!r}"
 LAYERS = "LoRA layers must be None (all blocks) or a whole number >= 1 (the last k), got {!r}"
-POSITIVE = ("lr", "clip_range", "max_grad_norm", "adam_eps", "entropy_step")
+POSITIVE = ("lr", "clip_range", "max_grad_norm", "adam_eps", "entropy_step", "sampler_ratio_max")
 NOT_NEGATIVE = ("value_coef", "entropy_coef", "kl_coef", "weight_decay")
 FRACTIONS = ("gamma", "gae_lambda")
 POSITIVE_OR_NONE = (
@@ -152,6 +152,8 @@ REFUSED = [
             ("loss_mean", "tokens, responses, length"),
             ("kl_in", "reward, loss"),
             ("kl_estimator", "k1, k2, k3"),
+            ("sampler_correction", "none, truncate, mask"),
+            ("sampler_ratio_of", "token, response"),
         )
         for value in ("x", None, 1)
     ],

@@ -20,6 +20,7 @@ from textrl_swarm.maths.objectives import (
     kl_per_token,
     next_entropy_coef,
     returns_to_go,
+    sampler_weights,
     surrogate_loss,
     token_weights,
 )
@@ -44,6 +45,7 @@ def case(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def trl(trainer: type, logprobs: Tensor, inputs: dict[str, Tensor], **settings) -> Tensor:
     """The loss as the method of TRL's trainer computes it, on a trainer that has nothing else."""
+    corrects = settings.pop("corrects", False)
     args = SimpleNamespace(
         use_bias_correction_kl=settings.pop("unbiased", False), delta=settings.pop("delta", None),
         steps_per_generation=1,
@@ -59,8 +61,8 @@ def trl(trainer: type, logprobs: Tensor, inputs: dict[str, Tensor], **settings) 
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
+        use_vllm=corrects,
+        vllm_importance_sampling_correction=corrects,
         use_adaptive_entropy=False,
         _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1,
@@ -149,6 +151,37 @@ def test_rloo_is_trls(seed):
         ),
         new,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("of", ["token", "response"])
+def test_the_correction_for_samplers_is_trls(of):
+    new, old, ref, advantages = case(0)
+    sampled = old + 0.4 * randn(6, WIDTH, seed=9)
+    difference = torch.where(MASK, old - sampled, 0)  # as in TRL's _generate_and_score_completions
+    difference = difference if of == "token" else difference.sum(-1, keepdim=True)
+    for kind in ("truncate", "mask"):
+        theirs = difference.exp()
+        theirs = theirs.clamp(max=1.2) if kind == "truncate" else theirs.masked_fill(theirs > 1.2, 0.0)
+        weights = sampler_weights(old, sampled, MASK, kind=kind, of=of, most=1.2)
+        assert 0 < (theirs.expand_as(MASK)[MASK] == 1.2 * (kind == "truncate")).sum() < MASK.sum()
+
+        def corrected(leaf, weights=weights):
+            rows = advantages[:, None].expand_as(old)
+            losses = surrogate_loss(leaf, old, rows, MASK, Surrogate()).per_token * weights
+            kl = 0.04 * kl_per_token(leaf, ref, MASK, "k3")
+            return ((losses + kl) * token_weights(MASK, "tokens", length=LIMIT)).sum()
+
+        def expected(leaf, theirs=theirs):
+            inputs = {
+                "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
+                "importance_sampling_ratio": theirs,
+            }  # fmt: skip
+            return trl(
+                GRPOTrainer, leaf, inputs, loss_type="bnpo", importance_sampling_level="token",
+                epsilon_low=0.2, epsilon_high=0.2, beta=0.04, corrects=True,
+            )  # fmt: skip
+
+        assert_same_loss_and_gradient(corrected, expected, new)
 
 
 # ------------------------------------------------------------------------------------------ by hand

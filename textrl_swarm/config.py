@@ -291,6 +291,8 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "loss_mean": ("tokens", "responses", "length"),
     "kl_in": ("reward", "loss"),
     "kl_estimator": ("k1", "k2", "k3"),
+    "sampler_correction": ("none", "truncate", "mask"),
+    "sampler_ratio_of": ("token", "response"),
 }
 
 
@@ -362,6 +364,17 @@ class PPOConfig:
 
     mask_truncated: bool = _BY_ALGORITHM
     """True = nothing is learned from responses that were cut at the length limit."""
+
+    sampler_correction: str = "none"
+    """Weigh losses with the ratio of the policy as it is scored to the policy as it sampled, which quantised
+    servers and codecs set apart: truncate = of at most sampler_ratio_max, mask = what is above it counts
+    nothing."""
+
+    sampler_ratio_of: str = "token"
+    """The ratio is each token's, or that of a whole response."""
+
+    sampler_ratio_max: float = 3.0
+    """See sampler_correction."""
 
     gamma: float = 1.0
     """Discount per token (arXiv 1909.08593); with the baselines critic and none."""
@@ -442,7 +455,9 @@ class PPOConfig:
         _require_numbers(
             self, "lr", "gamma", "gae_lambda", "clip_range", "value_coef", "entropy_coef", "kl_coef"
         )
-        _require_numbers(self, "max_grad_norm", "weight_decay", "adam_eps", "entropy_step")
+        _require_numbers(
+            self, "max_grad_norm", "weight_decay", "adam_eps", "entropy_step", "sampler_ratio_max"
+        )
         _require_counts(self, "epochs", "minibatch_size", "adaptive_kl_horizon")
         ok = self.micro_batch_tokens is None or (
             is_int(self.micro_batch_tokens) and self.micro_batch_tokens >= 1
@@ -452,7 +467,7 @@ class PPOConfig:
         )
         ok = self.lr_decay_updates is None or (is_int(self.lr_decay_updates) and self.lr_decay_updates >= 1)
         require(ok, f"lr_decay_updates must be a whole number >= 1 or None, got {self.lr_decay_updates!r}")
-        for name in ("lr", "clip_range", "max_grad_norm", "adam_eps", "entropy_step"):
+        for name in ("lr", "clip_range", "max_grad_norm", "adam_eps", "entropy_step", "sampler_ratio_max"):
             require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)!r}")
         for name in ("value_coef", "entropy_coef", "kl_coef", "weight_decay"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)!r}")

@@ -33,6 +33,7 @@ from textrl_swarm.maths.objectives import (
     next_entropy_coef,
     ratio_stats,
     returns_to_go,
+    sampler_weights,
     surrogate_loss,
     token_weights,
 )
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
+_LARGE_SAMPLER_KL = 0.02  # nats per token; a tiny model in 8 bits had 0.00002
 EVALUATION_ROWS = 64  # rows per forward when nothing is trained
 # Metrics that are means over the optimizer steps of an update.
 _STEP_METRICS = ("policy_loss", "clip_fraction", "approx_kl")
@@ -109,6 +111,9 @@ class _Targets:
     mask: Tensor
     """(B, T) bool: the tokens from which is learned."""
 
+    sampler_weights: Tensor | None
+    """(B, T), for samplers that differ from the policy that is scored."""
+
 
 class PPO:
     """The update: owns optimizer and KL coefficient, changes the policy's trainable parameters and nothing
@@ -151,6 +156,7 @@ class PPO:
         self.kl_coef = config.kl_coef
         self.entropy_coef = config.entropy_coef
         self._wants_entropy = config.entropy_coef > 0 or config.entropy_target is not None
+        self._has_warned = False
         self.num_updates = 0
         self.num_steps = 0
         self.num_skipped = 0
@@ -216,7 +222,7 @@ class PPO:
             "entropy": entropy,
             "entropy_coef": self._entropy_weight(entropy),
             **self._signal(rollout, rewards),
-            "sampler_kl": float(masked_mean(rollout.old_logprobs - old.logprobs, mask)),
+            "sampler_kl": self._sampler_kl(rollout, old),
             "response_tokens": float(mask.sum(dim=1).float().mean()),
             "terminated": float(rollout.terminated.float().mean()),
             "lr": self._set_lr(),
@@ -274,7 +280,17 @@ class PPO:
             advantages = whiten(advantages, mask)
         if config.mask_truncated:
             mask = mask & rollout.terminated[:, None]
-        return _Targets(old, ref_logprobs, advantages, returns, mask)
+        weights = None
+        if config.sampler_correction != "none":
+            weights = sampler_weights(
+                old.logprobs,
+                rollout.old_logprobs,
+                rollout.response_mask,
+                kind=config.sampler_correction,
+                of=config.sampler_ratio_of,
+                most=config.sampler_ratio_max,
+            )
+        return _Targets(old, ref_logprobs, advantages, returns, mask, weights)
 
     def _require_groups(self, rollout: RolloutBatch) -> None:
         if not self.compares_responses:
@@ -286,6 +302,24 @@ class PPO:
                 f"{self.config.baseline}), and {int((counts < 2).sum())} of {len(counts)} prompts have one: "
                 "sample more of each (num_samples)"
             )
+
+    def _sampler_kl(self, rollout: RolloutBatch, old: _Evaluation) -> float:
+        """In nats per token. Warns once when it is large."""
+        mask = rollout.response_mask
+        estimates = kl_per_token(rollout.old_logprobs, old.logprobs, mask, "k3")
+        if not self._has_warned and float(masked_mean(estimates, mask)) > _LARGE_SAMPLER_KL:
+            self._has_warned = True
+            correction = ""
+            if self.config.sampler_correction == "none":
+                correction = ", or correct for it (sampler_correction: truncate)"
+            logger.warning(
+                "responses were sampled from a policy %.2f nats per token away from the one that is trained: "
+                "let servers compute alike (--torch_dtype, --quant_type), take a codec of more bits or "
+                "none%s",
+                float(masked_mean(estimates, mask)),
+                correction,
+            )
+        return float(masked_mean(rollout.old_logprobs - old.logprobs, mask))
 
     def _signal(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
         """Of algorithms that compare the responses to a prompt."""
@@ -413,6 +447,8 @@ class PPO:
                 now.logprobs, old_logprobs, targets.advantages[rows], mask, self._surrogate
             )
             per_token = surrogate.per_token
+            if targets.sampler_weights is not None:
+                per_token = per_token * targets.sampler_weights[rows]
             if config.kl_in == "loss" and self.kl_coef > 0:
                 kl = kl_per_token(now.logprobs, targets.ref_logprobs[rows], mask, config.kl_estimator)
                 kl = kl * surrogate.ratio if config.kl_unbiased else kl

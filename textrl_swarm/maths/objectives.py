@@ -180,6 +180,32 @@ def surrogate_loss(
     return SurrogateLoss(zero_outside(mask, loss), ratio, is_clipped & mask)
 
 
+def sampler_weights(
+    scored: Tensor, sampled: Tensor, mask: Tensor, *, kind: str, of: str, most: float
+) -> Tensor:
+    """(B, T) fp32 weights of token losses where the sampler is not quite the policy that is scored: quantised
+    servers, caches and codecs round otherwise. The weight is the probability of what was sampled in the one
+    over that in the other.
+
+    Args:
+        scored, sampled: (B, T) logprobs of the chosen tokens, same temperature.
+        mask: (B, T) bool, True on chosen tokens.
+        kind: "truncate", weights are at most `most`; "mask", those above it become 0.
+        of: "token", or "response", the product over its tokens.
+        most: > 0.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training" (TIS);
+    arXiv 2510.18855, section 3.2 (masking, IcePop).
+    """
+    check_same_shape(mask=mask, scored=scored, sampled=sampled)
+    log_ratio = zero_outside(mask, scored.float() - sampled.float())
+    if of == "response":
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    ratio = ratio.clamp(max=most) if kind == "truncate" else ratio.masked_fill(ratio > most, 0.0)
+    return zero_outside(mask, ratio)
+
+
 def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: str) -> Tensor:
     """(B, T) fp32 estimates of KL(policy || ref) from one sampled token each.
 
