@@ -272,6 +272,23 @@ def test_responses_that_were_sampled_are_not_sampled_again(configure, monkeypatc
     assert_same_run("runs/whole", "runs/b")
 
 
+def test_a_run_that_resamples_ends_as_one_that_was_not_interrupted(configure):
+    """The rollout that waits for its rewards is completed as it would have been."""
+    silent = REWARDS.replace("return [sum", "return [(item['input'] != 'a') * sum").replace(
+        "+ 1e-3 * noise for text in texts", "for item, text in zip(items, texts)"
+    )
+    Path("tasks.py").write_text(silent)
+    overrides = "train.iterations=3", "train.resample=2"
+    train(configure("runs/whole", *overrides))
+    Path("tasks.py").write_text(silent.replace("return [(", "return [(len(texts) > 2 or 1 / 0) * ("))
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        train(configure("runs/b", *overrides))
+    assert Path("runs/b", PENDING).is_file()
+    Path("tasks.py").write_text(silent)
+    train(configure("runs/b", *overrides))
+    assert_same_run("runs/whole", "runs/b")
+
+
 def test_a_torn_pending_rollout_is_sampled_again(configure, caplog):
     seeded()
     train(configure("runs/whole", "train.iterations=2"))

@@ -294,6 +294,51 @@ def test_train_yields_after_each_iteration_and_can_be_left():
         assert i.metrics["bytes_sent"] == 0 and i.metrics["rollout_tokens_per_second"] > 0 and i.seconds > 0
 
 
+class Sometimes(Vowels):
+    """The responses to most prompts all score the same."""
+
+    asked = 0
+
+    def get_reward(self, input_item, predicted_list, finish):
+        type(self).asked += finish
+        scores = super().get_reward(input_item, predicted_list, finish)
+        return scores if self.asked % 3 == 0 else [0.0] * len(scores)
+
+
+def test_prompts_that_teach_nothing_are_replaced(monkeypatch):
+    """Three are drawn, of which two are silent; of two more one is, and so is the last."""
+    agent, env = make_agent(Sometimes)
+    monkeypatch.setattr(Sometimes, "asked", 1)
+    drawn = []
+    draw = env.draw
+    monkeypatch.setattr(env, "draw", lambda count: drawn.append(count) or draw(count))
+    (one,) = train(agent, env, iterations=1, prompts_per_iteration=3, resample=2)
+    assert drawn == [3, 2, 1]
+    collected = one.collected
+    assert len(collected.rollout) == 6 and len(collected.items) == 3
+    silent = [bool((scores == scores[0]).all()) for scores in collected.scores.view(3, 2)]
+    assert sum(silent) == 1
+    expected, env_steps = per_token_rewards_of_vowels(env, collected), 0
+    for p in range(3):
+        rows = slice(2 * p, 2 * p + 2)
+        env_steps += int(collected.rollout.response_lengths[rows].max())
+        prompt = collected.rollout.tokens[2 * p, : collected.rollout.prompt_lengths[2 * p]].tolist()
+        assert list(env.encode(collected.items[p]).ids) == prompt
+        if not silent[p]:
+            assert torch.equal(collected.rewards[rows], expected[rows])
+    assert collected.env_steps == env_steps
+    assert (collected.rewards[~collected.rollout.response_mask] == 0).all()
+
+
+def per_token_rewards_of_vowels(env, collected):
+    rewards = torch.zeros(collected.rewards.shape)
+    for row, (text, length) in enumerate(
+        zip(collected.rollout.texts, collected.rollout.response_lengths.tolist(), strict=True)
+    ):
+        rewards[row, length - 1] = sum(letter in "aeiou" for letter in text) / length
+    return rewards
+
+
 def run_of(seed: int, global_seed: int, updates: int = 3) -> tuple[list, dict]:
     torch.manual_seed(global_seed)
     agent, env = make_agent(Vowels, seed=seed, lr=1e-2)

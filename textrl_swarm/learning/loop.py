@@ -14,7 +14,7 @@ from torch import Tensor
 
 from textrl_swarm.config import SamplingConfig
 from textrl_swarm.learning.env import PromptEnv
-from textrl_swarm.learning.rollout import Collected, Sampled, reward_responses, sample_responses
+from textrl_swarm.learning.rollout import Collected, Sampled, resampled, reward_responses, sample_responses
 from textrl_swarm.policies.base import Policy
 from textrl_swarm.types import RolloutBatch
 
@@ -57,6 +57,7 @@ def train(
     *,
     iterations: int,
     prompts_per_iteration: int,
+    resample: int = 0,
     start: int = 0,
     sampled: Sampled | None = None,
     on_sampled: Callable[[int, Sampled], None] | None = None,
@@ -67,6 +68,8 @@ def train(
         learner: a Learner or a PPOAgent.
         iterations: how many in all.
         prompts_per_iteration: prompts per rollout; each gets `env.compare_sample` responses.
+        resample: how often at most prompts whose responses all score the same are replaced by others, in each
+            rollout.
         start: iterations that are already done.
         sampled: responses for the first iteration, if they exist already.
         on_sampled: called with the iteration's index and its responses before they are rewarded.
@@ -74,12 +77,14 @@ def train(
     for index in range(start, iterations):
         started = time.perf_counter()
         bytes_before = _bytes(learner.policy)
+        sampling = learner.rollout_sampling()
         if sampled is None:
-            sampled = sample_responses(learner.policy, env, prompts_per_iteration, learner.rollout_sampling())
+            sampled = sample_responses(learner.policy, env, prompts_per_iteration, sampling)
             if on_sampled is not None:
                 on_sampled(index, sampled)
         collected = reward_responses(env, sampled)
         sampled = None
+        collected = resampled(learner.policy, env, collected, sampling, resample)
         metrics = dict(learner.learn(collected.rollout, collected.rewards))
         metrics["rollout_tokens_per_second"] = collected.tokens_per_second
         for name, total in _bytes(learner.policy).items():

@@ -71,6 +71,43 @@ def collect(policy: Policy, env: PromptEnv, num_prompts: int, sampling: Sampling
     return reward_responses(env, sample_responses(policy, env, num_prompts, sampling))
 
 
+def resampled(
+    policy: Policy, env: PromptEnv, collected: Collected, sampling: SamplingConfig, times: int
+) -> Collected:
+    """Other prompts in the place of those whose responses all score the same, which teach nothing.
+
+    Args:
+        times: how often at most.
+
+    Source: Yu et al. 2025, arXiv 2503.14476, section 3.2 (dynamic sampling), with a bound.
+    """
+    samples = env.compare_sample
+    for attempt in range(1, times + 1):
+        is_silent = (collected.scores.view(-1, samples).diff(dim=1) == 0).all(dim=1)
+        silent = is_silent.nonzero().flatten().tolist()
+        if not silent or samples < 2:
+            break
+        seed = None if sampling.seed is None else sampling.seed + _NEXT_PART * attempt
+        others = collect(policy, env, len(silent), dataclasses.replace(sampling, seed=seed))
+        collected = _replaced(collected, silent, others, samples)
+    return collected
+
+
+def _replaced(collected: Collected, prompts: Sequence[int], others: Collected, samples: int) -> Collected:
+    """With the prompts of `others`, and their responses, in the place of these."""
+    rows, items = collected.rollout.trajectories(), list(collected.items)
+    rewards, new_rows = list(collected.rewards), others.rollout.trajectories()
+    for i, prompt in enumerate(prompts):
+        here, there = (slice(n * samples, (n + 1) * samples) for n in (prompt, i))
+        rows[here], rewards[here] = new_rows[there], list(others.rewards[there])
+        items[prompt] = others.items[i]
+    rollout = RolloutBatch.from_trajectories(rows, temperature=collected.rollout.temperature)
+    width = rollout.response_mask.shape[1]
+    padded = pad_sequence([*rewards, torch.zeros(width)], batch_first=True)[:-1, :width]
+    lengths = rollout.response_lengths.view(-1, samples).amax(dim=1)
+    return Collected(rollout, padded, tuple(items), int(lengths.sum()), collected.seconds + others.seconds)
+
+
 def collect_env_steps(policy: Policy, env: PromptEnv, env_steps: int, sampling: SamplingConfig) -> Collected:
     """Collects whole episodes until they have at least `env_steps` env steps together.
 

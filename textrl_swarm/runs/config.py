@@ -113,6 +113,10 @@ class TrainConfig:
     prompts_per_iteration: int = 16
     """Prompts per rollout; each gets sampling.num_samples responses."""
 
+    resample: int = 0
+    """How often at most prompts whose responses all score the same, which teach nothing, are replaced by
+    others in each rollout."""
+
     samples_every: int = 10
     """Iterations between tables of samples; 0 = none."""
 
@@ -130,7 +134,8 @@ class TrainConfig:
     """Where to report besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        least = {"iterations": 1, "prompts_per_iteration": 1, "samples_every": 0, "keep_checkpoints": 1}
+        least = {"iterations": 1, "prompts_per_iteration": 1, "resample": 0, "samples_every": 0}
+        least["keep_checkpoints"] = 1
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ConfigError(f"{name} must be a whole number >= {lowest}, got {getattr(self, name)}")

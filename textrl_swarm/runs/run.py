@@ -46,7 +46,7 @@ from textrl_swarm.runs.checkpoint import (
     save_checkpoint,
     save_pending,
 )
-from textrl_swarm.runs.config import HEADER, RewardConfig, RunConfig, differences
+from textrl_swarm.runs.config import HEADER, RewardConfig, RunConfig, differences, load_config
 from textrl_swarm.runs.digest import content_digest
 from textrl_swarm.runs.prompts import load_prompts
 from textrl_swarm.runs.trackers import Trackers, read_metrics
@@ -220,6 +220,7 @@ class Run:
             self.env,
             iterations=settings.iterations,
             prompts_per_iteration=settings.prompts_per_iteration,
+            resample=settings.resample,
             start=self.start,
             sampled=self._pending,
             on_sampled=keep,
@@ -297,6 +298,8 @@ def changes(config: RunConfig) -> list[str]:
                 "move it away or name another output"
             )
         before = yaml.safe_load(text)
+        with contextlib.suppress(ConfigError):  # keys that the run's version did not have yet
+            before = load_config(before).to_dict()
         lines = differences(before, config.to_dict())
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise CheckpointError(
