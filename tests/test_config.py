@@ -31,6 +31,7 @@ NOT_NEGATIVE = ("value_coef", "entropy_coef", "kl_coef", "weight_decay")
 FRACTIONS = ("gamma", "gae_lambda")
 POSITIVE_OR_NONE = (
     "value_clip_range", "adaptive_kl_target", "target_kl", "clip_range_high", "ratio_max", "entropy_target",
+    "value_lr",
 )  # fmt: skip
 REFUSED = [
     *[case(LoraSettings, R.format(value), r=value) for value in (0, -1, 2.0, "8", True, None)],
@@ -102,6 +103,10 @@ REFUSED = [
         for value in (0, 1.5, True)
     ],
     *[
+        case(PPOConfig, f"lr_warmup_updates must be a whole number >= 0, got {v!r}", lr_warmup_updates=v)
+        for v in (-1, 1.5, None, True)
+    ],
+    *[
         case(
             PPOConfig,
             f"micro_batch_tokens must be a whole number >= 1 or None, got {value!r}",
@@ -154,6 +159,7 @@ REFUSED = [
             ("kl_estimator", "k1, k2, k3"),
             ("sampler_correction", "none, truncate, mask"),
             ("sampler_ratio_of", "token, response"),
+            ("lr_schedule", "linear, cosine"),
         )
         for value in ("x", None, 1)
     ],
@@ -175,6 +181,7 @@ REFUSED = [
             **{name: value},
         )
         for name, value in (
+            ("value_lr", 1e-3),
             ("value_coef", 0.5),
             ("value_clip_range", None),
             ("gae_lambda", 0.9),

@@ -787,6 +787,29 @@ def test_the_learning_rate_falls_with_the_updates_and_goes_on_falling(make_polic
     assert changed.update(rollout, some_rewards(rollout))["lr"] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({"lr_warmup_updates": 3}, [0.25, 0.5, 0.75, 1, 1]),
+        ({"lr_decay_updates": 4, "lr_schedule": "cosine"}, [1, 0.8535534, 0.5, 0.1464466, 0]),
+        ({"lr_decay_updates": 4, "lr_warmup_updates": 1}, [0.5, 0.75, 0.5, 0.25, 0]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls(make_policy, settings, shares):
+    """The value head's, too."""
+    policy = make_policy()
+    ppo = PPO(policy, PPOConfig(lr=1e-3, value_lr=1e-2, **settings))
+    assert [len(group["params"]) for group in ppo.optimizer.param_groups] == [
+        len(policy.adapter_parameters()),
+        2,
+    ]
+    rollout = make_rollout(some_rows())
+    for share in shares:
+        metrics = ppo.update(rollout, some_rewards(rollout))
+        assert metrics["lr"] == pytest.approx(1e-3 * share, abs=1e-9)
+        assert ppo.optimizer.param_groups[1]["lr"] == pytest.approx(1e-2 * share, abs=1e-9)
+
+
 def test_a_learning_rate_that_someone_sets_stays(make_policy):
     """As pfrl's LinearInterpolationHook does it."""
     rollout, ppo = make_rollout(some_rows()), PPO(make_policy(), PPOConfig(lr=0.01, epochs=1))

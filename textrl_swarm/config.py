@@ -293,6 +293,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "kl_estimator": ("k1", "k2", "k3"),
     "sampler_correction": ("none", "truncate", "mask"),
     "sampler_ratio_of": ("token", "response"),
+    "lr_schedule": ("linear", "cosine"),
 }
 
 
@@ -315,8 +316,17 @@ class PPOConfig:
     """AdamW's learning rate for adapter and value head. LoRA wants about 10 times the rate of full training
     (arXiv 2106.09685)."""
 
+    value_lr: float | None = None
+    """The value head's own learning rate; None = lr."""
+
+    lr_warmup_updates: int = 0
+    """The learning rate rises linearly over this many updates."""
+
     lr_decay_updates: int | None = None
-    """The learning rate falls linearly to 0 over this many updates (arXiv 1909.08593); None = constant."""
+    """The learning rate falls to 0 over this many updates (arXiv 1909.08593); None = constant."""
+
+    lr_schedule: str = "linear"
+    """How it falls: linear, or cosine (arXiv 1608.03983)."""
 
     epochs: int = 4
     """Passes over each rollout (arXiv 1909.08593)."""
@@ -465,6 +475,8 @@ class PPOConfig:
         require(
             ok, f"micro_batch_tokens must be a whole number >= 1 or None, got {self.micro_batch_tokens!r}"
         )
+        ok = is_int(self.lr_warmup_updates) and self.lr_warmup_updates >= 0
+        require(ok, f"lr_warmup_updates must be a whole number >= 0, got {self.lr_warmup_updates!r}")
         ok = self.lr_decay_updates is None or (is_int(self.lr_decay_updates) and self.lr_decay_updates >= 1)
         require(ok, f"lr_decay_updates must be a whole number >= 1 or None, got {self.lr_decay_updates!r}")
         for name in ("lr", "clip_range", "max_grad_norm", "adam_eps", "entropy_step", "sampler_ratio_max"):
@@ -475,7 +487,7 @@ class PPOConfig:
             require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         for name in (
             "value_clip_range", "adaptive_kl_target", "target_kl", "clip_range_high", "ratio_max",
-            "entropy_target",
+            "entropy_target", "value_lr",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 _require_numbers(self, name)
@@ -489,7 +501,7 @@ class PPOConfig:
         """Settings that nothing would look at, or that contradict each other."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if self.baseline != "critic":
-            for name in ("value_coef", "value_clip_range", "gae_lambda", "bootstrap_truncated"):
+            for name in ("value_lr", "value_coef", "value_clip_range", "gae_lambda", "bootstrap_truncated"):
                 require(
                     getattr(self, name) == defaults[name],
                     f"{name}={getattr(self, name)!r} is for a critic, and baseline={self.baseline} has none "

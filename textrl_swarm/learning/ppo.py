@@ -163,9 +163,12 @@ class PPO:
 
     def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
-        return torch.optim.AdamW(
-            parameters, lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
-        )
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if config.value_lr is not None:
+            head = set(self.policy.value_head.parameters())
+            groups = [{"params": [parameter for parameter in parameters if parameter not in head]}]
+            groups.append({"params": list(self.policy.value_head.parameters()), "lr": config.value_lr})
+        return torch.optim.AdamW(groups, lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay)
 
     def update(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
         """Trains on one rollout.
@@ -487,10 +490,14 @@ class PPO:
         """Sets and returns this update's learning rate; it depends only on num_updates, so nothing is
         checkpointed.
         """
-        decay = self.config.lr_decay_updates
-        if decay is not None:  # else the optimizer's own, which a hook of pfrl may change
+        config, warmup, decay = self.config, self.config.lr_warmup_updates, self.config.lr_decay_updates
+        if warmup or decay is not None:  # else the optimizer's own, which a hook of pfrl may change
+            share = min(1.0, (self.num_updates + 1) / (warmup + 1))
+            if decay is not None:
+                left = max(0.0, 1 - self.num_updates / decay)
+                share *= left if config.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * max(0.0, 1 - self.num_updates / decay)
+                group["lr"] = group["initial_lr"] * share
         return self.optimizer.param_groups[0]["lr"]
 
     def _optimizer_step(self, *, is_finite: bool) -> float | None:
