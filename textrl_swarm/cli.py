@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Reinforcement learning (PPO) of language models through a Petals swarm.",
+    help="Reinforcement learning of language models through a Petals swarm.",
 )
 console = Console(highlight=False)
 
@@ -289,6 +289,26 @@ def export(
         private=private,
         check=verify,
     )
+
+
+@app.command(
+    epilog=_examples(
+        "textrl-swarm compare runs/a runs/b", "textrl-swarm compare runs/ppo runs/rloo --out compared.png"
+    )
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs; two or more.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Picture to write: scores and KL over sampled tokens, score over KL.")
+    ] = None,
+) -> None:
+    """Compare runs of `textrl-swarm train`: what they reached, at what KL, and how their configurations
+    differ.
+    """
+    with console.status("reading runs ..."):
+        from textrl_swarm.commands.compare import compare_command
+
+    compare_command(runs, out, console)
 
 
 def _dump(

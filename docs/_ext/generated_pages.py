@@ -32,7 +32,7 @@ _PLAIN_TYPES: dict[Any, str] = {
 def run_yaml() -> str:
     """Markdown with a table of keys per section of a run's configuration."""
     from textrl_swarm.config import Codec, LoraSettings, ServerChecks, SwarmAccess
-    from textrl_swarm.runs.config import RewardConfig, RunConfig, SwarmConfig
+    from textrl_swarm.runs.config import EvaluationConfig, RewardConfig, RunConfig, SwarmConfig
 
     smallest = RunConfig(
         model="",
@@ -41,6 +41,7 @@ def run_yaml() -> str:
         output="-",
         swarm=SwarmConfig(initial_peers=(), codec=Codec("fp16"), checks=ServerChecks(), access=SwarmAccess()),
         lora=LoraSettings(),
+        evaluation=EvaluationConfig(prompts=["-"]),
     )
     known = smallest.to_dict()  # what a file may hold: the keys, and the defaults as YAML has them
     return "\n".join(_section("", RunConfig, known))

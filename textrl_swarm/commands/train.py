@@ -25,6 +25,7 @@ from textrl_swarm.models.quantization import saved_quantization
 from textrl_swarm.models.texts import encode_prompt
 from textrl_swarm.runs.config import RunConfig, SwarmConfig
 from textrl_swarm.runs.estimate import RunEstimate, estimate_run
+from textrl_swarm.runs.evaluation import BEST
 from textrl_swarm.runs.run import (
     REFUTED,
     Ingredients,
@@ -94,6 +95,18 @@ def train_command(
     _print(
         console, f"adapter in {summary['adapter']} (PEFT format); numbers in {config.output}/metrics.jsonl"
     )
+    if "best" in summary:
+        best = summary["best"]
+        _print(
+            console,
+            f"best on held-out prompts: {best['score']:.3f} after iteration {best['iteration']}, kept in "
+            f"{config.output}/{BEST}"
+            + (
+                f" ({config.evaluation.patience} evaluations without a better one ended the run)"
+                if config.evaluation and run.is_over
+                else ""
+            ),
+        )
     _print(console, f"use it elsewhere: textrl-swarm export {shlex.quote(config.output)} OUT")
     return summary
 
@@ -179,15 +192,28 @@ def _show(run: Run, console: Console, ctrl_c: _CtrlC) -> None:
         bar = progress.add_task(
             "", total=total, completed=run.start, numbers="", phase=phase_after(run.start)
         )
-        for iteration in run.iterations(on_sampled=lambda: progress.update(bar, phase="learning")):
+        iterations = run.iterations(
+            on_sampled=lambda: progress.update(bar, phase="learning"),
+            on_evaluation=lambda: progress.update(bar, phase="evaluating"),
+        )
+        for iteration in iterations:
             done = iteration.index + 1
-            numbers = _numbers(iteration)
+            numbers = _numbers(iteration) + _evaluated(run, done)
             progress.update(bar, completed=done, numbers=numbers, phase=phase_after(done))
             if not console.is_terminal:
                 console.print(f"iteration {done}/{total}  {numbers}", soft_wrap=True)
             if run.shows_samples(iteration.index):
                 progress.console.print(_table(iteration))
             ctrl_c.check()
+
+
+def _evaluated(run: Run, done: int) -> str:
+    line = run.evaluations.lines[-1] if run.evaluations and run.evaluations.lines else {}
+    if line.get("iteration") != done:
+        return ""
+    return "  held out " + ", ".join(
+        f"{line[name]:.3f} {name}" for name in ("sampled", "greedy") if name in line
+    )
 
 
 def _numbers(iteration: Iteration) -> str:

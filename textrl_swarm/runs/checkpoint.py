@@ -65,7 +65,7 @@ def save_checkpoint(
             "base_states": _base_states(learner.policy),
             "inputs": dict(inputs),
             "prompt_order": env.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
             "files": {path.name: sha256(path) for path in sorted(staging.iterdir())},
         }
         (staging / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -125,7 +125,7 @@ def _load(
     learner.load(directory)
     if "prompts" not in changed:
         env.load_state_dict(state["prompt_order"])
-    _restore_random_state(state["random"])
+    restore_random_state(state["random"])
     return state["iteration"]
 
 
@@ -223,7 +223,7 @@ def load_pending(run: Path, iteration: int, env: PromptEnv) -> Sampled | None:
 # ------------------------------------------------------------------------------------ random numbers
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """The states of the global generators, which rewards may use."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
@@ -233,7 +233,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _restore_random_state(state: Mapping[str, Any]) -> None:
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Puts them back."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     name, numbers, *rest = state["numpy"]

@@ -145,6 +145,42 @@ class TrainConfig:
 
 @document_fields
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out prompts whose responses are scored every so often; the best adapter is kept in `best/`."""
+
+    prompts: Any
+    """In the forms of `prompts`; none of them should be there."""
+
+    every: int = 10
+    """Iterations between evaluations; the untrained policy and the last one are evaluated, too."""
+
+    samples: int = 4
+    """Responses that are sampled to each prompt, with the same random numbers each time, beside the most
+    likely one; 0 = none."""
+
+    by: Literal["sampled", "greedy"] = "sampled"
+    """Which score tells the best adapter."""
+
+    patience: int | None = None
+    """The run ends after so many evaluations without a better score; null = it does not."""
+
+    def __post_init__(self) -> None:
+        _require_prompts("evaluation.prompts", self.prompts)
+        for name, lowest in (("every", 1), ("samples", 0), ("patience", 1)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"{name} must be a whole number >= {lowest}, got {value}")
+        if self.by == "sampled" and self.samples == 0:
+            raise ConfigError("by: sampled needs samples; set samples to 1 or more, or by: greedy")
+
+
+def _require_prompts(key: str, prompts: Any) -> None:
+    if not isinstance(prompts, (list, str, dict)) or not prompts:
+        raise ConfigError(f"{key} must be a list, a file, or a mapping with the key dataset; got {prompts!r}")
+
+
+@document_fields
+@dataclass(frozen=True)
 class RunConfig:
     """A training run. Relative paths count from the directory in which the command is typed; `~` is the home
     directory.
@@ -199,11 +235,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, and what is written."""
 
+    evaluation: EvaluationConfig | None = None
+    """Held-out prompts; null = there are none."""
+
     def __post_init__(self) -> None:
-        if not isinstance(self.prompts, (list, str, dict)) or not self.prompts:
-            raise ConfigError(
-                f"prompts must be a list, a file, or a mapping with the key dataset; got {self.prompts!r}"
-            )
+        _require_prompts("prompts", self.prompts)
         if not self.output.strip():
             raise ConfigError("output is empty; name a directory")
         if not 0 <= self.seed < 2**32:
@@ -333,6 +369,9 @@ def _expand_home(values: dict[str, Any]) -> None:
     """Replaces `~` wherever a path may stand."""
     places: list[tuple[Any, str]] = [(values, key) for key in ("model", "ref_adapter", "prompts", "output")]
     places.append((values.get("prompts"), "dataset"))
+    held_out = values.get("evaluation")
+    if isinstance(held_out, dict):
+        places += [(held_out, "prompts"), (held_out.get("prompts"), "dataset")]
     rewards = values.get("reward")
     for part in rewards if isinstance(rewards, list) else []:
         places += [(part, "function"), (part, "model")]

@@ -1,6 +1,7 @@
 """A training run in a directory: built from a configuration, continued where it ended.
 
     config.yaml  metrics.jsonl  samples.jsonl  tensorboard/  checkpoints/  pending_rollout.pt
+    evaluations.jsonl and best/ with held-out prompts
     adapter/ and summary.json at the end
 
 Every iteration is on the disk before the next begins. Knows nothing about terminals.
@@ -48,6 +49,7 @@ from textrl_swarm.runs.checkpoint import (
 )
 from textrl_swarm.runs.config import HEADER, RewardConfig, RunConfig, differences, load_config
 from textrl_swarm.runs.digest import content_digest
+from textrl_swarm.runs.evaluation import Evaluations
 from textrl_swarm.runs.prompts import load_prompts
 from textrl_swarm.runs.trackers import Trackers, read_metrics
 from textrl_swarm.types import Item
@@ -71,6 +73,7 @@ _FREE = (
     "swarm.checks",
     "swarm.access",
     "swarm.local_blocks",
+    "evaluation",
 )
 
 
@@ -83,6 +86,9 @@ class Ingredients:
 
     model: BaseModel
     prompts: list[Item]
+    held_out: list[Item]
+    """For evaluations."""
+
     reward: StepReward | SentenceReward
 
 
@@ -94,9 +100,10 @@ def read_ingredients(config: RunConfig) -> Ingredients:
             f"ref_adapter: {config.ref_adapter} holds no adapter: there is no {ADAPTER_WEIGHTS}"
         )
     prompts = load_prompts(config.prompts)
+    held_out = load_prompts(config.evaluation.prompts) if config.evaluation else []
     parts = [(_reward(part, config.device), part.weight) for part in config.reward]
     is_single = len(parts) == 1 and parts[0][1] == 1
-    return Ingredients(model, prompts, parts[0][0] if is_single else CombinedReward(*parts))
+    return Ingredients(model, prompts, held_out, parts[0][0] if is_single else CombinedReward(*parts))
 
 
 def _reward(part: RewardConfig, device: str | None) -> Any:
@@ -198,27 +205,44 @@ class Run:
         self.start = load_newest(
             self.directory, self.learner, self.env, self._inputs, accept_changes=accept_changes
         )
+        self.evaluations: Evaluations | None = None
+        if config.evaluation is not None:
+            self.evaluations = Evaluations(
+                config, ingredients.held_out, ingredients.reward, policy, self.directory, self.start
+            )
         self._pending = None if changed else load_pending(self.directory, self.start, self.env)
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / CONFIG, config.to_yaml())
         self.done = self.start
 
-    def iterations(self, on_sampled: Callable[[], None] = lambda: None) -> Iterator[Iteration]:
+    def iterations(
+        self,
+        on_sampled: Callable[[], None] = lambda: None,
+        on_evaluation: Callable[[], None] = lambda: None,
+    ) -> Iterator[Iteration]:
         """Runs the remaining iterations; yields after each, when it is on the disk.
 
         Args:
             on_sampled: called between sampling and update.
+            on_evaluation: called before the policy is evaluated.
         """
         settings = self.config.train
+
+        def evaluated(done: int) -> dict[str, float]:
+            if self.evaluations is None or not self.evaluations.is_due(done):
+                return {}
+            on_evaluation()
+            return self.evaluations.run(done)
 
         def keep(index: int, sampled: Sampled) -> None:
             save_pending(self.directory, index, sampled)
             on_sampled()
 
+        evaluated(self.start)
         iterations = train(
             self.learner,
             self.env,
-            iterations=settings.iterations,
+            iterations=self.start if self.is_over else settings.iterations,
             prompts_per_iteration=settings.prompts_per_iteration,
             resample=settings.resample,
             start=self.start,
@@ -230,7 +254,8 @@ class Run:
                 reward_parts: dict[str, float] = getattr(self._reward, "parts", {})
                 parts = {f"reward/{name}": mean for name, mean in reward_parts.items()}
                 done = iteration.index + 1
-                trackers.metrics(done, {**iteration.metrics, **parts, "seconds": iteration.seconds})
+                scores = evaluated(done)
+                trackers.metrics(done, {**iteration.metrics, **parts, **scores, "seconds": iteration.seconds})
                 if self.shows_samples(iteration.index):
                     trackers.samples(done, samples(iteration))
                 save_checkpoint(
@@ -238,6 +263,13 @@ class Run:
                 )
                 self.done = done
                 yield iteration
+                if self.is_over:
+                    return
+
+    @property
+    def is_over(self) -> bool:
+        """Whether evaluations ended the run before its last iteration."""
+        return self.evaluations is not None and self.evaluations.is_over
 
     def shows_samples(self, index: int) -> bool:
         """Whether this iteration's samples are kept: the first, every n-th and the last are."""
@@ -256,6 +288,9 @@ class Run:
             "seconds": sum(line["seconds"] for line in lines),  # of all iterations, in all processes
             "last": lines[-1] if lines else {},
         }
+        if self.evaluations is not None and self.evaluations.best is not None:
+            best = self.evaluations.best
+            summary["best"] = {"iteration": best["iteration"], "score": best[self.evaluations.settings.by]}
         write_text(self.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return summary
 
