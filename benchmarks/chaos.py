@@ -404,24 +404,30 @@ def caches_taken(rival: Policy, policy: Policy) -> Iterator[None]:
     client, calls = policy._client, rival._client._calls
     streams: list[GenerationStream] = []
 
+    async def take_all(span: Any) -> None:
+        uids = client.router.uids[span.start : span.stop]
+        stream = await calls.open_generation(span.peer, uids, rows=1, max_length=CACHE_TOKENS, key="")
+        streams.append(stream)
+        hidden = torch.zeros(1, 1, client.fingerprint.hidden_size)
+        await stream.send(hidden, Chunk(past=0), step=0, last_only=False)
+        await stream.receive(hidden, last_only=False)
+
     async def take() -> None:
-        for span in await client.router.route(0, client.fingerprint.num_blocks, timeout_s=60):
-            uids = client.router.uids[span.start : span.stop]
-            for left in reversed(range(10)):  # a daemon waits before it dials a restarted server again
-                try:
-                    stream = await calls.open_generation(
-                        span.peer, uids, rows=1, max_length=CACHE_TOKENS, key=""
-                    )
-                    break
-                except ServerFailed:
-                    if left == 0:
-                        raise
-                    await rival._client.router._refresh()  # where servers that were started anew are
-                    await asyncio.sleep(1)
-            streams.append(stream)
-            hidden = torch.zeros(1, 1, client.fingerprint.hidden_size)
-            await stream.send(hidden, Chunk(past=0), step=0, last_only=False)
-            await stream.receive(hidden, last_only=False)
+        taken: set[Any] = set()
+        for left in reversed(range(20)):
+            spans = await client.router.route(0, client.fingerprint.num_blocks, timeout_s=60)
+            try:
+                for span in spans:
+                    if span.peer not in taken:
+                        await take_all(span)
+                        taken.add(span.peer)
+                return
+            except ServerFailed as error:  # it has left, or is dialled again after a while
+                if left == 0:
+                    raise
+                client.router.report_failure(span.peer, error)
+                await rival._client.router._refresh()
+                await asyncio.sleep(1)
 
     async def leave() -> None:
         for stream in streams:
