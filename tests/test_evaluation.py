@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,22 @@ def test_runs_beside_each_other(configure):
     assert 'ppo.algorithm: "ppo" -> "rloo"' in said and "ppo.lr: 0.01 -> 0.001" in said
     assert "output" not in said
     assert Path("pictures/compared.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_trained_is_counted(configure):
+    """A value head of 33 numbers is trained with a critic only."""
+    counts = []
+    for output, algorithm in (("runs/a", "ppo"), ("runs/b", "rloo")):
+        config = configure(
+            output, None, ppo={"algorithm": algorithm}, train={"iterations": 1, "report_to": []}
+        )
+        said, _ = train(config)
+        counts.append(re.search(r"([\d,]+) trainable parameters", said)[1])
+        console = Console(record=True, width=200, file=io.StringIO())
+        train_command(replace(config, output="elsewhere"), console, dry_run=True)
+        counts.append(re.search(r"trainable parameters\D+([\d,]+) of", console.export_text())[1])
+    with_head, planned, without, planned_without = (int(count.replace(",", "")) for count in counts)
+    assert with_head == planned == without + 33 == planned_without + 33
 
 
 def test_what_is_no_run_is_refused(configure):

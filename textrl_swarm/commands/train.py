@@ -123,7 +123,7 @@ def _introduce(run: Run, num_prompts: int, console: Console) -> None:
     else:
         where = f"on this machine ({policy.device})"
     quantized = f" in {policy.quantization}" if policy.quantization else ""
-    trainable = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
+    trainable = sum(parameter.numel() for parameter in run.learner.ppo.parameters)
     model = f"{config.model}{quantized} {where}"
     _print(console, f"{model}; {trainable:,} trainable parameters; {num_prompts} prompts")
     loss = policy.codec_loss
@@ -270,6 +270,7 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
             samples=config.sampling.num_samples,
             codec=codec.kind if isinstance(codec, Codec) else None,
             local_blocks=local_blocks,
+            has_critic=config.ppo.baseline == "critic",
             wire_bytes=4 if str(model.dtype or "float32").endswith("float32") else 2,
             dtype=config.dtype,
         )

@@ -126,6 +126,7 @@ class PPO:
         length: most tokens that a response may have; None = those of the longest in a rollout.
 
     Attributes:
+        parameters: those that are trained: the adapter's and, with a critic, the value head's.
         kl_coef, entropy_coef: of the next update.
         compares_responses: whether each prompt needs several.
         num_updates: rollouts trained on.
@@ -146,11 +147,11 @@ class PPO:
         self._has_critic = config.baseline == "critic"
         self.compares_responses = config.baseline in ("group", "leave_one_out")
         trained = policy.trainable_parameters() if self._has_critic else policy.adapter_parameters()
-        self._parameters = list(trained.values())
+        self.parameters = list(trained.values())
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         self._surrogate = Surrogate(config.ratio, config.clip, config.clip_range, high, config.ratio_max)
         make_optimizer = make_optimizer or self._adamw
-        self.optimizer = make_optimizer(self._parameters)
+        self.optimizer = make_optimizer(self.parameters)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.kl_coef = config.kl_coef
@@ -188,12 +189,12 @@ class PPO:
         self._require_groups(rollout)
         if not self.policy.checks_answers:
             return self._update(rollout, rewards)
-        parameters = [parameter.detach().clone() for parameter in self._parameters]
+        parameters = [parameter.detach().clone() for parameter in self.parameters]
         state = copy.deepcopy(self.state_dict())
 
         def undo() -> None:
             with torch.no_grad():
-                for parameter, before in zip(self._parameters, parameters, strict=True):
+                for parameter, before in zip(self.parameters, parameters, strict=True):
                     parameter.copy_(before)
             self.load_state_dict(copy.deepcopy(state))
 
@@ -511,7 +512,7 @@ class PPO:
             is not finite.
         """
         if is_finite:
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             if torch.isfinite(grad_norm):
                 self.optimizer.step()
                 self.num_steps += 1

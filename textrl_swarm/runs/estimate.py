@@ -172,6 +172,7 @@ def estimate_run(
     wire_bytes: int = 4,
     codec: str | None = None,
     local_blocks: tuple[int, int] = (0, 0),
+    has_critic: bool = True,
     samples: int = 1,
     dtype: torch.dtype | str | None = None,
     sizes: ModelSizes | None = None,
@@ -190,6 +191,7 @@ def estimate_run(
         wire_bytes: per number of a hidden state: 4 when the servers compute in fp32, 2 in bf16.
         codec: in which hidden states travel, see swarm/codec.py.
         local_blocks: how many of the first, and of the last, are on this machine instead of the swarm.
+        has_critic: whether a value head is trained, too.
         samples: responses to each prompt, which is sent once for them.
         dtype: of the weights on this machine; None = as the checkpoint says.
         sizes: what `model_sizes(config)` returned, to spare another second.
@@ -198,7 +200,7 @@ def estimate_run(
     precision = str(dtype or config.dtype or "float32").removeprefix("torch.")
     number_bytes = int(bytes_per_number(precision))
     adapter = adapter_parameters(sizes, lora)
-    trainable = adapter + value_head_parameters(sizes)
+    trainable = adapter + (value_head_parameters(sizes) if has_critic else 0)
     length = prompt_tokens + response_tokens
     minibatch = min(responses, minibatch_size)
     at_once = minibatch  # rows of one forward with gradients
