@@ -1,9 +1,12 @@
-"""Memory that a process of a server does not need any more, and its C library keeps."""
+"""Memory: what is free, and what a process does not need any more and its C library keeps."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+
+import psutil
+import torch
 
 TRIM_S = 10.0  # how often it is given back
 
@@ -18,3 +21,11 @@ def trim_memory() -> None:
     except (AttributeError, OSError):
         return
     trim(0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a device's memory, as far as others leave it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return psutil.virtual_memory().available

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +29,7 @@ from textrl_swarm.models.blocks import blocks_text, inner_blocks
 from textrl_swarm.models.layers import LayerSizes, layers_of
 from textrl_swarm.swarm.client.micro_batches import MicroBatch, put_together
 from textrl_swarm.swarm.low_rank import add_hooks, applied
+from textrl_swarm.swarm.memory import free_bytes
 from textrl_swarm.swarm.protocol import AdapterSnapshot
 
 logger = logging.getLogger(__name__)
@@ -75,10 +75,7 @@ def _require_room(
 ) -> None:
     numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     needed = sum(numbers) * dtype.itemsize
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
+    free = free_bytes(device)
     if needed > free:
         raise ConfigError(
             f"local_blocks={list(local_blocks)}: {len(numbers)} block(s) need {needed / 2**30:.1f} GiB for "

@@ -28,7 +28,6 @@ from textrl_swarm.swarm import compat
 compat.require_petals()
 
 import petals.cli.run_server as run_server  # noqa: E402
-import psutil  # noqa: E402
 import torch  # noqa: E402
 from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
 from petals.constants import PUBLIC_INITIAL_PEERS  # noqa: E402
@@ -43,6 +42,7 @@ from textrl_swarm.models.layers import layers_of  # noqa: E402
 from textrl_swarm.models.quantization import warn_of_misread_rows  # noqa: E402
 from textrl_swarm.swarm.access import AllowList, read_secret  # noqa: E402
 from textrl_swarm.swarm.launch import GROUP_DIRECTORY, PEERS_FROM_PARENT  # noqa: E402
+from textrl_swarm.swarm.memory import free_bytes  # noqa: E402
 from textrl_swarm.swarm.node import end_group, start_server_node  # noqa: E402
 from textrl_swarm.swarm.protocol import (  # noqa: E402
     ADAPTER_IDLE_S,
@@ -231,10 +231,7 @@ class LoraServer(Server):
         """Raises ConfigError, before weights are loaded, when they do not fit into what is free."""
         model, blocks = self._served_model(), self._held()
         needed = sum(model.block_bytes(block, self.quant_type) for block in blocks)
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-        else:
-            free = psutil.virtual_memory().available
+        free = free_bytes(self.device)
         if needed > free:
             raise ConfigError(
                 f"{len(blocks)} block(s) of this model need {needed / 2**30:.1f} GiB for their weights, and "
