@@ -284,14 +284,18 @@ CASES = {
     ),
     "other alpha": (
         lambda path: saved(path, bloom_policy(alpha=6)),
-        r"is scaled by alpha / r = 6 / 4, this policy by 8 / 4; make the policy with alpha=6",
+        r"is scaled by alpha / r = 6 / 4, this policy by alpha / r = 8 / 4; make the policy with alpha=6",
     ),
-    "rank-stabilised": (with_settings(use_rslora=True), "has use_rslora, rank_pattern or alpha_pattern"),
+    "rank-stabilised": (
+        with_settings(use_rslora=True),
+        r"is scaled by alpha / sqrt r = 8 / sqrt 4, this policy by alpha / r = 8 / 4; make the policy with "
+        "alpha=8, rank_stabilized=True",
+    ),
     "own alphas": (
         with_settings(alpha_pattern={"dense": 32}),
-        "has use_rslora, rank_pattern or alpha_pattern",
+        "has rank_pattern or alpha_pattern; only one rank and alpha",
     ),
-    "rank zero in the config": (with_settings(r=0), "alpha / r = 8 / 0, this policy by 8 / 4"),
+    "rank zero in the config": (with_settings(r=0), "alpha / r = 8 / 0, this policy by alpha / r = 8 / 4"),
     "DoRA": (
         plain_adapter(
             LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", use_dora=True)

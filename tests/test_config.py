@@ -35,6 +35,10 @@ POSITIVE_OR_NONE = (
 )  # fmt: skip
 REFUSED = [
     *[case(LoraSettings, R.format(value), r=value) for value in (0, -1, 2.0, "8", True, None)],
+    *[
+        case(LoraSettings, f"rank_stabilized must be True or False, got {value!r}", rank_stabilized=value)
+        for value in ("yes", None, 1)
+    ],
     *[finite(LoraSettings, "alpha", value) for value in ("16", None, NAN, INF, True)],
     *[case(LoraSettings, f"LoRA alpha must be > 0, got {value!r}", alpha=value) for value in (0, -1.5)],
     *[
@@ -280,7 +284,11 @@ def test_targets_become_a_tuple(targets, expected):
 @pytest.mark.parametrize(
     ("cls", "name", "message"),
     [
-        (LoraSettings, "rank", r"unknown setting 'rank' of LoraSettings; .*known: alpha, layers, r, targets"),
+        (
+            LoraSettings,
+            "rank",
+            r"unknown setting 'rank' of LoraSettings; .*known: alpha, layers, r, rank_stabilized, targets",
+        ),
         (
             LoraSettings,
             "target",

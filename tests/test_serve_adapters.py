@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def plain(tiny_bloom, tmp_path_factory):
     directory, made = tmp_path_factory.mktemp("adapters"), {}
     for name, lora in (
         ("kind", LoraSettings(r=4)),
-        ("late", LoraSettings(r=2, targets=("dense", "dense_h_to_4h"), layers=2)),
+        ("late", LoraSettings(r=2, rank_stabilized=True, targets=("dense", "dense_h_to_4h"), layers=2)),
     ):
         with load_policy(tiny_bloom(seed=1), lora=lora) as policy:
             fill(policy, lora.r)
@@ -97,6 +99,7 @@ def test_names_are_those_of_the_directories(tiny_bloom, plain):
         ("empty", "holds no adapter: there is no adapter_config.json"),
         ("wide", "does not fit"),
         ("gpt2", "which is no LoRA weight inside a block|does not fit"),
+        ("alphas", "has rank_pattern or alpha_pattern; only one rank and alpha"),
         ("twice/kind", "two adapters would both be announced as 'kind'"),
     ],
 )
@@ -107,6 +110,9 @@ def test_adapters_that_do_not_fit_are_refused_before_a_server_starts(
     os.mkdir("empty")
     kind = next(iter(plain))
     shutil.copytree(kind, "twice/kind")
+    shutil.copytree(kind, "alphas")
+    config = json.loads(Path("alphas/adapter_config.json").read_text())
+    Path("alphas/adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": {"dense": 32}}))
     for name, model in (("wide", tiny_bloom(seed=3, hidden=48)), ("gpt2", tiny_model("gpt2"))):
         with contextlib.closing(load_policy(model, lora=LoraSettings(r=2))) as policy:
             policy.save_adapter(name)

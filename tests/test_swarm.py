@@ -49,6 +49,7 @@ MIB = 1 << 20
         ("two_servers", LoraSettings(r=3, alpha=5, targets=("query_key_value",))),
         ("two_servers", LoraSettings(r=1, targets=("dense", "dense_4h_to_h"), layers=2)),
         ("two_servers", LoraSettings(r=8, layers=1)),
+        ("two_servers", LoraSettings(r=8, rank_stabilized=True)),
         pytest.param("small_server", LoraSettings(r=2, targets=("dense",)), marks=pytest.mark.slow),
         ("small_server", LoraSettings(r=16, alpha=1)),
         pytest.param("three_servers", LoraSettings(r=6, layers=3), marks=pytest.mark.slow),

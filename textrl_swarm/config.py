@@ -125,6 +125,10 @@ class LoraSettings:
     alpha: float = 16
     """The update is scaled by alpha / r."""
 
+    rank_stabilized: bool = False
+    """True = the update is scaled by alpha / sqrt(r), so that adapters of large ranks learn as fast
+    (arXiv 2312.03732)."""
+
     targets: tuple[str, ...] | None = None
     """Names of linear layers, e.g. ("query_key_value", "dense"); None = all linear layers of a block. The
     routed experts of a mixture are adapted only by name, e.g. "experts.gate_up_proj" and
@@ -137,6 +141,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         require(is_int(self.r) and self.r >= 1, f"LoRA rank r must be a whole number >= 1, got {self.r!r}")
         _require_numbers(self, "alpha")
+        _require_bools(self, "rank_stabilized")
         require(self.alpha > 0, f"LoRA alpha must be > 0, got {self.alpha!r}")
         if self.targets is not None:
             object.__setattr__(self, "targets", _checked_targets(self.targets))
@@ -145,6 +150,11 @@ class LoraSettings:
             ok,
             f"LoRA layers must be None (all blocks) or a whole number >= 1 (the last k), got {self.layers!r}",
         )
+
+    @property
+    def scale(self) -> float:
+        """Of the update B A."""
+        return self.alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
 
 
 def _checked_targets(given: object) -> tuple[str, ...]:

@@ -68,7 +68,9 @@ def model_card(source: Source, *, merged: bool) -> ModelCard:
 def _training(source: Source) -> list[str]:
     lora = read_settings(source.adapter)
     blocks = "all blocks" if lora.layers is None else f"the last {lora.layers} blocks"
-    lines = [f"LoRA: r={lora.r}, alpha={lora.alpha:g}, targets {', '.join(lora.targets or ())}, in {blocks}"]
+    stabilized = " (rank-stabilised)" if lora.rank_stabilized else ""
+    targets = ", ".join(lora.targets or ())
+    lines = [f"LoRA: r={lora.r}, alpha={lora.alpha:g}{stabilized}, targets {targets}, in {blocks}"]
     if source.config is not None:
         lines += settings_of_run(source.config)
     shown = []

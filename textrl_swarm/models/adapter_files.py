@@ -99,18 +99,27 @@ def load_tensors(
             f"the adapter in {path} does not fit: {difference}. It was made for {_summary(found_config)}; "
             f"this policy has {_summary(config)}"
         )
-    if found_config.use_rslora or found_config.rank_pattern or found_config.alpha_pattern:
+    _require_one_scale(found_config, path)
+    if _scale(found_config) != _scale(config):
+        stabilized = f", rank_stabilized={found_config.use_rslora}" if found_config.use_rslora else ""
         raise AdapterError(
-            f"the adapter in {path} has use_rslora, rank_pattern or alpha_pattern; "
-            "only one alpha / r for all layers is supported"
-        )
-    if (found_config.r, found_config.lora_alpha) != (config.r, config.lora_alpha):
-        raise AdapterError(
-            f"the adapter in {path} is scaled by alpha / r = {found_config.lora_alpha} / {found_config.r}, "
-            f"this policy by {config.lora_alpha} / {config.r}; make the policy with "
-            f"alpha={found_config.lora_alpha}"
+            f"the adapter in {path} is scaled by {_scale(found_config)}, this policy by {_scale(config)}; "
+            f"make the policy with alpha={found_config.lora_alpha}{stabilized}"
         )
     return tensors
+
+
+def _scale(config: LoraConfig) -> str:
+    root = "sqrt " if config.use_rslora else ""
+    return f"alpha / {root}r = {config.lora_alpha} / {root}{config.r}"
+
+
+def _require_one_scale(config: LoraConfig, path: Path) -> None:
+    if config.rank_pattern or config.alpha_pattern:
+        raise AdapterError(
+            f"the adapter in {path} has rank_pattern or alpha_pattern; only one rank and alpha for all "
+            "layers is supported"
+        )
 
 
 def read_settings(directory: str | Path) -> LoraSettings:
@@ -131,6 +140,7 @@ def read_settings(directory: str | Path) -> LoraSettings:
     return LoraSettings(
         r=config.r,
         alpha=config.lora_alpha,
+        rank_stabilized=bool(config.use_rslora),
         targets=tuple(sorted({*(targets or ()), *experts})),
         layers=len(adapted) or None,
     )
@@ -168,6 +178,7 @@ def read_blocks(
     """
     settings = read_settings(directory)
     _require_adapter(directory)
+    _require_one_scale(_read_config(directory), directory)
     expected = _expected_parts(_read_config(directory), model)
     tensors: dict[tuple[int, str, str], Tensor] = {}
     for name, tensor in read_tensors(directory / ADAPTER_WEIGHTS).items():

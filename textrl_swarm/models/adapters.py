@@ -140,6 +140,7 @@ def model_lora_config(
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
+        use_rslora=settings.rank_stabilized,
         lora_dropout=0.0,
         target_modules=sorted({_leaf(path) for path in wanted_linears}),
         target_parameters=sorted(parameters) or None,

@@ -321,7 +321,7 @@ class RemotePolicy(Policy):
         blocks = {block: flat.detach().float().cpu() for block, flat in flats.items()}
         last = self._snapshot
         if last is None or not all(torch.equal(flat, last.blocks[block]) for block, flat in blocks.items()):
-            last = self._snapshot = AdapterSnapshot.take(self._layouts, float(self.lora.alpha), blocks)
+            last = self._snapshot = AdapterSnapshot.take(self._layouts, self.lora.scale * self.lora.r, blocks)
         return last
 
 

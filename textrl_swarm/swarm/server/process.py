@@ -95,7 +95,7 @@ def _preload(
             sizes = layers_of(skeleton.blocks[block])
             layouts[block] = AdapterLayout(settings.r, {path: sizes[path] for path in matrices})
             flats[block] = layouts[block].flatten(matrices).to(device)
-        header = adapter_header(layouts, float(settings.alpha), dict.fromkeys(blocks, ""))
+        header = adapter_header(layouts, settings.scale * settings.r, dict.fromkeys(blocks, ""))
         loaded[announced] = (header, flats)
     return loaded
 
