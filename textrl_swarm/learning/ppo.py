@@ -258,7 +258,7 @@ class PPO:
     ) -> _Targets:
         config, mask = self.config, rollout.response_mask
         shaped = zero_outside(mask, rewards)
-        if config.kl_in == "reward":
+        if config.kl_in == "reward" and self.kl_coef > 0:
             penalties = kl_per_token(old.logprobs, ref_logprobs, mask, config.kl_estimator)
             shaped = shaped - self.kl_coef * penalties
         if config.whiten_rewards:
