@@ -167,7 +167,10 @@ def test_a_run_may_go_on_without_a_critic(policy, rollout, caplog):
     before.update(rollout, scored(rollout))
     after = PPO(policy, PPOConfig(algorithm="rloo"))
     after.load_state_dict(before.state_dict())
-    assert "of other parameters (with or without a critic); AdamW begins afresh" in caplog.text
+    assert (
+        "of other groups of parameters (a critic, or value_lr, came or went); AdamW begins afresh"
+        in caplog.text
+    )
     assert after.num_updates == 1
     after.update(rollout, scored(rollout))
 
@@ -256,3 +259,11 @@ def test_the_entropy_bonus_acts_below_its_target(policy, rollout):
     assert low.entropy_coef == pytest.approx(0.014)
     high.load_state_dict(low.state_dict())
     assert high.entropy_coef == pytest.approx(0.014)
+    other = PPO(policy, PPOConfig(entropy_coef=0.02))  # as the run was given now
+    other.load_state_dict(low.state_dict())
+    assert other.entropy_coef == 0.02
+
+
+def test_the_head_has_a_rate_of_its_own_with_adamw_only(policy):
+    with pytest.raises(ConfigError, match="value_lr is for AdamW"):
+        PPO(policy, PPOConfig(value_lr=1e-3), lambda trained: torch.optim.SGD(trained, lr=1.0))

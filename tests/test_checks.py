@@ -35,6 +35,7 @@ from textrl_swarm.swarm.client.agreement import (
     difference_of_vectors,
     limit,
 )
+from textrl_swarm.swarm.codec import decode, encode
 from textrl_swarm.swarm.local import LocalSwarm
 from textrl_swarm.swarm.protocol import ServedWeights
 
@@ -303,6 +304,22 @@ def test_limits(first, second, blocks):
     assert limit(first, second, blocks) <= limit(first, second, blocks + 1)
     # A gradient of the wrong sign is found whatever the arithmetic.
     assert limit(first, second, blocks) < limit(first, second, blocks, of_gradients=True) < 2
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
+@pytest.mark.parametrize("width", [64, 1024, 4096])
+def test_a_last_bit_that_turns_a_codecs_step_over_is_no_lie(codec, width):
+    """States of unit scale, of which a block changes a tenth, computed with other last bits."""
+    generator = torch.Generator().manual_seed(0)
+    given_ = torch.randn(1, 50, width, generator=generator)
+    found = given_ + 0.1 * torch.randn(1, 50, width, generator=generator)
+    other = found + 1e-5 * torch.randn(1, 50, width, generator=generator)
+    plain = limit(FORMS[0], FORMS[0], 1)
+    assert difference_of_tokens(found, other, given_) < plain
+    recoded = [decode(encode(tensor, codec), codec) for tensor in (found, other)]
+    difference = difference_of_tokens(*recoded, given_)
+    assert difference > plain or width == 64, "the codec's own part of the limit is needless"
+    assert difference < limit(FORMS[0], FORMS[0], 1, codec=codec)
 
 
 def test_servers_that_quantise_differently_are_not_compared():

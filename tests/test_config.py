@@ -205,6 +205,18 @@ REFUSED = [
         adaptive_kl_target=6.0,
     ),
     case(
+        PPOConfig,
+        "adaptive_kl_target steers kl_coef, which is 0 (algorithm: dapo); set one to begin with",
+        algorithm="dapo",
+        adaptive_kl_target=6.0,
+    ),
+    case(
+        PPOConfig,
+        "clip: cispo needs clip_range_high, the largest ratio; algorithm: cispo has 5.0",
+        clip="cispo",
+    ),
+    case(PPOConfig, "lr_schedule: cosine needs lr_decay_updates", lr_schedule="cosine"),
+    case(
         PPOConfig, "kl_unbiased is for a KL in the loss; set kl_in: loss, or leave it out", kl_unbiased=True
     ),
     case(

@@ -147,6 +147,13 @@ def test_other_held_out_prompts_begin_anew(configure):
     assert [line["iteration"] for line in read_evaluations(Path("runs/a"))] == [6]
 
 
+def test_scores_of_another_kind_are_not_compared(configure):
+    train(configure("runs/a", {**HELD_OUT, "samples": 0, "by": "greedy"}))
+    longer = {"iterations": 6, "prompts_per_iteration": 2, "report_to": []}
+    _, summary = train(configure("runs/a", train=longer))
+    assert summary["best"]["iteration"] == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -211,5 +218,11 @@ def test_what_is_trained_is_counted(configure):
 
 def test_what_is_no_run_is_refused(configure):
     Path("empty").mkdir()
+    train(configure("runs/a", None))
+    with pytest.raises(ConfigError, match=r"--out c.foo: a picture's name ends in .png, .pdf"):
+        compared("runs/a", out="c.foo")
+    Path("runs/a/config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"runs/a/config.yaml is no run's configuration"):
+        compared("runs/a")
     with pytest.raises(ConfigError, match="empty holds no run with a finished iteration"):
         compared("empty")

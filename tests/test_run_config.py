@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from textrl_swarm.config import LoraSettings
+from textrl_swarm.config import LoraSettings, PPOConfig
 from textrl_swarm.errors import ConfigError
 from textrl_swarm.runs.config import RewardConfig, differences, load_config
 
@@ -125,6 +125,10 @@ def test_overrides(override, get, expected):
             {"ppo": {"algorithm": "rloo"}, "sampling": {"num_samples": 1}},
             "rloo compares the responses to a prompt (baseline: leave_one_out); sampling.num_samples must be "
             "at least 2, got 1",
+        ),
+        (
+            {"train": {"resample": 1}, "sampling": {"num_samples": 1}},
+            "train.resample replaces prompts whose responses score the same; sampling.num_samples must be",
         ),
         (
             {"swarm": {"initial_peers": ["a"]}, "gradient_checkpointing": True},
@@ -345,3 +349,14 @@ def test_home_in_every_path(monkeypatch):
     assert load_config({**LEAST, "prompts": "~/p.txt"}).prompts == "/home/me/p.txt"
     assert load_config(LEAST, ["reward=~/r.py:f"]).reward[0].function == "/home/me/r.py:f"
     assert load_config({**LEAST, "output": "~nobody-here/x"}).output == "~nobody-here/x"
+
+
+def test_another_algorithm_on_a_configuration_that_is_written_out(tmp_path):
+    """What was the former algorithm's goes with it; what was chosen stays."""
+    whole = load_config({**LEAST, "ppo": {"clip_range": 0.1}}, ["ppo.lr=3e-4"])
+    path = tmp_path / "config.yaml"
+    path.write_text(whole.to_yaml())
+    found = load_config(path, ["ppo.kl_coef=0.02", "ppo.algorithm=grpo"]).ppo
+    expected = PPOConfig(algorithm="grpo", clip_range=0.1, lr=3e-4, kl_coef=0.02, seed=found.seed)
+    assert found == expected
+    assert load_config(path).ppo == whole.ppo and load_config(path, ["ppo.algorithm=ppo"]) == whole

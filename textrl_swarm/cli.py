@@ -297,7 +297,7 @@ def export(
     )
 )
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Directories of runs; two or more.")],
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs.")],
     out: Annotated[
         Path | None, typer.Option(help="Picture to write: scores and KL over sampled tokens, score over KL.")
     ] = None,

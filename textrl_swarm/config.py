@@ -373,7 +373,7 @@ class PPOConfig:
     """The ratio is clipped to 1 +- this (arXiv 1707.06347)."""
 
     clip_range_high: float | None = _BY_ALGORITHM
-    """The ratio is clipped to 1 plus this instead (with cispo: to this); None = clip_range."""
+    """The ratio is clipped to 1 plus this instead, and with cispo to at most this; None = clip_range."""
 
     ratio_max: float | None = None
     """Bounds the ratio where the advantage is negative, too (arXiv 2505.07291); None = no bound."""
@@ -383,7 +383,7 @@ class PPOConfig:
     by responses times length, the most tokens that a response may have."""
 
     mask_truncated: bool = _BY_ALGORITHM
-    """True = nothing is learned from responses that were cut at the length limit."""
+    """True = responses that were cut at the length limit are left out of the policy's loss."""
 
     sampler_correction: str = "none"
     """Weigh losses with the ratio of the policy as it is scored to the policy as it sampled, which quantised
@@ -523,6 +523,19 @@ class PPOConfig:
                 f"scale_advantages={self.scale_advantages} is for the baselines group and leave_one_out, not "
                 f"for {self.baseline}; use whiten_advantages",
             )
+        require(
+            self.adaptive_kl_target is None or self.kl_coef > 0,
+            f"adaptive_kl_target steers kl_coef, which is 0 (algorithm: {self.algorithm}); set one to begin "
+            "with",
+        )
+        require(
+            self.clip == "ppo" or self.clip_range_high is not None,
+            "clip: cispo needs clip_range_high, the largest ratio; algorithm: cispo has 5.0",
+        )
+        require(
+            self.lr_schedule == "linear" or self.lr_decay_updates is not None,
+            "lr_schedule: cosine needs lr_decay_updates",
+        )
         require(
             self.adaptive_kl_target is None or self.kl_in == "reward",
             "adaptive_kl_target steers a KL penalty in the reward; set kl_in: reward, or leave it out",

@@ -19,6 +19,7 @@ from textrl_swarm.runs.evaluation import read_evaluations
 from textrl_swarm.runs.run import CONFIG
 from textrl_swarm.runs.trackers import METRICS, read_metrics
 
+_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 _SHOWN = 12  # settings that differ
 _TAIL = 0.1  # share of the iterations at the end whose mean is shown
 
@@ -35,6 +36,18 @@ class _Told:
     def numbers(self, key: str) -> list[float]:
         """Of each iteration; NaN where there is none."""
         return [math.nan if line.get(key) is None else float(line[key]) for line in self.metrics]
+
+    @property
+    def by(self) -> str:
+        """The kind of score by which evaluations are judged."""
+        return str((self.config.get("evaluation") or {}).get("by", "sampled"))
+
+    @property
+    def held_out(self) -> str:
+        """The best score, and when."""
+        known = [line for line in self.evaluations if self.by in line]
+        best = max(known, key=lambda line: float(line[self.by]), default=None)
+        return "-" if best is None else f"{best[self.by]:.3f} at {best['iteration']}"
 
     @property
     def tokens(self) -> list[float]:
@@ -57,6 +70,8 @@ def compare_command(runs: Sequence[Path], out: Path | None, console: Console) ->
     Raises:
         ConfigError: a directory that holds no run with a finished iteration.
     """
+    if out is not None and out.suffix.lower() not in _PICTURES:
+        raise ConfigError(f"--out {out}: a picture's name ends in {', '.join(_PICTURES)}")
     told = [_read(run) for run in runs]
     table = Table(title=f"means of the last {_TAIL:.0%} of the iterations", title_justify="left")
     table.add_column("run", overflow="fold")
@@ -69,7 +84,7 @@ def compare_command(runs: Sequence[Path], out: Path | None, console: Console) ->
             f"{run.tokens[-1]:,.0f}",
             f"{run.numbers('score')[0]:.3f}",
             *(f"{_tail(run.numbers(key)):.3f}" for key in ("score", "kl", "entropy")),
-            _held_out(run.evaluations),
+            run.held_out,
             f"{sum(run.numbers('seconds')):,.0f}",
         )
     console.print(table)
@@ -92,6 +107,8 @@ def _read(path: Path) -> _Told:
             config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path / CONFIG} cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"{path / CONFIG} is no run's configuration")
     return _Told(str(path), config, metrics, read_evaluations(path))
 
 
@@ -99,15 +116,6 @@ def _tail(numbers: Sequence[float]) -> float:
     known = [number for number in numbers if math.isfinite(number)]
     last = known[-max(1, math.ceil(_TAIL * len(numbers))) :]
     return sum(last) / len(last) if last else math.nan
-
-
-def _held_out(lines: Sequence[dict[str, Any]]) -> str:
-    """The best score, and when."""
-    if not lines:
-        return "-"
-    kind = "sampled" if "sampled" in lines[0] else "greedy"
-    best = max(lines, key=lambda line: float(line.get(kind, -math.inf)))
-    return f"{best[kind]:.3f} at {best['iteration']}"
 
 
 def _show_differences(told: Sequence[_Told], console: Console) -> None:
@@ -132,7 +140,7 @@ def _draw(told: Sequence[_Told], path: Path) -> None:
         axes[1].plot(tokens, kl, color=line.get_color())
         axes[2].plot(kl, score, ".-", color=line.get_color(), linewidth=0.8)
         for each in run.evaluations:
-            kind = "sampled" if "sampled" in each else "greedy"
+            kind = run.by if run.by in each else "greedy"
             at = 0.0 if each["iteration"] == 0 else tokens[min(each["iteration"], len(tokens)) - 1]
             axes[0].plot(at, each[kind], "o", color=line.get_color(), fillstyle="none")
     axes[0].set(xlabel="sampled tokens", ylabel="score (circles: held out)")

@@ -84,8 +84,11 @@ def train(
                 on_sampled(index, sampled)
         collected = reward_responses(env, sampled)
         sampled = None
+        first_score = float(collected.scores.mean())
         collected = resampled(learner.policy, env, collected, sampling, resample)
         metrics = dict(learner.learn(collected.rollout, collected.rewards))
+        if resample:
+            metrics["score_before_resampling"] = first_score
         metrics["rollout_tokens_per_second"] = collected.tokens_per_second
         for name, total in _bytes(learner.policy).items():
             metrics[name] = float(total - bytes_before[name])

@@ -150,6 +150,10 @@ class PPO:
         self.parameters = list(trained.values())
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         self._surrogate = Surrogate(config.ratio, config.clip, config.clip_range, high, config.ratio_max)
+        if make_optimizer is not None and config.value_lr is not None:
+            raise ConfigError(
+                "value_lr is for AdamW; give an optimizer of your own its groups, or leave it out"
+            )
         make_optimizer = make_optimizer or self._adamw
         self.optimizer = make_optimizer(self.parameters)
         for group in self.optimizer.param_groups:
@@ -313,15 +317,16 @@ class PPO:
         estimates = kl_per_token(rollout.old_logprobs, old.logprobs, mask, "k3")
         if not self._has_warned and float(masked_mean(estimates, mask)) > _LARGE_SAMPLER_KL:
             self._has_warned = True
-            correction = ""
+            advice = []
+            if self.policy.num_servers:
+                advice.append("let servers compute alike (--torch_dtype, --quant_type)")
+                advice.append("take a codec of more bits or none")
             if self.config.sampler_correction == "none":
-                correction = ", or correct for it (sampler_correction: truncate)"
+                advice.append("correct for it (ppo.sampler_correction: truncate)")
             logger.warning(
-                "responses were sampled from a policy %.2f nats per token away from the one that is trained: "
-                "let servers compute alike (--torch_dtype, --quant_type), take a codec of more bits or "
-                "none%s",
+                "responses were sampled from a policy %.3f nats per token away from the one that is trained%s",
                 float(masked_mean(estimates, mask)),
-                correction,
+                f": {', or '.join(advice)}" if advice else "",
             )
         return float(masked_mean(rollout.old_logprobs - old.logprobs, mask))
 
@@ -618,6 +623,7 @@ class PPO:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_class": type(self.optimizer).__name__,
             "initial_kl_coef": self.config.kl_coef,
+            "initial_entropy_coef": self.config.entropy_coef,
             **counters,
         }
 
@@ -640,13 +646,17 @@ class PPO:
                     mine["lr"] = group["lr"]
                 group.update(mine)
         else:
-            of_others = "" if fits else ", of other parameters (with or without a critic)"
+            of_others = (
+                "" if fits else ", of other groups of parameters (a critic, or value_lr, came or went)"
+            )
             logger.warning(
                 "the checkpoint was written with the optimizer %s%s; %s begins afresh", saved, of_others, here
             )
         if state["initial_kl_coef"] == self.config.kl_coef:
             self.kl_coef = state["kl_coef"]
-        self.entropy_coef = state.get("entropy_coef", self.entropy_coef)
+        if self.config.entropy_target is not None and "entropy_coef" in state:
+            if state["initial_entropy_coef"] == self.config.entropy_coef:
+                self.entropy_coef = state["entropy_coef"]
         for name in ("num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
 

@@ -100,18 +100,23 @@ def load_tensors(
             f"this policy has {_summary(config)}"
         )
     _require_one_scale(found_config, path)
-    if _scale(found_config) != _scale(config):
-        stabilized = f", rank_stabilized={found_config.use_rslora}" if found_config.use_rslora else ""
+    if _scaling(found_config) != _scaling(config):
+        differs = bool(found_config.use_rslora) != bool(config.use_rslora)
+        stabilized = f", rank_stabilized={bool(found_config.use_rslora)}" if differs else ""
         raise AdapterError(
             f"the adapter in {path} is scaled by {_scale(found_config)}, this policy by {_scale(config)}; "
-            f"make the policy with alpha={found_config.lora_alpha}{stabilized}"
+            f"make the policy with alpha={found_config.lora_alpha:g}{stabilized}"
         )
     return tensors
 
 
+def _scaling(config: LoraConfig) -> tuple[int, float, bool]:
+    return config.r, float(config.lora_alpha), bool(config.use_rslora)
+
+
 def _scale(config: LoraConfig) -> str:
     root = "sqrt " if config.use_rslora else ""
-    return f"alpha / {root}r = {config.lora_alpha} / {root}{config.r}"
+    return f"alpha / {root}r = {config.lora_alpha:g} / {root}{config.r}"
 
 
 def _require_one_scale(config: LoraConfig, path: Path) -> None:

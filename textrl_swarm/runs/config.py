@@ -21,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from textrl_swarm.config import (
+    ALGORITHMS,
     Codec,
     LoraSettings,
     PPOConfig,
@@ -251,6 +252,11 @@ class RunConfig:
                 f"{self.ppo.algorithm} compares the responses to a prompt (baseline: {self.ppo.baseline}); "
                 f"sampling.num_samples must be at least 2, got {self.sampling.num_samples}"
             )
+        if self.train.resample and self.sampling.num_samples < 2:
+            raise ConfigError(
+                "train.resample replaces prompts whose responses score the same; sampling.num_samples must be "
+                f"at least 2, got {self.sampling.num_samples}"
+            )
         if self.swarm is not None and self.gradient_checkpointing:
             raise ConfigError(
                 "gradient_checkpointing is for a model on this machine; servers always compute blocks again "
@@ -286,8 +292,10 @@ def load_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str]
             impossible value, or one that config.yaml cannot hold, such as a set or an array.
     """
     values = _plain(source if isinstance(source, Mapping) else _read_yaml(Path(os.path.expanduser(source))))
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("ppo.algorithm=")):
+        before = _algorithm(values)
         _apply(values, override)
+        _forget_settings_of(before, values)
     _spell_out(values)
     for key in _ONE_SEED:
         section, name = key.split(".")
@@ -299,6 +307,19 @@ def load_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str]
         sampling=dataclasses.replace(config.sampling, seed=config.seed),
         ppo=dataclasses.replace(config.ppo, seed=config.seed),
     )
+
+
+def _algorithm(values: Mapping[str, Any]) -> Any:
+    section = values.get("ppo")
+    return section.get("algorithm", "ppo") if isinstance(section, dict) else "ppo"
+
+
+def _forget_settings_of(algorithm: Any, values: dict[str, Any]) -> None:
+    """Of a former algorithm, which a run's config.yaml spells out."""
+    if algorithm != _algorithm(values) and isinstance(algorithm, str):
+        for name, value in ALGORITHMS.get(algorithm, {}).items():
+            if name in values["ppo"] and values["ppo"][name] == value:
+                del values["ppo"][name]
 
 
 def _plain(value: Any, key: str = "") -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,14 @@ class Evaluations:
         assert policy.tokenizer is not None, "a run needs one"
         self.settings: EvaluationConfig = config.evaluation
         self._config, self._policy, self._directory = config, policy, directory
-        self._prompts = content_digest(list(prompts))
+        self._kind = content_digest(
+            {
+                "prompts": list(prompts),
+                "samples": self.settings.samples,
+                "sampling": {**asdict(config.sampling), "num_samples": 1},
+                "reward": [asdict(part) for part in config.reward],
+            }
+        )  # what scores must have in common to be compared
         self._count = len(prompts)
         self._envs = {}
         for name, samples in (("greedy", 1), ("sampled", self.settings.samples)):
@@ -74,7 +81,7 @@ class Evaluations:
         self.lines = [
             line
             for line in read_evaluations(directory)
-            if line["iteration"] <= start and line.get("prompts") == self._prompts
+            if line["iteration"] <= start and line.get("kind") == self._kind
         ]
 
     def is_due(self, done: int) -> bool:
@@ -95,7 +102,7 @@ class Evaluations:
             scores = {name: self._score(name, env) for name, env in self._envs.items()}
         finally:
             restore_random_state(before)
-        line = {"iteration": done, **scores, "prompts": self._prompts}
+        line = {"iteration": done, **scores, "kind": self._kind}
         best = self.best
         self.lines.append(line)
         if best is None or self._score_of(line) > self._score_of(best):

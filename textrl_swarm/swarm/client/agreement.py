@@ -17,7 +17,7 @@ from textrl_swarm.swarm.protocol import ServedWeights
 
 # Of hidden states, for each block.
 _ROUNDING = {"float32": 2.5e-4, "float16": 2.5e-3, "bfloat16": 2e-2}
-_CODECS = {"fp16": 1e-3, "int8": 2e-2}  # where hidden states are encoded between other blocks
+_CODECS = {"fp16": 1e-3, "int8": 2e-2}  # a step more or less, for each time that hidden states are encoded
 _INT8 = 5e-2  # which columns are outliers depends on the rows that are computed together
 _MOST = 0.5
 _GRADIENTS = 4.0  # differ by more than hidden states
@@ -39,19 +39,22 @@ def limit(
     *,
     of_gradients: bool = False,
     codec: str | None = None,
+    is_elsewhere: bool = False,
 ) -> float:
     """By how much honest servers with comparable weights may differ at most, behind so many blocks.
 
     Args:
-        codec: in which hidden states travel that one of them did not encode; None = there are none.
+        codec: in which hidden states travel, whose steps turn over with the last bits; None = as they are.
+        is_elsewhere: whether they were encoded between other blocks, too.
     """
     of_each = max(_ROUNDING.get(each.dtype, _ROUNDING["bfloat16"]) for each in (first, second))
-    of_each += _CODECS.get(codec or "", 0.0)
+    step = _CODECS.get(codec or "", 0.0)
+    of_each += step if is_elsewhere else 0.0
     if first.quantization == "int8":
         of_each += _INT8
     if of_gradients:
-        return min(_MOST_OF_GRADIENTS, _GRADIENTS * of_each * blocks)
-    return min(_MOST, of_each * blocks)
+        return min(_MOST_OF_GRADIENTS, _GRADIENTS * (of_each * blocks + step))
+    return min(_MOST, of_each * blocks + step)
 
 
 def difference_of_tokens(claimed: Tensor, found: Tensor, given: Tensor) -> float:

@@ -357,9 +357,16 @@ class Checks:
     def _excess(self, claim: _Claim, first: _Answer, second: _Answer) -> float:
         """Their difference as a share of the limit."""
         blocks = claim.span.stop - claim.span.start
-        codec = None if first.boundaries == second.boundaries else self._calls.codec
+        codec, is_elsewhere = self._calls.codec, first.boundaries != second.boundaries
         largest = max(
-            limit(one, other, blocks, of_gradients=claim.is_of_gradients, codec=codec)
+            limit(
+                one,
+                other,
+                blocks,
+                of_gradients=claim.is_of_gradients,
+                codec=codec,
+                is_elsewhere=is_elsewhere,
+            )
             for one in self._all_weights(first, claim.rounded)
             for other in self._all_weights(second, None)
         )
