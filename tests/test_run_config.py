@@ -128,7 +128,7 @@ def test_overrides(override, get, expected):
         ),
         (
             {"train": {"resample": 1}, "sampling": {"num_samples": 1}},
-            "train.resample replaces prompts whose responses score the same; sampling.num_samples must be",
+            "train.resample replaces prompts whose responses score the same; sampling.num_samples must",
         ),
         (
             {"swarm": {"initial_peers": ["a"]}, "gradient_checkpointing": True},

@@ -324,7 +324,8 @@ class PPO:
             if self.config.sampler_correction == "none":
                 advice.append("correct for it (ppo.sampler_correction: truncate)")
             logger.warning(
-                "responses were sampled from a policy %.3f nats per token away from the one that is trained%s",
+                "responses were sampled from a policy that is %.3f nats per token away from the one that is "
+                "trained%s",
                 float(masked_mean(estimates, mask)),
                 f": {', or '.join(advice)}" if advice else "",
             )
@@ -654,9 +655,9 @@ class PPO:
             )
         if state["initial_kl_coef"] == self.config.kl_coef:
             self.kl_coef = state["kl_coef"]
-        if self.config.entropy_target is not None and "entropy_coef" in state:
-            if state["initial_entropy_coef"] == self.config.entropy_coef:
-                self.entropy_coef = state["entropy_coef"]
+        is_steered = self.config.entropy_target is not None
+        if is_steered and state.get("initial_entropy_coef") == self.config.entropy_coef:
+            self.entropy_coef = state["entropy_coef"]
         for name in ("num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
 

@@ -254,8 +254,8 @@ class RunConfig:
             )
         if self.train.resample and self.sampling.num_samples < 2:
             raise ConfigError(
-                "train.resample replaces prompts whose responses score the same; sampling.num_samples must be "
-                f"at least 2, got {self.sampling.num_samples}"
+                "train.resample replaces prompts whose responses score the same; sampling.num_samples must "
+                f"be at least 2, got {self.sampling.num_samples}"
             )
         if self.swarm is not None and self.gradient_checkpointing:
             raise ConfigError(
