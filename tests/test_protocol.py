@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from hivemind.compression import serialize_torch_tensor
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import split_for_streaming
@@ -44,6 +45,7 @@ from textrl_swarm.swarm.protocol import (
     adapter_missing,
     adapter_rejected,
     digest,
+    held_blocks,
     is_adapter_key,
 )
 from textrl_swarm.swarm.server.adapter_store import AdapterStore
@@ -422,6 +424,9 @@ def test_attempts_end_when_the_adapter_is_lost_again_and_again():
 # ------------------------------------------------------------------------------------------------- the router
 
 
+HELD = {"digest": "a", "dtype": "float32", "quantization": None}
+
+
 class FakeDHT:
     """Records as petals' servers announce them."""
 
@@ -468,9 +473,13 @@ def router(monkeypatch):
 
     monkeypatch.setattr(routing, "get_remote_module_infos", infos)
 
-    def make(*spans, refuse=()):
+    def make(*spans, refuse=(), held=None):
         async def inspect(span, uid):
-            return ServerMismatch("another model") if span.peer.to_bytes().decode() in refuse else None
+            name = span.peer.to_bytes().decode()
+            own = (held or {}).get(name, range(span.start, span.stop))
+            if not set(range(span.start, span.stop)) <= set(own):
+                return own
+            return ServerMismatch("another model") if name in refuse else None
 
         full = [(*span, 1.0, True)[:5] if len(span) == 3 else span for span in spans]
         return routing.Router(FakeDHT(*full), "tiny", 4, inspect)
@@ -486,6 +495,35 @@ def route(router, start=0, stop=4, timeout_s=0.0):
 def test_the_furthest_reaching_server_is_taken(router):
     assert route(router(("a", 0, 2), ("b", 0, 3), ("c", 1, 4))) == [("b", 0, 3), ("c", 3, 4)]
     assert route(router(("a", 0, 4), ("b", 0, 2)), start=1, stop=2) == [("a", 1, 2)]
+
+
+def test_a_server_that_holds_less_than_is_announced_is_used_for_that(router):
+    """It was started anew under its old id; what it announced before has not expired yet."""
+    made = router(("a", 0, 4), ("b", 0, 2), held={"a": range(2, 4)})
+    for _ in range(2):  # announced anew each time
+        assert route(made) == [("b", 0, 2), ("a", 2, 4)]
+        made.report_failure(PeerID(b"a"))
+        made._failures.clear()
+    made = router(("a", 0, 2), ("b", 0, 4), held={"a": range(2, 4)})
+    assert route(made, stop=2) == [("b", 0, 2)]
+    with pytest.raises(BlocksUnavailable, match=r"no server holds blocks 0..1"):
+        route(router(("a", 0, 4), held={"a": range(2, 4)}))
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({"2": HELD, "3": HELD}, range(2, 4)),
+        ({}, None),
+        ({"2": HELD, "4": HELD}, None),
+        ({"x": HELD}, None),
+        ({"2": {"digest": "a"}}, None),
+        (7, None),
+    ],
+)
+def test_what_a_server_says_that_it_holds(weights, expected):
+    assert held_blocks({"weights": weights}) == expected
+    assert held_blocks({}) is None
 
 
 def test_servers_of_another_version_are_named_as_such(router):

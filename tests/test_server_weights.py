@@ -119,6 +119,20 @@ def test_a_server_that_was_restarted_is_asked_again_which_weights_it_has(two_ser
         assert len(asked) == 6
 
 
+def test_a_server_that_comes_back_with_fewer_blocks_is_used_for_them(tiny_bloom):
+    """The announcements that it made before, under the same id, have not expired yet."""
+    with LocalSwarm(tiny_bloom(seed=1), spans=[(2, 4), (0, 4)]) as swarm:
+        with connect(swarm, filled=4) as policy:
+            assert len(policy._client.spans) == 1  # the second, which reaches furthest
+            expected = run(policy, TOKENS)
+            swarm.kill(1)
+            swarm._spans[1] = (0, 2)
+            swarm.start(1)
+            assert_same(run(policy, TOKENS), expected, tolerance=1e-6)
+        with connect(swarm) as policy:
+            assert [(span.start, span.stop) for span in policy._client.spans] == [(0, 2), (2, 4)]
+
+
 @pytest.mark.slow  # starts a server of its own, twice
 def test_a_server_that_comes_back_with_another_model_is_refused(tiny_bloom, tmp_path):
     served = shutil.copytree(tiny_bloom(seed=1), tmp_path / "a" / "checkpoint-500")

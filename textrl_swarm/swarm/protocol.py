@@ -253,6 +253,16 @@ def read_weights(info: Mapping[str, Any], blocks: Iterable[int]) -> dict[int, Se
         return None
 
 
+def held_blocks(info: Mapping[str, Any]) -> range | None:
+    """The blocks whose weights a server's rpc_info tells; None when it tells none, or other things."""
+    try:
+        blocks = sorted(map(int, info["weights"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    found = range(blocks[0], blocks[-1] + 1) if blocks else range(0)
+    return found if blocks == [*found] and blocks and read_weights(info, blocks) else None
+
+
 def weights_key(blocks: Iterable[ServedWeights]) -> str:
     """The name by which a request refers to the weights of its blocks, in order."""
     return hashlib.sha256(json.dumps([astuple(block) for block in blocks]).encode()).hexdigest()[:40]

@@ -36,7 +36,7 @@ from textrl_swarm.swarm.client.routing import Router, Span
 from textrl_swarm.swarm.client.rpc import ServerCalls, short_id
 from textrl_swarm.swarm.client.session import GenerationSession
 from textrl_swarm.swarm.node import start_client_node
-from textrl_swarm.swarm.protocol import AdapterSnapshot, ServedWeights, read_sizes, read_weights
+from textrl_swarm.swarm.protocol import AdapterSnapshot, ServedWeights, held_blocks, read_sizes, read_weights
 from textrl_swarm.swarm.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -195,11 +195,12 @@ class SwarmClient:
             raise
         self.linears.update(ends.linears)
 
-    async def _inspect(self, span: Span, uid: str) -> ServerMismatch | None:
-        """Why a server cannot serve this client, or None; called before a server is used, and again after it
-        failed. Keeps the smallest limits seen.
+    async def _inspect(self, span: Span, uid: str) -> ServerMismatch | range | None:
+        """Why a server cannot serve this client, or the blocks that it holds where they are not all of the
+        span's, or None; called before a server is used, and again after it failed. Keeps the smallest limits
+        seen.
         """
-        info = await self._calls.info(span.peer, uid)
+        info = await self._calls.info(span.peer, "")  # it may hold none of the blocks that are announced
         differing = []
         for name, ours in vars(self.fingerprint).items():
             if info.get(name) != ours:
@@ -211,7 +212,7 @@ class SwarmClient:
             )
         weights = read_weights(info, range(span.start, span.stop))
         if weights is None:
-            return ServerMismatch(
+            return held_blocks(info) or ServerMismatch(
                 f"server {short_id(span.peer)} does not say which weights it holds; start it anew, with the "
                 "textrl-swarm of this client"
             )

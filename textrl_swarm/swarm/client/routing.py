@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hivemind.dht import DHT
@@ -90,8 +90,9 @@ class Router:
 
     Args:
         dht: a running client node.
-        inspect: coroutine (span, uid of its first block) -> why this server cannot be used, or None;
-            called again when a server failed or holds other blocks than before.
+        inspect: coroutine (span, uid of its first block) -> why this server cannot be used, or the blocks
+            that it holds where they are not all of the span's, or None; called again when a server failed or
+            holds other blocks than before.
         allowed: ids of the servers that may be used; () = all.
     """
 
@@ -100,7 +101,7 @@ class Router:
         dht: DHT,
         dht_prefix: str,
         num_blocks: int,
-        inspect: Callable[[Span, str], Awaitable[SwarmError | None]],
+        inspect: Callable[[Span, str], Awaitable[SwarmError | range | None]],
         allowed: Collection[str] = (),
     ):
         self.dht = dht
@@ -218,6 +219,9 @@ class Router:
                     logger.warning("%s", error)
                     self.report_failure(span.peer, error)
                     continue
+                if isinstance(reason, range):
+                    self._hold(span, reason)
+                    continue
                 if reason is not None:
                     logger.warning("%s; it is not used", reason)
                     self._refused[span.peer] = reason
@@ -227,6 +231,14 @@ class Router:
             chain.append(Span(span.peer, block, end, span.dtype, span.throughput))
             block = end
         return chain
+
+    def _hold(self, span: Span, blocks: range) -> None:
+        """A server that was started anew under its old id holds these blocks; announcements of others, from
+        before, will expire.
+        """
+        start, stop = max(span.start, blocks.start), min(span.stop, blocks.stop)
+        i = self._spans.index(span)
+        self._spans[i : i + 1] = [replace(span, start=start, stop=stop)] if start < stop else []
 
     def _best(self, block: int) -> Span | None:
         """The usable server that has room, did not fail lately and reaches furthest from this block; then the
