@@ -19,7 +19,6 @@ from textrl_swarm.maths.objectives import (
     groups_of,
     kl_per_token,
     next_entropy_coef,
-    returns_to_go,
     sampler_weights,
     surrogate_loss,
     token_weights,
@@ -231,14 +230,6 @@ def test_impossible_groups_are_refused(arguments, message):
 def test_rows_with_one_prompt_are_a_group():
     tokens = torch.tensor([[5, 6, 1, 2], [5, 6, 3, 4], [5, 6, 1, 2], [7, 6, 1, 2]])
     assert groups_of(tokens, torch.tensor([2, 2, 3, 2])).tolist() == [0, 0, 1, 2]
-
-
-def test_returns_to_go_by_hand():
-    rewards, mask = (
-        torch.tensor([[1.0, 2, 4], [3, math.nan, math.nan]]),
-        MASK.new_tensor([[1, 1, 1], [1, 0, 0]]),
-    )
-    assert returns_to_go(rewards, mask, gamma=0.5).tolist() == [[3, 4, 4], [3, 0, 0]]
 
 
 def test_estimates_of_the_kl_by_hand():

@@ -211,9 +211,8 @@ def _evaluated(run: Run, done: int) -> str:
     line = run.evaluations.lines[-1] if run.evaluations and run.evaluations.lines else {}
     if line.get("iteration") != done:
         return ""
-    return "  held out " + ", ".join(
-        f"{line[name]:.3f} {name}" for name in ("sampled", "greedy") if name in line
-    )
+    scores = [f"{line[name]:.3f} {name}" for name in ("sampled", "greedy") if name in line]
+    return f"  held out {', '.join(scores)}"
 
 
 def _numbers(iteration: Iteration) -> str:
@@ -251,8 +250,10 @@ def _show_plan(config: RunConfig, ingredients: Ingredients, console: Console) ->
     responses = config.train.prompts_per_iteration * config.sampling.num_samples
 
     codec = config.swarm.codec if config.swarm else None
-    local_blocks = config.swarm.local_blocks if config.swarm else (0, 0)
-    inner = inner_blocks(model.get_text_config(decoder=True).num_hidden_layers, local_blocks)
+    local_blocks, inner = (0, 0), range(0)
+    if config.swarm is not None:
+        local_blocks = config.swarm.local_blocks
+        inner = inner_blocks(model.get_text_config(decoder=True).num_hidden_layers, local_blocks)
 
     def estimate(servers: int) -> RunEstimate:
         return estimate_run(
@@ -325,12 +326,8 @@ def _measured_links(
     except TextRLSwarmError as error:
         return None, str(error)
     links = report.links(blocks)
-    return (
-        links,
-        ""
-        if links
-        else f"not all of {blocks_text(blocks)} have a server that can train: see `textrl-swarm status`",
-    )
+    missing = f"not all of {blocks_text(blocks)} have a server that can train: see `textrl-swarm status`"
+    return links, "" if links else missing
 
 
 def _mean_tokens(ingredients: Ingredients) -> int:

@@ -32,7 +32,6 @@ from textrl_swarm.maths.objectives import (
     kl_per_token,
     next_entropy_coef,
     ratio_stats,
-    returns_to_go,
     sampler_weights,
     surrogate_loss,
     token_weights,
@@ -190,9 +189,9 @@ class PPO:
             ConfigError: an algorithm that compares the responses to a prompt, and a prompt with one.
         """
         _check_rewards(rewards, rollout.response_mask)
-        self._require_groups(rollout)
+        prompts = self._compared(rollout)
         if not self.policy.checks_answers:
-            return self._update(rollout, rewards)
+            return self._update(rollout, rewards, prompts)
         parameters = [parameter.detach().clone() for parameter in self.parameters]
         state = copy.deepcopy(self.state_dict())
 
@@ -202,9 +201,9 @@ class PPO:
                     parameter.copy_(before)
             self.load_state_dict(copy.deepcopy(state))
 
-        return self.policy.trusted(lambda: self._update(rollout, rewards), undo)
+        return self.policy.trusted(lambda: self._update(rollout, rewards, prompts), undo)
 
-    def _update(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
+    def _update(self, rollout: RolloutBatch, rewards: Tensor, prompts: Tensor | None) -> dict[str, float]:
         started = time.perf_counter()
         mask = rollout.response_mask
         config = self.config
@@ -220,7 +219,7 @@ class PPO:
             old = self._evaluate_all(features, rollout, groups, *(first.detached() for first in known))
             with self.policy.reference():  # in the same groups, so that the KL of equal policies is 0
                 ref = self._evaluate_all(features, rollout, groups)
-            targets = self._targets(rollout, rewards, old, ref.logprobs)
+            targets = self._targets(rollout, rewards, old, ref.logprobs, prompts)
         kl = _kl(old, ref)
         entropy = float(masked_mean(old.entropies, mask))
         metrics = {
@@ -229,7 +228,7 @@ class PPO:
             "kl_coef": self.kl_coef,
             "entropy": entropy,
             "entropy_coef": self._entropy_weight(entropy),
-            **self._signal(rollout, rewards),
+            **_signal(rollout, rewards, prompts),
             "sampler_kl": self._sampler_kl(rollout, old),
             "response_tokens": float(mask.sum(dim=1).float().mean()),
             "terminated": float(rollout.terminated.float().mean()),
@@ -258,7 +257,12 @@ class PPO:
         return metrics
 
     def _targets(
-        self, rollout: RolloutBatch, rewards: Tensor, old: _Evaluation, ref_logprobs: Tensor
+        self,
+        rollout: RolloutBatch,
+        rewards: Tensor,
+        old: _Evaluation,
+        ref_logprobs: Tensor,
+        prompts: Tensor | None,
     ) -> _Targets:
         config, mask = self.config, rollout.response_mask
         shaped = zero_outside(mask, rewards)
@@ -267,21 +271,16 @@ class PPO:
             shaped = shaped - self.kl_coef * penalties
         if config.whiten_rewards:
             shaped = whiten(shaped, mask, shift_mean=False)
-        returns = torch.zeros(())
-        if config.baseline == "critic":
-            bootstrapped = ~rollout.terminated & config.bootstrap_truncated
-            bootstrap = torch.where(bootstrapped, old.final_values, torch.zeros(()))
-            advantages, returns = estimate_advantages(
-                shaped, old.values, bootstrap, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
-            )
-        elif config.baseline == "none":
-            advantages = returns_to_go(shaped, mask, gamma=config.gamma)
-        else:
+        bootstrapped = ~rollout.terminated & config.bootstrap_truncated
+        bootstrap = torch.where(bootstrapped, old.final_values, torch.zeros(()))
+        # Without a critic all values are 0, and with lambda = 1 advantages are returns.
+        gae_lambda = config.gae_lambda if self._has_critic else 1.0
+        advantages, returns = estimate_advantages(
+            shaped, old.values, bootstrap, mask, gamma=config.gamma, gae_lambda=gae_lambda
+        )
+        if prompts is not None:
             of_responses = group_advantages(
-                shaped.sum(dim=1),
-                groups_of(rollout.tokens, rollout.prompt_lengths),
-                baseline=config.baseline,
-                scale=config.scale_advantages,
+                shaped.sum(dim=1), prompts, baseline=config.baseline, scale=config.scale_advantages
             )
             advantages = zero_outside(mask, of_responses[:, None].expand_as(shaped))
         if config.whiten_advantages:
@@ -300,22 +299,25 @@ class PPO:
             )
         return _Targets(old, ref_logprobs, advantages, returns, mask, weights)
 
-    def _require_groups(self, rollout: RolloutBatch) -> None:
+    def _compared(self, rollout: RolloutBatch) -> Tensor | None:
+        """(B,) int64 which rows have the same prompt; None where they are not compared."""
         if not self.compares_responses:
-            return
-        counts = groups_of(rollout.tokens, rollout.prompt_lengths).bincount()
+            return None
+        prompts = groups_of(rollout.tokens, rollout.prompt_lengths)
+        counts = prompts.bincount()
         if int(counts.min()) < 2:
             raise ConfigError(
                 f"{self.config.algorithm} compares the responses to a prompt (baseline: "
                 f"{self.config.baseline}), and {int((counts < 2).sum())} of {len(counts)} prompts have one: "
                 "sample more of each (num_samples)"
             )
+        return prompts
 
     def _sampler_kl(self, rollout: RolloutBatch, old: _Evaluation) -> float:
         """In nats per token. Warns once when it is large."""
         mask = rollout.response_mask
-        estimates = kl_per_token(rollout.old_logprobs, old.logprobs, mask, "k3")
-        if not self._has_warned and float(masked_mean(estimates, mask)) > _LARGE_SAMPLER_KL:
+        distance = float(masked_mean(kl_per_token(rollout.old_logprobs, old.logprobs, mask, "k3"), mask))
+        if not self._has_warned and distance > _LARGE_SAMPLER_KL:
             self._has_warned = True
             advice = []
             if self.policy.num_servers:
@@ -326,28 +328,10 @@ class PPO:
             logger.warning(
                 "responses were sampled from a policy that is %.3f nats per token away from the one that is "
                 "trained%s",
-                float(masked_mean(estimates, mask)),
+                distance,
                 f": {', or '.join(advice)}" if advice else "",
             )
         return float(masked_mean(rollout.old_logprobs - old.logprobs, mask))
-
-    def _signal(self, rollout: RolloutBatch, rewards: Tensor) -> dict[str, float]:
-        """Of algorithms that compare the responses to a prompt."""
-        if not self.compares_responses:
-            return {}
-        scores = zero_outside(rollout.response_mask, rewards).sum(dim=1)
-        groups = groups_of(rollout.tokens, rollout.prompt_lengths)
-        equal = [
-            bool((scores[groups == group] == scores[groups == group][0]).all()) for group in groups.unique()
-        ]
-        share = sum(equal) / len(equal)
-        if share == 1:
-            logger.warning(
-                "all responses to each prompt scored the same, so that this update has nothing to learn from "
-                "but the KL: give prompts of which some responses succeed, more samples (num_samples), or a "
-                "reward with more steps"
-            )
-        return {"groups_without_signal": share}
 
     def _entropy_weight(self, entropy: float) -> float:
         """Of the bonus in this update."""
@@ -660,6 +644,22 @@ class PPO:
             self.entropy_coef = state["entropy_coef"]
         for name in ("num_updates", "num_steps", "num_skipped"):
             setattr(self, name, state[name])
+
+
+def _signal(rollout: RolloutBatch, rewards: Tensor, prompts: Tensor | None) -> dict[str, float]:
+    """How many prompts teach nothing, where responses are compared."""
+    if prompts is None:
+        return {}
+    scores = zero_outside(rollout.response_mask, rewards).sum(dim=1)
+    of_each = [scores[prompts == prompt] for prompt in prompts.unique()]
+    share = sum(bool((own == own[0]).all()) for own in of_each) / len(of_each)
+    if share == 1:
+        logger.warning(
+            "all responses to each prompt scored the same, so that this update has nothing to learn from but "
+            "the KL: give prompts of which some responses succeed, more samples (num_samples), or a reward "
+            "with more steps"
+        )
+    return {"groups_without_signal": share}
 
 
 def _kl(policy: _Evaluation, ref: _Evaluation) -> float:

@@ -66,21 +66,6 @@ def group_advantages(scores: Tensor, groups: Tensor, *, baseline: str, scale: st
     return (deviations * factor).float()
 
 
-def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """(B, T) fp32 discounted sum of a token's own reward and those behind it.
-
-    Source: Hu et al. 2025, arXiv 2501.03262, equation 9 (REINFORCE++, with gamma = 1).
-    """
-    check_same_shape(mask=mask, rewards=rewards)
-    rewards = zero_outside(mask, rewards)
-    found = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + gamma * running
-        found[:, t] = running
-    return zero_outside(mask, found)
-
-
 def groups_of(tokens: Tensor, prompt_lengths: Tensor) -> Tensor:
     """(B,) int64: the same number for rows with the same prompt.
 
@@ -119,13 +104,13 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class SurrogateLoss:
-    """Of B responses; everything but `per_token` is without gradient."""
+    """Of B responses."""
 
     per_token: Tensor
-    """(B, T) fp32, zero outside the mask."""
+    """(B, T) fp32, zero outside the mask; carries the gradient."""
 
     ratio: Tensor
-    """(B, T) that was clipped; of a response, on each of its tokens. Carries the gradient."""
+    """(B, T) that was clipped; of a response, on each of its tokens; carries the gradient."""
 
     is_clipped: Tensor
     """(B, T) bool: whether the ratio is out of the range."""

@@ -181,10 +181,10 @@ def read_blocks(
     Raises:
         AdapterError: no adapter there, one with parts that servers cannot apply, or one for another model.
     """
-    settings = read_settings(directory)
+    settings, config = read_settings(directory), _read_config(directory)
     _require_adapter(directory)
-    _require_one_scale(_read_config(directory), directory)
-    expected = _expected_parts(_read_config(directory), model)
+    _require_one_scale(config, directory)
+    expected = _expected_parts(config, model)
     tensors: dict[tuple[int, str, str], Tensor] = {}
     for name, tensor in read_tensors(directory / ADAPTER_WEIGHTS).items():
         match = _IN_BLOCK.search(name)

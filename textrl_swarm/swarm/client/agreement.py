@@ -62,8 +62,6 @@ def difference_of_tokens(claimed: Tensor, found: Tensor, given: Tensor) -> float
     A tenth of the tokens may differ by more.
     """
     claimed, found, given = (tensor.float().flatten(0, -2) for tensor in (claimed, found, given))
-    width = min(claimed.shape[-1], found.shape[-1], given.shape[-1])
-    claimed, found, given = (tensor[:, :width] for tensor in (claimed, found, given))
     scale = (found - given).norm(dim=1) + _STANDING * found.norm(dim=1)
     return _largest((claimed - found).norm(dim=1), scale).quantile(_WITHIN).item()
 
